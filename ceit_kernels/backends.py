@@ -1,0 +1,225 @@
+"""Which implementation serves a call, and why: the only place that decides.
+
+Every operator has a reference in plain PyTorch, which runs anywhere. ``IMPLEMENTED`` lists what it has beside that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BACKENDS",
+    "OPERATORS",
+    "BackendError",
+    "Choice",
+    "OperatorStatus",
+    "Status",
+    "choose",
+    "current_backend",
+    "fast_operators",
+    "require",
+    "status",
+    "use_backend",
+]
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+# What each operator is implemented in beside plain PyTorch, the best first.
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "leff": (),
+    "lca": ("triton",),
+    "i2t": (),
+}
+OPERATORS = tuple(IMPLEMENTED)
+
+_ENVIRONMENT_VARIABLE = "CEIT_KERNELS_BACKEND"
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads the variable when a kernel is defined, so a later change has no effect.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot serve the call."""
+
+
+class Choice(NamedTuple):
+    """The backend that serves a call, and why."""
+
+    backend: str
+    reason: str
+
+
+def _parse(setting: str, source: str) -> dict[str, str]:
+    """``"triton"`` for every operator, or ``"lca=triton,leff=reference"`` for some, as a dictionary."""
+    parsed = {}
+    for part in setting.split(","):
+        operator, equals, backend = part.strip().rpartition("=")
+        if backend not in BACKENDS:
+            raise ValueError(f"{source}: unknown backend {backend!r} in {setting!r}, expected one of {BACKENDS}")
+        if equals and operator not in OPERATORS:
+            raise ValueError(f"{source}: unknown operator {operator!r} in {setting!r}, expected one of {OPERATORS}")
+        parsed.update(dict.fromkeys([operator] if equals else OPERATORS, backend))
+    return parsed
+
+
+_setting = {**_parse("auto", ""), **_parse(os.environ.get(_ENVIRONMENT_VARIABLE) or "auto", _ENVIRONMENT_VARIABLE)}
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Choose the backend of the fused operators inside a ``with`` block, in the whole process.
+
+    A call that the backend cannot serve raises ``BackendError`` with the reason; only ``"auto"`` chooses another.
+
+    Args:
+        backend: ``"auto"`` (the fastest that can run), ``"reference"`` (plain PyTorch), ``"native"`` or ``"triton"``.
+            ``"triton"`` also takes CPU tensors when the environment has TRITON_INTERPRET=1. For some operators only:
+            ``"lca=triton,leff=reference"``. The environment variable CEIT_KERNELS_BACKEND sets the default likewise.
+
+    Raises:
+        ValueError: unknown backend or operator.
+    """
+    global _setting
+    outer, _setting = _setting, {**_setting, **_parse(backend, "backend")}
+    try:
+        yield
+    finally:
+        _setting = outer
+
+
+def current_backend(operator: str) -> str:
+    """The backend that is set for an operator, ``"auto"`` unless someone chose."""
+    return _setting[operator]
+
+
+@torch.compiler.assume_constant_result
+def _old_gpu(device_index: int | None) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+
+
+def _triton_refusal(device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if dtype not in _TRITON_DTYPES:
+        return f"the kernels compute in float32, float16, bfloat16 and float64, not in {dtype}"
+    if device_type == "cuda":
+        return _old_gpu(device_index)
+    if device_type != "cpu":
+        return f"the tensor is on {device_type}, Triton needs a CUDA GPU"
+    if not _INTERPRETING:
+        return "the tensor is on the CPU, Triton needs a CUDA GPU (or TRITON_INTERPRET=1 before import, to debug)"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter computes wrongly in bfloat16"
+    return None
+
+
+def _refusal(
+    operator: str, backend: str, device_type: str, device_index: int | None, dtype: torch.dtype, limit: str | None
+) -> str | None:
+    """Why a backend cannot serve a call, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend not in IMPLEMENTED[operator]:
+        return f"{operator} has no {backend} implementation"
+    return limit or _triton_refusal(device_type, device_index, dtype)
+
+
+def _decide(operator: str, device_type: str, device_index: int | None, dtype: torch.dtype, limit: str | None) -> Choice:
+    wanted = _setting[operator]
+    if wanted != "auto":
+        refusal = _refusal(operator, wanted, device_type, device_index, dtype, limit)
+        if refusal is not None:
+            raise BackendError(f"{operator}: backend {wanted!r} was asked for but cannot run: {refusal}")
+        return Choice(wanted, "asked for")
+    refusals = []
+    for backend in IMPLEMENTED[operator]:
+        if backend == "triton" and device_type == "cpu":
+            refusals.append("triton: the tensor is on the CPU")
+            continue
+        refusal = _refusal(operator, backend, device_type, device_index, dtype, limit)
+        if refusal is None:
+            return Choice(backend, "the fastest that can run")
+        refusals.append(f"{backend}: {refusal}")
+    return Choice("reference", "; ".join(refusals) or f"{operator} has no other implementation yet")
+
+
+def _place(x: Tensor) -> tuple[str, int | None]:
+    return ("cuda", x.device.index) if x.is_cuda else (x.device.type, None)
+
+
+def choose(operator: str, x: Tensor, dtype: torch.dtype, limit: str | None = None) -> Choice:
+    """The backend for a call of an operator.
+
+    Args:
+        operator: one of ``OPERATORS``.
+        x: a tensor of the call, for its device.
+        dtype: what the call computes in, which is not the dtype of ``x`` under autocast.
+        limit: why the call's sizes are beyond every backend but the reference, if they are.
+
+    Raises:
+        BackendError: the backend that was asked for cannot serve the call.
+    """
+    return _decide(operator, *_place(x), dtype, limit)
+
+
+def require(operator: str, backend: str, x: Tensor, dtype: torch.dtype, limit: str | None = None) -> None:
+    """Raise ``BackendError`` unless ``backend`` has a registered operator that can serve the call."""
+    refusal = "it is plain PyTorch, call the function in ceit_kernels instead" if backend == "reference" else None
+    refusal = refusal or _refusal(operator, backend, *_place(x), dtype, limit)
+    if refusal is not None:
+        raise BackendError(f"ceit::{operator}: backend {backend!r} cannot run: {refusal}")
+
+
+@dataclass(frozen=True)
+class OperatorStatus:
+    """What would run an operator on one kind of device; ``backend`` is None where nothing would."""
+
+    operator: str
+    device: str
+    backend: str | None
+    reason: str
+
+
+class Status(list[OperatorStatus]):
+    """Rows of ``OperatorStatus``; its text is a table."""
+
+    def __str__(self) -> str:
+        rows = [("operator", "device", "backend", "why")]
+        rows += [(row.operator, row.device, row.backend or "none", row.reason) for row in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+        )
+
+
+def status(dtype: torch.dtype = torch.float32) -> Status:
+    """What would run each operator on this machine for inputs of ``dtype``, and why."""
+    rows = Status()
+    for operator in OPERATORS:
+        for device in ("cpu", "cuda"):
+            if device == "cuda" and not torch.cuda.is_available():
+                rows.append(OperatorStatus(operator, device, None, "no CUDA GPU is available to PyTorch"))
+                continue
+            try:
+                choice = _decide(operator, device, None, dtype, None)
+                rows.append(OperatorStatus(operator, device, choice.backend, choice.reason))
+            except BackendError as error:
+                rows.append(OperatorStatus(operator, device, None, str(error)))
+    return rows
+
+
+def fast_operators() -> set[str]:
+    """The operators that something faster than plain PyTorch can run on this machine, as ``status`` has it."""
+    return {row.operator for row in status() if row.backend not in (None, "reference")}

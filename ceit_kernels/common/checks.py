@@ -1,0 +1,36 @@
+"""Checks of an operator's arguments, with messages that say what was given and what is expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_device", "check_dtype", "check_floating", "check_shape"]
+
+
+def check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
+    """Every expected size is a number, or the name of a dimension of any size."""
+    matches = tensor.dim() == len(expected) and all(
+        isinstance(want, str) or want == size for want, size in zip(expected, tensor.shape, strict=True)
+    )
+    if not matches:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """The tensor holds real floating-point numbers."""
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def check_dtype(name: str, tensor: Tensor, expected: torch.dtype, why: str) -> None:
+    """The tensor has the dtype that another argument asks for."""
+    if tensor.dtype != expected:
+        raise TypeError(f"{name}: expected {expected} like {why}, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """Two arguments are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} like {like_name}, got {tensor.device}")

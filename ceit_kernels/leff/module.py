@@ -1,0 +1,113 @@
+"""The module that a user drops in for a locally-enhanced feed-forward block."""
+
+from __future__ import annotations
+
+from math import isqrt
+
+from torch import Tensor, nn
+
+from .. import backends
+from ..common.checks import check_floating, check_shape
+from ..common.module import adopt
+from .reference import leff_reference
+
+__all__ = ["FusedLeFF"]
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class FusedLeFF(nn.Module):
+    """Locally-enhanced feed-forward block (CeiT, section 3.3): convolutions over the image that the tokens make.
+
+    Constructor, children and state_dict are the plain module's (``conv1``, ``bn1``, ``conv2``, ...).
+
+    Args:
+        in_features: channels C of a token.
+        hidden_features: channels E between the pointwise convolutions, by default C.
+        out_features: channels O of the result, by default C; equal to C where there are prefix tokens.
+        kernel_size: side of the depthwise kernel, odd.
+        with_bn: a BatchNorm after each convolution.
+        act_layer: makes the activation after the first and the second convolution.
+        num_prefix_tokens: tokens before the image's (class tokens), which pass through unchanged.
+
+    Raises:
+        ValueError: an even kernel, or prefix tokens that change width.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        kernel_size: int = 3,
+        with_bn: bool = True,
+        act_layer: type[nn.Module] = nn.GELU,
+        num_prefix_tokens: int = 1,
+    ) -> None:
+        super().__init__()
+        hidden_features = hidden_features or in_features
+        out_features = out_features or in_features
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
+        if num_prefix_tokens and out_features != in_features:
+            raise ValueError(
+                f"out_features: expected in_features={in_features}, which prefix tokens keep, got {out_features}"
+            )
+        self.num_prefix_tokens = num_prefix_tokens
+        self.with_bn = with_bn
+        self.conv1 = nn.Conv2d(in_features, hidden_features, kernel_size=1)
+        self.conv2 = nn.Conv2d(
+            hidden_features, hidden_features, kernel_size, padding=kernel_size // 2, groups=hidden_features
+        )
+        self.conv3 = nn.Conv2d(hidden_features, out_features, kernel_size=1)
+        self.act = act_layer()
+        if with_bn:
+            self.bn1 = nn.BatchNorm2d(hidden_features)
+            self.bn2 = nn.BatchNorm2d(hidden_features)
+            self.bn3 = nn.BatchNorm2d(out_features)
+
+    @classmethod
+    def from_plain(cls, plain: nn.Module) -> FusedLeFF:
+        """A fused module over the state of a plain one, which has the same attributes and children."""
+        children = {f"conv{i}": nn.Conv2d for i in (1, 2, 3)}
+        if plain.with_bn:
+            children |= {f"bn{i}": _NORMS for i in (1, 2, 3)}
+        return adopt(cls, plain, ("num_prefix_tokens", "with_bn", "act"), children)
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Args:
+            x: (B, num_prefix_tokens + H * W, C).
+            grid_size: (H, W); a square if None.
+
+        Returns:
+            (B, num_prefix_tokens + H * W, O).
+
+        Raises:
+            ValueError: the tokens make no such image.
+            BackendError: the backend that was asked for cannot serve the call.
+        """
+        check_shape("x", x, "B", "N", self.conv1.in_channels)
+        check_floating("x", x)
+        grid_size = self._grid_size(x.shape[1] - self.num_prefix_tokens, grid_size)
+        backends.choose("leff", x, x.dtype)
+        convolutions = (self.conv1, self.conv2, self.conv3)
+        return leff_reference(
+            x,
+            [convolution.weight for convolution in convolutions],
+            [convolution.bias for convolution in convolutions],
+            (self.bn1, self.bn2, self.bn3) if self.with_bn else (nn.Identity(),) * 3,
+            self.act,
+            grid_size,
+            self.num_prefix_tokens,
+        )
+
+    def _grid_size(self, tokens: int, grid_size: tuple[int, int] | None) -> tuple[int, int]:
+        side = isqrt(max(tokens, 0))
+        height, width = grid_size or (side, side)
+        if tokens < 1 or height * width != tokens:
+            expected = f"H * W = {height} * {width}" if grid_size else "a square number of"
+            raise ValueError(
+                f"x: expected {self.num_prefix_tokens} prefix and {expected} image tokens, "
+                f"got {tokens + self.num_prefix_tokens} tokens"
+            )
+        return height, width
