@@ -91,7 +91,7 @@ def _mix_layers(
 ):  # fmt: skip
     """The layers' tokens, summed with a weight for each."""
     b_sum = tl.zeros((BB, o_c.shape[0]), dtype=ACC)
-    for i_l in tl.static_range(LP // BL):
+    for i_l in range(LP // BL):
         b_x = _load_layers(p_x, o_b, i_l * BL + tl.arange(0, BL), o_c, B, L, C, COMPUTE, ACC)
         b_sum += tl.sum(_take_block(b_weights, i_l, BB, BL, LP)[:, :, None] * b_x, axis=1)
     return b_sum  # [BB, BC]
@@ -104,7 +104,7 @@ def _compare_layers(
 ):  # fmt: skip
     """The product of a vector of each image with each of its layers' tokens, over one block of channels."""
     b_products = tl.zeros((BB, LP), dtype=ACC)
-    for i_l in tl.static_range(LP // BL):
+    for i_l in range(LP // BL):
         b_x = _load_layers(p_x, o_b, i_l * BL + tl.arange(0, BL), o_c, B, L, C, COMPUTE, ACC)
         b_products += _place_block(tl.sum(b_other[:, None, :] * b_x, axis=2), i_l, BB, BL, LP)
     return b_products  # [BB, LP]
@@ -148,7 +148,8 @@ def _dropout_factor(
 @triton.jit
 def lca_forward_kernel(
     p_x, p_weight, p_bias, p_seed, p_out, B, L, drop_below,
-    C: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, KEEP_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BB: tl.constexpr, BL: tl.constexpr, LP: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +186,8 @@ def lca_forward_kernel(
 @triton.jit
 def lca_backward_scores_kernel(
     p_grad, p_x, p_weight, p_bias, p_seed, p_q, p_dq, p_p, p_ds, B, L, drop_below,
-    C: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, KEEP_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BB: tl.constexpr, BL: tl.constexpr, LP: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

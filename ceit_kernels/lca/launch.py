@@ -59,8 +59,13 @@ class _Problem:
         return triton.next_power_of_2(triton.cdiv(self.x.shape[1], self.block_of_layers)) * self.block_of_layers
 
     @property
+    def is_wide(self) -> bool:
+        """Whether a head's rows are so wide that a full block of channels of them would not fit the registers."""
+        return self.dtype.itemsize >= 4 and triton.next_power_of_2(self.head_dim) * self.dtype.itemsize >= 512
+
+    @property
     def block_of_channels(self) -> int:
-        return 16 if self.dtype == torch.float64 else 32
+        return 16 if self.is_wide or self.dtype == torch.float64 else 32
 
     @property
     def images(self) -> int:
@@ -68,9 +73,7 @@ class _Problem:
 
     @property
     def options(self) -> dict[str, int]:
-        wide = self.head_dim > 128 or self.dtype in (torch.float32, torch.float64)
-        # Each block of layers in flight takes its own shared memory: with several of them, more than some chips have.
-        return {"num_warps": 8 if wide else 4, "num_stages": 2 if self.padded_layers == self.block_of_layers else 1}
+        return {"num_warps": 8, "num_stages": 1 if self.is_wide else 2}
 
 
 def _dropout_arguments(dropout_p: float, seed: Tensor | None) -> dict[str, Any]:

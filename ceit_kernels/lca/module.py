@@ -24,7 +24,7 @@ class FusedLCAAttention(nn.Module):
         proj_drop: probability of dropping an output channel.
 
     Raises:
-        ValueError: ``dim`` is not a multiple of ``num_heads``.
+        ValueError: ``num_heads`` is no divisor of ``dim``.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class FusedLCAAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

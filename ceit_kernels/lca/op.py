@@ -153,58 +153,36 @@ def _forward_fake(x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, co
     return x.new_empty((x.shape[0], 1, x.shape[2]), dtype=compute_dtype or x.dtype)
 
 
+def _empty_gradients(make, x, qkv_weight, qkv_bias, need_input, need_weight) -> tuple[Tensor, ...]:
+    """Gradients of the right shape; one that is not needed has no element, because an operator must return tensors."""
+    needed = ((x, need_input), (qkv_weight, need_weight), (qkv_bias, need_weight and qkv_bias is not None))
+    return tuple(
+        make(tensor, memory_format=torch.contiguous_format) if need else x.new_empty(0) for tensor, need in needed
+    )
+
+
 @torch.library.impl("ceit::lca_attention_backward", "default")
 def _backward(
-    grad_out,
-    x,
-    qkv_weight,
-    qkv_bias,
-    seed,
-    num_heads,
-    scale,
-    dropout_p,
-    compute_dtype,
-    need_input,
-    need_weight,
-    backend,
-):
+    grad_out, x, qkv_weight, qkv_bias, seed,
+    num_heads, scale, dropout_p, compute_dtype, need_input, need_weight, backend,
+):  # fmt: skip
     dtype = _prepare(x, qkv_weight, qkv_bias, seed, num_heads, dropout_p, compute_dtype, backend)
     check_shape("grad_out", grad_out, x.shape[0], 1, x.shape[2])
     if x.shape[0] == 0:
-        grads = (
-            torch.zeros_like(x),
-            torch.zeros_like(qkv_weight),
-            None if qkv_bias is None else torch.zeros_like(qkv_bias),
-        )
-    else:
-        from .launch import lca_backward_triton
+        return _empty_gradients(torch.zeros_like, x, qkv_weight, qkv_bias, need_input, need_weight)
+    from .launch import lca_backward_triton
 
-        tensors = _contiguous(grad_out, x, qkv_weight, qkv_bias, seed)
-        grads = lca_backward_triton(*tensors, num_heads, scale, dropout_p, dtype, need_input, need_weight)
+    tensors = _contiguous(grad_out, x, qkv_weight, qkv_bias, seed)
+    grads = lca_backward_triton(*tensors, num_heads, scale, dropout_p, dtype, need_input, need_weight)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @torch.library.register_fake("ceit::lca_attention_backward")
 def _backward_fake(
-    grad_out,
-    x,
-    qkv_weight,
-    qkv_bias,
-    seed,
-    num_heads,
-    scale,
-    dropout_p,
-    compute_dtype,
-    need_input,
-    need_weight,
-    backend,
-):
-    skipped = x.new_empty(0)
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need_input else skipped,
-        torch.empty_like(qkv_weight, memory_format=torch.contiguous_format) if need_weight else x.new_empty(0),
-        torch.empty_like(qkv_bias) if need_weight and qkv_bias is not None else x.new_empty(0),
-    )
+    grad_out, x, qkv_weight, qkv_bias, seed,
+    num_heads, scale, dropout_p, compute_dtype, need_input, need_weight, backend,
+):  # fmt: skip
+    return _empty_gradients(torch.empty_like, x, qkv_weight, qkv_bias, need_input, need_weight)
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,5 +1,6 @@
 """The locally-enhanced feed-forward block (LeFF)."""
 
+from .grid import token_grid
 from .module import FusedLeFF
 
-__all__ = ["FusedLeFF"]
+__all__ = ["FusedLeFF", "token_grid"]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from math import isqrt
-
 from torch import Tensor, nn
 
 from .. import backends
 from ..common.checks import check_floating, check_shape
 from ..common.module import adopt
+from .grid import token_grid
 from .reference import leff_reference
 
 __all__ = ["FusedLeFF"]
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
 
 
 class FusedLeFF(nn.Module):
@@ -54,25 +53,23 @@ class FusedLeFF(nn.Module):
                 f"out_features: expected in_features={in_features}, which prefix tokens keep, got {out_features}"
             )
         self.num_prefix_tokens = num_prefix_tokens
-        self.with_bn = with_bn
         self.conv1 = nn.Conv2d(in_features, hidden_features, kernel_size=1)
         self.conv2 = nn.Conv2d(
             hidden_features, hidden_features, kernel_size, padding=kernel_size // 2, groups=hidden_features
         )
         self.conv3 = nn.Conv2d(hidden_features, out_features, kernel_size=1)
         self.act = act_layer()
-        if with_bn:
-            self.bn1 = nn.BatchNorm2d(hidden_features)
-            self.bn2 = nn.BatchNorm2d(hidden_features)
-            self.bn3 = nn.BatchNorm2d(out_features)
+        norm = nn.BatchNorm2d if with_bn else nn.Identity
+        self.bn1 = norm(hidden_features)
+        self.bn2 = norm(hidden_features)
+        self.bn3 = norm(out_features)
 
     @classmethod
     def from_plain(cls, plain: nn.Module) -> FusedLeFF:
         """A fused module over the state of a plain one, which has the same attributes and children."""
-        children = {f"conv{i}": nn.Conv2d for i in (1, 2, 3)}
-        if plain.with_bn:
-            children |= {f"bn{i}": _NORMS for i in (1, 2, 3)}
-        return adopt(cls, plain, ("num_prefix_tokens", "with_bn", "act"), children)
+        convolutions = {f"conv{i}": nn.Conv2d for i in (1, 2, 3)}
+        norms = {f"bn{i}": _NORMS for i in (1, 2, 3)}
+        return adopt(cls, plain, ("num_prefix_tokens", "act"), convolutions | norms)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         """Args:
@@ -88,26 +85,15 @@ class FusedLeFF(nn.Module):
         """
         check_shape("x", x, "B", "N", self.conv1.in_channels)
         check_floating("x", x)
-        grid_size = self._grid_size(x.shape[1] - self.num_prefix_tokens, grid_size)
+        grid_size = token_grid(x.shape[1], self.num_prefix_tokens, grid_size)
         backends.choose("leff", x, x.dtype)
         convolutions = (self.conv1, self.conv2, self.conv3)
         return leff_reference(
             x,
             [convolution.weight for convolution in convolutions],
             [convolution.bias for convolution in convolutions],
-            (self.bn1, self.bn2, self.bn3) if self.with_bn else (nn.Identity(),) * 3,
+            (self.bn1, self.bn2, self.bn3),
             self.act,
             grid_size,
             self.num_prefix_tokens,
         )
-
-    def _grid_size(self, tokens: int, grid_size: tuple[int, int] | None) -> tuple[int, int]:
-        side = isqrt(max(tokens, 0))
-        height, width = grid_size or (side, side)
-        if tokens < 1 or height * width != tokens:
-            expected = f"H * W = {height} * {width}" if grid_size else "a square number of"
-            raise ValueError(
-                f"x: expected {self.num_prefix_tokens} prefix and {expected} image tokens, "
-                f"got {tokens + self.num_prefix_tokens} tokens"
-            )
-        return height, width

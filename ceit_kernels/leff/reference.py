@@ -33,4 +33,5 @@ def leff_reference(
     padding, groups = weights[1].shape[-1] // 2, weights[1].shape[0]
     image = activation(norms[1](F.conv2d(image, weights[1], biases[1], padding=padding, groups=groups)))
     image = norms[2](F.conv2d(image, weights[2], biases[2]))
-    return torch.cat((prefix, image.flatten(2).transpose(1, 2)), dim=1)
+    tokens = image.flatten(2).transpose(1, 2)
+    return torch.cat((prefix, tokens), dim=1) if num_prefix_tokens else tokens

@@ -1,7 +1,7 @@
 """Where the Triton kernels of this test run execute.
 
-One of three: on a CUDA GPU; in Triton's interpreter (TRITON_INTERPRET=1); under ``python -m ttsem.sanitize``, which executes
-the compiler's IR and pretends that a GPU is there. In a run without any of them the tests of kernels are left out.
+One of three: on a CUDA GPU; in Triton's interpreter (TRITON_INTERPRET=1); under ``python -m ttsem.sanitize``, which
+executes the compiler's IR and pretends that a GPU is there. A run without any of them leaves the tests of kernels out.
 """
 
 import os
@@ -15,6 +15,5 @@ ON_GPU = torch.cuda.is_available() and not UNDER_TTSEM
 KERNELS_RUN = ON_GPU or INTERPRETING or UNDER_TTSEM
 
 DEVICE = "cuda" if ON_GPU or UNDER_TTSEM else "cpu"
-EXACT_DTYPES = [] if UNDER_TTSEM else [torch.float64]
 # The interpreter computes wrongly in bfloat16.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETING else [torch.bfloat16])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
-from support.where import DEVICE, DTYPES, EXACT_DTYPES, INTERPRETING, UNDER_TTSEM
+from support.where import DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
 
 from ceit_kernels import lca_attention, use_backend
 
@@ -54,10 +54,10 @@ def test_agrees_with_plain_pytorch(poisoned_memory, shape, dtype, bias, dropout_
     check(inputs, grad_out, num_heads=shape[-1], dropout_p=dropout_p, seed=torch.tensor([2**40 + 5], device=DEVICE))
 
 
+@pytest.mark.kernels(ttsem=False)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", EXACT_DTYPES, ids=str)
-def test_agrees_to_rounding_in_float64(poisoned_memory, shape, dtype):
-    inputs, grad_out = make_inputs(*shape, dtype)
+def test_agrees_to_rounding_in_float64(poisoned_memory, shape):
+    inputs, grad_out = make_inputs(*shape, torch.float64)
     options = {"num_heads": shape[-1], "dropout_p": 0.3, "seed": torch.tensor([7], device=DEVICE), "scale": 0.3}
     for ours, theirs in zip(
         run("triton", inputs, grad_out, **options), run("reference", inputs, grad_out, **options), strict=True
@@ -65,7 +65,7 @@ def test_agrees_to_rounding_in_float64(poisoned_memory, shape, dtype):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=6 if UNDER_TTSEM else 12, deadline=None)
+@settings(max_examples=4 if UNDER_TTSEM else 12, deadline=None)
 @given(
     batch=st.integers(1, 20),
     layers=st.integers(1, 40),

@@ -101,7 +101,7 @@ def test_module_drops_attention_weights_in_training_only(kept):
 
 
 def test_module_refuses_heads_that_do_not_divide_its_width():
-    with pytest.raises(ValueError, match="dim: expected a multiple of num_heads=3, got 32"):
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of dim=32, got 3"):
         FusedLCAAttention(32, 3)
 
 

@@ -1,0 +1,40 @@
+# Every target creates what it needs; `make demo` and `make test` work on a machine with Python and git alone.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -q
+READY := $(VENV)/.ready
+
+# ttsem asks for Python 3.12 but runs on 3.10; without its dependencies it brings nothing along.
+TTSEM := ttsem==0.1.0
+
+.PHONY: demo test lint prove bench clean
+
+demo: $(READY)
+	$(RUN) -m ceit demo
+
+test: lint
+	$(PYTEST) -n 2 -m "not prove"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "not prove" tests/ceit_kernels
+	$(RUN) -m ttsem.sanitize pytest -q -m "not prove" tests/ceit_kernels
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+prove: $(READY)
+	$(PYTEST) -n 2 -m prove
+
+bench: $(READY)
+	$(PYTEST) benchmarks --benchmark-only
+
+$(READY): pyproject.toml setup.py constraints.txt Makefile
+	@echo "Setting up $(VENV); the first time this downloads PyTorch, which takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python $(TTSEM)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,131 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ceit_kernels
+from ceit_kernels import BackendError, FusedImage2Tokens, FusedLCAAttention, FusedLeFF, backends, use_backend
+
+CALLS = {
+    "leff": lambda: FusedLeFF(16)(torch.randn(1, 5, 16)),
+    "lca": lambda: FusedLCAAttention(16)(torch.randn(1, 5, 16)),
+    "i2t": lambda: FusedImage2Tokens()(torch.randn(1, 3, 16, 16)),
+}
+
+
+def test_a_setting_lasts_as_long_as_its_block_even_when_that_fails():
+    with use_backend("reference"):
+        with use_backend("lca=auto,leff=triton"):
+            assert [backends.current_backend(name) for name in ("leff", "lca", "i2t")] == [
+                "triton",
+                "auto",
+                "reference",
+            ]
+        assert backends.current_backend("lca") == "reference"
+    with pytest.raises(ZeroDivisionError), use_backend("triton"):
+        raise ZeroDivisionError
+    assert backends.current_backend("lca") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cuda", "backend: unknown backend 'cuda' in 'cuda', expected one of .*'reference'"),
+        ("lca=fast", "unknown backend 'fast' in 'lca=fast'"),
+        ("attention=triton", "unknown operator 'attention' in 'attention=triton', expected one of .*'lca'"),
+        ("", "unknown backend ''"),
+    ],
+)
+def test_an_unknown_backend_or_operator_is_named(setting, message):
+    with pytest.raises(ValueError, match=message), use_backend(setting):
+        pass
+
+
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_backend_that_cannot_run_is_an_error_with_the_reason(operator, backend):
+    reason = "the tensor is on the CPU" if (operator, backend) == ("lca", "triton") else f"{operator} has no {backend}"
+    message = f"{operator}: backend '{backend}' was asked for but cannot run: {reason}"
+    with use_backend(backend), pytest.raises(BackendError, match=message):
+        CALLS[operator]()
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_auto_and_reference_run_everywhere(operator):
+    CALLS[operator]()
+    with use_backend("reference"):
+        CALLS[operator]()
+
+
+def test_auto_says_why_it_chose():
+    choice = backends.choose("lca", torch.zeros(1), torch.float32)
+    assert choice == ("reference", "triton: the tensor is on the CPU")
+    with use_backend("reference"):
+        assert backends.choose("lca", torch.zeros(1), torch.float32) == ("reference", "asked for")
+
+
+def test_auto_takes_triton_on_a_gpu_that_is_new_enough(monkeypatch):
+    class OnGPU:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert backends.choose("lca", OnGPU(), torch.bfloat16) == ("triton", "the fastest that can run")
+    assert backends.choose("lca", OnGPU(), torch.bfloat16, limit="too large") == ("reference", "triton: too large")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    choice = backends.choose("lca", OnGPU(), torch.bfloat16)
+    assert choice == ("reference", "triton: the GPU has compute capability 7.5, the kernels need 8.0")
+    with use_backend("triton"), pytest.raises(BackendError, match=r"compute capability 7\.5"):
+        backends.choose("lca", OnGPU(), torch.bfloat16)
+
+
+def test_a_dtype_that_the_kernels_lack_is_refused():
+    monkeypatched = backends._refusal("lca", "triton", "cpu", None, torch.float8_e4m3fn, None)
+    assert "not in torch.float8_e4m3fn" in monkeypatched
+
+
+def test_status_has_a_row_for_every_operator_and_device_and_reads_as_a_table():
+    rows = ceit_kernels.status()
+    assert {(row.operator, row.device) for row in rows} == {(o, d) for o in CALLS for d in ("cpu", "cuda")}
+    assert all(row.reason for row in rows)
+    assert {row.backend for row in rows if row.device == "cpu"} == {"reference"}
+    lines = str(rows).splitlines()
+    assert len(lines) == 7
+    assert lines[0].split() == ["operator", "device", "backend", "why"]
+
+
+def test_status_reports_a_setting_that_cannot_run():
+    with use_backend("lca=native"):
+        row = next(row for row in ceit_kernels.status() if (row.operator, row.device) == ("lca", "cpu"))
+    assert row.backend is None
+    assert "lca has no native implementation" in row.reason
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_environment_sets_the_default():
+    code = "from ceit_kernels import backends as b; print(b.current_backend('lca'), b.current_backend('leff'))"
+    assert run_python(code, CEIT_KERNELS_BACKEND="lca=triton").stdout.split() == ["triton", "auto"]
+    assert run_python(code, CEIT_KERNELS_BACKEND="").stdout.split() == ["auto", "auto"]
+    wrong = run_python(code, CEIT_KERNELS_BACKEND="fastest")
+    assert wrong.returncode != 0
+    assert "CEIT_KERNELS_BACKEND: unknown backend 'fastest'" in wrong.stderr
+
+
+def test_without_triton_the_package_works_and_says_so():
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+sys.modules["triton"] = None
+import torch, ceit_kernels
+ceit_kernels.FusedLCAAttention(16)(torch.randn(1, 3, 16)).sum().backward()
+with ceit_kernels.use_backend("lca=triton"):
+    try:
+        ceit_kernels.FusedLCAAttention(16)(torch.randn(1, 3, 16))
+    except ceit_kernels.BackendError as error:
+        print(error)
+"""
+    assert "triton is not installed" in run_python(code).stdout

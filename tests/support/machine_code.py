@@ -1,0 +1,99 @@
+"""What the Triton compiler makes of a recorded launch for a chip, with no GPU present."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ceit_kernels.common.launch import Launch
+
+# Shared memory that one program instance may use, in bytes, by compute capability.
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+CHIPS = tuple(SHARED_MEMORY)
+
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+_TENSOR_CORE = re.compile(r"\b(?:HMMA|DMMA|HGMMA|UTCHMMA|UTCQMMA|OMMA)\b")
+_WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\S*\.128\b|\bUTMALDG\b")
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What a chip would execute.
+
+    Attributes:
+        shared_bytes: shared memory of a program instance.
+        registers: registers of a thread.
+        local_bytes: local memory of a thread, which is device memory: spilled registers.
+        products: matrix products that the kernel asks for.
+        tensor_core_instructions: instructions that carry them out.
+        wide_loads: loads of 16 bytes a thread from device memory.
+    """
+
+    shared_bytes: int
+    registers: int
+    local_bytes: int
+    products: int
+    tensor_core_instructions: int
+    wide_loads: int
+
+
+def _source(launch: Launch) -> ASTSource:
+    """Types and known divisors of the arguments, as Triton's launcher would specialise them."""
+    constant_names = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if name in constant_names or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], divisible = _POINTERS[value.dtype], True
+        else:
+            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _compile(launch: Launch, target: GPUTarget):
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(_source(launch), target=target, options=options)
+
+
+def compile_for_nvidia(launch: Launch, compute_capability: int) -> MachineCode:
+    compiled = _compile(launch, GPUTarget("cuda", compute_capability, 32))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        dump = [subprocess.run([_CUOBJDUMP, option, cubin.name], capture_output=True, text=True, check=True).stdout
+                for option in ("-res-usage", "-sass")]  # fmt: skip
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump[0])}
+    return MachineCode(
+        shared_bytes=compiled.metadata.shared,
+        registers=usage["REG"],
+        local_bytes=usage["LOCAL"] + usage["STACK"],
+        products=len(re.findall(r"= tt\.dot ", compiled.asm["ttir"])),
+        tensor_core_instructions=len(_TENSOR_CORE.findall(dump[1])),
+        wide_loads=len(_WIDE_LOAD.findall(dump[1])),
+    )
+
+
+def compile_for_amd(launch: Launch, architecture: str = "gfx942") -> str:
+    """The assembler text for an AMD chip."""
+    return _compile(launch, GPUTarget("hip", architecture, 64)).asm["amdgcn"]
