@@ -1,0 +1,7 @@
+"""The CeiT family of vision transformers, with the fused operators of `ceit_kernels` behind one argument."""
+
+from .checkpoint import load_checkpoint
+from .model import CeiT
+from .registry import create_model, list_models
+
+__all__ = ["CeiT", "create_model", "list_models", "load_checkpoint"]

@@ -1,0 +1,101 @@
+"""The command line: `python -m ceit {train,evaluate,demo,info}`."""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm.utils import world_info_from_env
+
+import ceit_kernels
+
+from . import training_state as disk
+from .demo import DemoFailed, DemoOptions, demo
+from .evaluate import evaluate_checkpoint
+from .machine import devices, versions
+from .options import EvaluateOptions, TrainOptions, UsageError, add_options
+from .progress import TrainingFailed
+from .train import train
+
+_logger = logging.getLogger("ceit.main")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="python -m ceit", description="Train and evaluate CeiT.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, options, help in (
+        ("train", TrainOptions, "train a model on the digits or on a folder of images"),
+        ("evaluate", EvaluateOptions, "accuracy of a checkpoint on test images"),
+        ("demo", DemoOptions, "train on the digits with plain and with fused operators, and compare"),
+    ):
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        add_options(command, options)
+        command.set_defaults(options=options)
+    commands.add_parser("info", help="what would run here, and why", description="What would run here, and why.")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 if it failed, 2 if it was used wrongly, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given = vars(build_parser().parse_args(arguments))
+    command, options_class = given.pop("command"), given.pop("options", None)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    # Of the processes that torchrun starts, one speaks.
+    logging.getLogger("ceit").setLevel(logging.INFO if world_info_from_env()[1] == 0 else logging.WARNING)
+    options = options_class(**given) if options_class else None
+    try:
+        _COMMANDS[command](options)
+    except (UsageError, ceit_kernels.BackendError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingFailed, DemoFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{_how_to_resume(arguments, options)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(options: TrainOptions) -> None:
+    result = train(options)
+    _logger.info(
+        "test accuracy %.2f%% (best %.2f%% after epoch %d), %.0f images/s; everything is in %s",
+        result.accuracy,
+        result.best_accuracy,
+        result.best_epoch,
+        result.images_per_second,
+        options.output,
+    )
+
+
+def _evaluate(options: EvaluateOptions) -> None:
+    metrics = evaluate_checkpoint(options)
+    if _logger.isEnabledFor(logging.INFO):
+        print(f"top-1 {metrics.top1:.2f}%  top-5 {metrics.top5:.2f}%  loss {metrics.loss:.4f}  {metrics.images} images")
+
+
+def _info(_: None) -> None:
+    print(ceit_kernels.status())
+    print()
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print("\n".join(devices()))
+
+
+def _how_to_resume(arguments: list[str], options: object) -> str:
+    if not isinstance(options, TrainOptions):
+        return ""
+    if not (Path(options.output) / disk.LAST).is_file():
+        return " before the first checkpoint"
+    again = arguments if options.resume else [*arguments, "--resume"]
+    return f"; to go on: python -m ceit {shlex.join(again)}"
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "demo": demo, "info": _info}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Reading checkpoints into a model, without running anything that a file contains."""
+
+import logging
+import math
+import re
+from collections.abc import Collection, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from .model import CeiT
+
+_logger = logging.getLogger(__name__)
+
+_WEIGHTS = ("model", "state_dict")
+_EMA_WEIGHTS = ("model_ema", "state_dict_ema")
+_WRAPPERS = ("module.", "_orig_mod.")
+_MAX_LISTED = 8
+
+
+class _Inert:
+    """Takes the place of an object that a checkpoint carries beside the weights; swallows its contents."""
+
+    def __new__(cls, *args: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training scripts keep next to the weights: their arguments, and paths among these. Python 3.13 moved the paths.
+_STAND_INS = [(_Inert, "argparse.Namespace")] + [
+    (_Inert, f"{module}.{name}")
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+]
+
+
+def load_checkpoint(
+    model: nn.Module, path: str | PathLike, *, use_ema: bool = False, exclude: Collection[str] = ()
+) -> None:
+    """Load the weights of a checkpoint into a CeiT, plain or fused, bare or wrapped (DDP, torch.compile).
+
+    The file is a safetensors file, or was written by `torch.save`: a state_dict, or a dict that holds one under
+    "model" or "state_dict". Nothing in the file is run: of a pickle only tensors and plain containers are built.
+    Position embeddings are resampled if their number differs from the model's; the checkpoint's grid is then taken to
+    be square.
+
+    Args:
+        model: the model, or a wrapper of it. It is changed only if the whole checkpoint fits.
+        path: the file.
+        use_ema: whether to take the averaged weights, under "model_ema" or "state_dict_ema".
+        exclude: parameters and buffers, or modules such as "head", that keep the model's own values.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        TypeError: if there is no `CeiT` in the model.
+        ValueError: if the file is unreadable, holds no such weights, or its names and shapes do not match the model's.
+    """
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    source = _select_weights(_read(Path(path)), path, use_ema)
+    targets = {_unwrapped(name): tensor for name, tensor in model.state_dict().items()}
+    weights = checkpoint_filter_fn(source, model)
+    weights, targets = ({n: t for n, t in d.items() if not _matches(n, exclude)} for d in (weights, targets))
+    problems = _mismatches(weights, targets)
+    if problems:
+        hint = "nothing was loaded; exclude= leaves parts of the model as they are"
+        raise ValueError("\n  ".join([f"checkpoint {path} does not match the model, {hint}:", *problems]))
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(weights[name])
+    _logger.info("Loaded %d tensors from %s", len(targets), path)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit a state_dict to a model: wrappers' prefixes are stripped, position embeddings resampled to its grid.
+
+    Args:
+        state_dict: weights by name.
+        model: a `CeiT`, or a wrapper of one.
+
+    Returns:
+        Weights by name. Positions whose grid is not known, for want of a square number, are left as they are.
+
+    Raises:
+        TypeError: if there is no `CeiT` in the model.
+    """
+    weights = {_unwrapped(name): tensor for name, tensor in state_dict.items()}
+    ceit = next((module for module in model.modules() if isinstance(module, CeiT)), None)
+    if ceit is None:
+        raise TypeError(f"model: expected a CeiT or a wrapper of one, got {type(model).__name__}")
+    positions = weights.get("pos_embed")
+    if positions is not None and positions.ndim == 3 and positions.shape[1] != ceit.pos_embed.shape[1]:
+        num_patches = max(positions.shape[1] - ceit.num_prefix_tokens, 0)
+        side = math.isqrt(num_patches)
+        if side and side * side == num_patches:
+            weights["pos_embed"] = resample_abs_pos_embed(
+                positions, ceit.i2t.grid_size, (side, side), ceit.num_prefix_tokens
+            )
+    return weights
+
+
+def _read(path: Path) -> Any:
+    """The contents of a file, restricted to tensors and plain containers."""
+    with path.open("rb") as file:
+        try:
+            if path.suffix == ".safetensors":
+                return safetensors.torch.load(file.read())
+            with torch.serialization.safe_globals(_STAND_INS):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"checkpoint {path} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read; torch's own advice, to load it with less safety, is left out."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"it asks for {refused[1]}, and only tensors and plain containers are read"
+    return f"it is damaged or no checkpoint ({type(error).__name__})"
+
+
+def _select_weights(contents: Any, path: str | PathLike, use_ema: bool) -> Mapping[str, Tensor]:
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"checkpoint {path} holds a {type(contents).__name__}, expected a dict")
+    names = _EMA_WEIGHTS if use_ema else _WEIGHTS
+    # Without any of the names the file may be a bare state_dict.
+    candidates = [contents[name] for name in names if name in contents] + ([] if use_ema else [contents])
+    for weights in candidates:
+        if _is_state_dict(weights):
+            return weights
+    raise ValueError(
+        f"checkpoint {path} holds no state_dict under {' or '.join(map(repr, names))}; it has: "
+        + _listed([str(name) for name in contents])
+    )
+
+
+def _is_state_dict(contents: Any) -> bool:
+    if not isinstance(contents, Mapping) or not contents:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in contents.items())
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without the prefixes of DDP, torch.compile and averaged models."""
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def _matches(name: str, exclude: Collection[str]) -> bool:
+    return any(name == excluded or name.startswith(f"{excluded}.") for excluded in exclude)
+
+
+def _mismatches(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list[str]:
+    """One line for each way in which the names and shapes differ."""
+    missing = [name for name in targets if name not in weights]
+    unexpected = [name for name in weights if name not in targets]
+    shapes = [
+        f"{name}: {tuple(weights[name].shape)} given, {tuple(target.shape)} expected"
+        for name, target in targets.items()
+        if name in weights and weights[name].shape != target.shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes}
+    return [f"{kind} ({len(names)}): {_listed(names)}" for kind, names in kinds.items() if names]
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

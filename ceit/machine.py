@@ -1,0 +1,92 @@
+"""What a run runs on and by: versions, devices, memory, and the implementation behind every fused operator."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import timm
+import torch
+from torch import nn
+
+import ceit_kernels
+
+from .options import UsageError, usage_errors
+
+AMP_DTYPES = {"none": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_FUSED_CLASSES = {
+    "leff": ceit_kernels.FusedLeFF,
+    "lca": ceit_kernels.FusedLCAAttention,
+    "i2t": ceit_kernels.FusedImage2Tokens,
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide over the numbers."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "not installed"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "timm": timm.__version__,
+        "ceit-kernels": ceit_kernels.__version__,
+    }
+
+
+def devices() -> list[str]:
+    """The devices to run on, in words."""
+    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return [f"cpu {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", *gpus]
+
+
+def fused_operators(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, str]]:
+    """What runs every fused operator of `model`, by operator: {"backend": ..., "reason": ...}; empty for a plain model.
+
+    Args:
+        model: a model, fused or not.
+        device: where it runs.
+        dtype: what it computes in.
+
+    Raises:
+        UsageError: the backend that was asked for cannot run one of them.
+    """
+    present = {name for name, cls in _FUSED_CLASSES.items() if any(isinstance(m, cls) for m in model.modules())}
+    rows = [row for row in ceit_kernels.status(dtype) if row.operator in present and row.device == device.type]
+    for row in rows:
+        if row.backend is None:
+            raise UsageError(row.reason)
+    return {row.operator: {"backend": row.backend, "reason": row.reason} for row in rows}
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Largest memory so far in MB (1e6 bytes): tensors on a GPU, or everything of this process on the CPU.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run the fused operators by the backend `name` inside a `with` block; None leaves it to the environment."""
+    with ExitStack() as stack:
+        if name is not None:
+            with usage_errors("--backend"):
+                stack.enter_context(ceit_kernels.use_backend(name))
+        yield
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The context of mixed precision that the option `amp` names."""
+    return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != "none")

@@ -1,0 +1,248 @@
+"""Options of training and evaluation: one definition each for Python (dataclasses) and for the command line."""
+
+import argparse
+import copy
+import dataclasses
+import json
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from timm.utils import ParseKwargs
+
+AMP_TYPES = ("none", "bfloat16", "float16")
+SCHEDULES = ("cosine", "tanh", "step", "poly", "none")
+
+_RELATIONS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
+
+
+class UsageError(ValueError):
+    """An option, or a file that an option names, cannot be used; the message is one line for the user."""
+
+
+@contextmanager
+def usage_errors(what: str) -> Iterator[None]:
+    """Turn what a library raises about the user's input into a `UsageError` that begins with `what`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, TypeError, RuntimeError, OSError, AssertionError) as error:
+        raise UsageError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+class _KeyValues(ParseKwargs):
+    """timm's `key=value` parser, with an error of its own where a `=` is missing."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if "=" not in value:
+                parser.error(f"argument {option_string}: expected key=value, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def option(
+    default: Any, help: str, *, group: str, at_least=None, above=None, below=None, key_values=False, **argparse_kwargs
+) -> Any:
+    """A dataclass field that also describes its command line option and the range of its values.
+
+    Args:
+        default: the field's default, copied for every instance. A number gives the option its type, a bool makes it
+            --name and --no-name.
+        help: what it means, for --help, which adds the default.
+        group: heading in --help.
+        at_least: smallest number allowed.
+        above: number below all that are allowed.
+        below: number above all that are allowed.
+        key_values: whether it is given as key=value words.
+        **argparse_kwargs: for `argparse.ArgumentParser.add_argument`.
+    """
+    if key_values:
+        argparse_kwargs |= {"nargs": "*", "action": _KeyValues, "metavar": "KEY=VALUE"}
+    elif isinstance(default, bool):
+        argparse_kwargs["action"] = argparse.BooleanOptionalAction
+    elif isinstance(default, int | float):
+        argparse_kwargs["type"] = type(default)
+    metadata = {
+        "help": help,
+        "group": group,
+        "range": {"at least": at_least, "above": above, "below": below},
+        "argparse": argparse_kwargs,
+    }
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+
+
+_model = partial(option, group="model")
+_data = partial(option, group="data")
+_machine = partial(option, group="machine")
+_optimisation = partial(option, group="optimisation")
+_augmentation = partial(option, group="augmentation")
+_output = partial(option, group="output")
+_DIGITS_OR_FOLDER = (
+    "'digits' (scikit-learn's 1,797 scanned digits) or a folder with train/ and val/ (validation/, test/), "
+    "each with one folder of images per class"
+)
+_BACKENDS = "auto, reference, native or triton; unless given, the environment's CEIT_KERNELS_BACKEND, or auto"
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunOptions:
+    """What training and evaluation have in common: the model, the images and the machine."""
+
+    data: str = _data(None, _DIGITS_OR_FOLDER, required=True, metavar="digits|DIR")
+    batch_size: int = _data(128, "images per step and process", at_least=1)
+    crop_pct: float | None = _data(
+        None,
+        "share of a test image's side that is kept; unless given the model's own, 1 for digits",
+        type=float,
+        above=0,
+    )
+    workers: int = _data(2, "processes that load images; 0 loads in the main process", at_least=0)
+
+    model: str = _model("ceit_tiny_patch16_224", "name of the model", metavar="NAME")
+    model_kwargs: Mapping[str, Any] = _model({}, "arguments of the model, e.g. depth=6", key_values=True)
+    num_classes: int | None = _model(None, "number of classes; unless given the data's", type=int, at_least=1)
+    img_size: int | None = _model(
+        None, "side of the square input in pixels; unless given the model's own", type=int, at_least=1
+    )
+    checkpoint: str | None = _model(None, "file with the weights to start from", metavar="PATH")
+    fused: bool | str = _model(
+        "auto",
+        "use the fused operators; auto: those that are faster on this machine",
+        action=argparse.BooleanOptionalAction,
+    )
+    backend: str | None = _model(None, f"what runs the fused operators: {_BACKENDS}")
+
+    amp: str = _machine("none", "type of mixed precision", choices=AMP_TYPES)
+    device: str = _machine("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainOptions(RunOptions):
+    """Options of `ceit.train.train`."""
+
+    exclude: Sequence[str] = _model([], "what is not read from --checkpoint, e.g. head", nargs="*", metavar="NAME")
+    drop_path: float = _model(0.1, "rate of stochastic depth", at_least=0, below=1)
+    grad_checkpointing: bool = _model(False, "recompute activations in backward to save memory")
+    sync_bn: bool = _model(False, "BatchNorm statistics over all processes")
+
+    compile: bool = _machine(False, "train through torch.compile")
+
+    epochs: int = _optimisation(100, "passes over the training images", at_least=1)
+    accumulate: int = _optimisation(1, "batches whose gradients make one update", at_least=1)
+    opt: str = _optimisation("adamw", "optimizer, by timm's name", metavar="NAME")
+    lr: float = _optimisation(1e-3, "learning rate after warmup", above=0)
+    weight_decay: float = _optimisation(0.05, "weight decay of all but biases, norms and positions", at_least=0)
+    clip_grad: float | None = _optimisation(
+        None, "largest norm of the gradient; not clipped unless given", type=float, above=0
+    )
+    sched: str = _optimisation("cosine", "course of the learning rate", choices=SCHEDULES)
+    warmup_epochs: int = _optimisation(5, "epochs of linear warmup", at_least=0)
+    warmup_lr: float = _optimisation(1e-6, "learning rate at the start of warmup", at_least=0)
+    min_lr: float = _optimisation(1e-5, "lowest learning rate", at_least=0)
+    label_smoothing: float = _optimisation(0.1, "probability spread over all classes", at_least=0, below=1)
+    ema: bool = _optimisation(False, "also keep averaged weights; the test figures are then theirs")
+    ema_decay: float = _optimisation(0.9999, "decay of the average, reached by degrees", above=0, below=1)
+    seed: int = _optimisation(0, "seed of everything random", at_least=0)
+
+    scale: Sequence[float] | None = _augmentation(
+        None,
+        "range of the random crop's area; unless given 0.08 1, for digits 0.8 1",
+        type=float,
+        nargs=2,
+        above=0,
+        metavar=("MIN", "MAX"),
+    )
+    ratio: Sequence[float] | None = _augmentation(
+        None,
+        "range of the random crop's aspect ratio; unless given 0.75 1.33, for digits 0.85 1.18",
+        type=float,
+        nargs=2,
+        above=0,
+        metavar=("MIN", "MAX"),
+    )
+    hflip: float | None = _augmentation(
+        None, "probability of a horizontal flip; unless given 0.5, for digits 0", type=float, at_least=0
+    )
+    color_jitter: float = _augmentation(0.0, "strength of colour jitter", at_least=0)
+    auto_augment: str | None = _augmentation(
+        None, "timm's policy, e.g. rand-m9-mstd0.5-inc1; off unless given", metavar="POLICY"
+    )
+    random_erasing: float = _augmentation(0.0, "probability of erasing a patch", at_least=0)
+    mixup: float = _augmentation(0.0, "alpha of mixup; 0 is off", at_least=0)
+    cutmix: float = _augmentation(0.0, "alpha of cutmix; 0 is off", at_least=0)
+
+    output: str = _output("runs/train", "folder of the checkpoints and the metrics", metavar="DIR")
+    resume: str | None = _output(
+        None,
+        "go on from a checkpoint; auto (or no value): from the output folder's, if there is one",
+        nargs="?",
+        const="auto",
+        metavar="auto|PATH",
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvaluateOptions(RunOptions):
+    """Options of `ceit.evaluate.evaluate_checkpoint`; what a checkpoint of `ceit train` records need not be given."""
+
+    checkpoint: str = _model(None, "file with the weights", required=True, metavar="PATH")
+    model: str | None = _model(
+        None, "name of the model; needed unless the checkpoint is one of `ceit train`", metavar="NAME"
+    )
+    ema: bool = _model(False, "evaluate the averaged weights")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add an option to `parser` for every field of the dataclass `options`, in its groups, with its default."""
+    groups = {}
+    for field in dataclasses.fields(options):
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = field.default_factory()
+        action = groups[group].add_argument(flag(field.name), default=default, help="", **field.metadata["argparse"])
+        shown = "" if default is None or default in ({}, []) else f" (default: {_text(default)})"
+        action.help = (field.metadata["help"] + shown).replace("%", "%%")
+
+
+def check(options: Any) -> None:
+    """Check that every option of a dataclass lies in its range.
+
+    Raises:
+        UsageError: naming the option, what was given and what is expected.
+    """
+    for field in dataclasses.fields(options):
+        value, kwargs = getattr(options, field.name), field.metadata["argparse"]
+        if value is None:
+            if kwargs.get("required"):
+                raise UsageError(f"{flag(field.name)} must be given")
+            continue
+        choices = kwargs.get("choices")
+        if choices and value not in choices:
+            raise UsageError(f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            for relation, bound in field.metadata["range"].items():
+                if bound is not None and not _RELATIONS[relation](number, bound):
+                    raise UsageError(f"{flag(field.name)} must be {relation} {bound}, got {_text(value)}")
+
+
+def plain(options: RunOptions) -> dict[str, Any]:
+    """The options as JSON has them: strings, numbers, lists and dicts."""
+    return json.loads(json.dumps(dataclasses.asdict(options)))
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field's name."""
+    return "--" + name.replace("_", "-")
+
+
+def _text(value: Any) -> str:
+    """A value as a user writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={part}" for name, part in value.items())
+    return " ".join(f"{part:.4g}" for part in value) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,34 @@
+"""Gradient checkpointing that leaves BatchNorm's running statistics right."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_module(module: nn.Module, *args: Any) -> Tensor:
+    """Call `module(*args)`, keeping only its inputs and recomputing the rest in the backward pass.
+
+    Outputs, gradients and buffers are those of a plain call. torch.compile keeps what changes a buffer out of the
+    recomputation by itself.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(module, *args, use_reentrant=False)
+    return checkpoint(
+        module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_unchanged(module))
+    )
+
+
+@contextmanager
+def _buffers_unchanged(module: nn.Module) -> Iterator[None]:
+    """Put back the buffers on leaving: BatchNorm would count the batch a second time when it is recomputed."""
+    saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ceit.building import build_model
+from ceit.data import create_test_loader, open_split
+from ceit.distributed import Place
+from ceit.evaluate import evaluate, evaluate_checkpoint
+from ceit.options import EvaluateOptions, UsageError
+from ceit.train import train
+
+CPU = Place(torch.device("cpu"))
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+}
+
+
+@pytest.fixture
+def trained(options, tmp_path):
+    settings = options(ema=True)
+    return settings, train(settings), str(tmp_path / "run" / "last.pt")
+
+
+def test_every_test_image_counts_once(options):
+    settings = options(num_classes=7)
+    torch.manual_seed(0)
+    model = build_model(settings)
+    loader = create_test_loader(open_split(settings.data, training=False), settings, CONFIG, CPU)
+    metrics = evaluate(model, loader, CPU)
+    batches = list(loader)
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.no_grad():
+        logits = model.eval()(images)
+    ranks = (logits > logits.gather(1, targets[:, None])).sum(1)
+    assert metrics.images == len(targets) == 13
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert metrics.top1 == pytest.approx(100 * (ranks < 1).double().mean().item())
+    assert metrics.top5 == pytest.approx(100 * (ranks < 5).double().mean().item())
+
+
+def test_with_fewer_than_five_classes_top5_is_100(options):
+    settings = options()
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x.new_tensor([0.0, 1.0, 0.0]).expand(len(x), 3)
+
+    loader = create_test_loader(open_split(settings.data, training=False), settings, CONFIG, CPU)
+    metrics = evaluate(Constant(), loader, CPU)
+    assert (metrics.top1, metrics.top5) == (pytest.approx(100 * 4 / 13), 100.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_checkpoint_of_training_needs_no_description(trained, fused):
+    settings, result, path = trained
+    metrics = evaluate_checkpoint(
+        EvaluateOptions(data=settings.data, checkpoint=path, ema=True, fused=fused, workers=0, device="cpu")
+    )
+    assert (metrics.top1, metrics.images) == (pytest.approx(result.accuracy), 13)
+
+
+def test_averaged_and_last_weights_are_told_apart(trained):
+    settings, _, path = trained
+    losses = {
+        ema: evaluate_checkpoint(
+            EvaluateOptions(data=settings.data, checkpoint=path, ema=ema, workers=0, device="cpu")
+        ).loss
+        for ema in (True, False)
+    }
+    assert losses[True] != losses[False]
+
+
+def test_another_image_size_resamples_the_positions(trained):
+    settings, _, path = trained
+    options = EvaluateOptions(data=settings.data, checkpoint=path, img_size=64, workers=0, device="cpu")
+    assert evaluate_checkpoint(options).images == 13
+
+
+def test_anothers_checkpoint_needs_the_model_name(trained, tmp_path):
+    settings, _, path = trained
+    weights = torch.load(path, weights_only=True)["model"]
+    bare = str(tmp_path / "bare.pt")
+    torch.save(weights, bare)
+    common = {"data": settings.data, "checkpoint": bare, "workers": 0, "device": "cpu"}
+    with pytest.raises(UsageError, match=r"not one of `ceit train`.*for another's checkpoint give --model"):
+        evaluate_checkpoint(EvaluateOptions(**common))
+    described = {"model": "ceit_tiny_patch16_224", "model_kwargs": settings.model_kwargs, "img_size": 32}
+    ours = evaluate_checkpoint(EvaluateOptions(data=settings.data, checkpoint=path, workers=0, device="cpu"))
+    assert evaluate_checkpoint(EvaluateOptions(**common, **described)) == ours
+
+
+def test_images_of_other_classes_are_named(trained, make_images, tmp_path):
+    root = make_images(tmp_path / "other", {"val/ant": 2, "val/dog": 2})
+    with pytest.raises(UsageError, match="classes of the checkpoint and the test images differ: bee, cat only in the"):
+        evaluate_checkpoint(EvaluateOptions(data=str(root), checkpoint=trained[2], workers=0, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": None}, "--checkpoint must be given"),
+        ({"checkpoint": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+        ({"model": "ceit_tiny_patch16_224"}, "--checkpoint: checkpoint .* does not match the model"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(trained, changes, message):
+    settings, _, path = trained
+    options = {"data": settings.data, "checkpoint": path, "workers": 0, "device": "cpu", **changes}
+    with pytest.raises(UsageError, match=message):
+        evaluate_checkpoint(EvaluateOptions(**options))
