@@ -14,6 +14,9 @@ TTSEM := ttsem==0.1.0
 demo: $(READY)
 	$(RUN) -m ceit demo
 
+# Two test processes share two cores: a thread each.
+test prove: export OMP_NUM_THREADS = 1
+
 test: lint
 	$(PYTEST) -n 2 -m "not prove"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "not prove" tests/ceit_kernels
