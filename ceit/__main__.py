@@ -11,12 +11,12 @@ from timm.utils import world_info_from_env
 
 import ceit_kernels
 
-from . import training_state as disk
 from .demo import DemoFailed, DemoOptions, demo
 from .evaluate import evaluate_checkpoint
-from .machine import devices, versions
-from .options import EvaluateOptions, TrainOptions, UsageError, add_options
-from .progress import TrainingFailed
+from .running import training_state as disk
+from .running.machine import devices, versions
+from .running.options import EvaluateOptions, TrainOptions, UsageError, add_options
+from .running.progress import TrainingFailed
 from .train import train
 
 _logger = logging.getLogger("ceit.main")

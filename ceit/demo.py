@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from . import training_state as disk
-from .options import UsageError, check, option
+from .running import training_state as disk
+from .running.options import UsageError, check, option
 
 KINDS = ("plain", "fused")
 
@@ -56,8 +56,8 @@ def demo(options: DemoOptions) -> None:
     """
     check(options)
     try:
-        from .plots import draw_comparison
-        from .tables import show_comparison
+        from .running.plots import draw_comparison
+        from .running.tables import show_comparison
     except ImportError as error:
         raise UsageError(f"the demo needs {error.name}: pip install 'ceit-kernels[demo]'") from error
     output = Path(options.output)

@@ -9,14 +9,14 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
-from .building import build_model, number_of_classes
 from .checkpoint import load_checkpoint
 from .data import check_classes, create_test_loader, open_split, resolve_data_options
-from .distributed import Place, processes
-from .machine import AMP_DTYPES, autocast, backend, fused_operators
-from .options import EvaluateOptions, UsageError, check, usage_errors
-from .progress import progress_bar
-from .training_state import load_checkpoint_state
+from .running.building import build_model, number_of_classes
+from .running.distributed import Place, processes
+from .running.machine import AMP_DTYPES, autocast, backend, fused_operators
+from .running.options import EvaluateOptions, UsageError, check, usage_errors
+from .running.progress import progress_bar
+from .running.training_state import load_checkpoint_state
 
 _logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
         with usage_errors("--checkpoint"):
             load_checkpoint(model, options.checkpoint, use_ema=options.ema)
         model = model.to(place.device)
-        operators = fused_operators(model, place.device, AMP_DTYPES[options.amp])
+        operators = fused_operators(model, place.device, AMP_DTYPES[options.amp], "inference")
         _logger.info("fused operators: %s", {name: by["backend"] for name, by in operators.items()} or "none")
         config = resolve_model_data_config(model, args={"img_size": options.img_size})
         return evaluate(model, create_test_loader(split, options, config, place), place, options.amp)

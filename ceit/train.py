@@ -22,15 +22,15 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
 from torch import nn
 
-from . import training_state as disk
-from .building import build_model, number_of_classes
 from .checkpoint import load_checkpoint
 from .data import check_classes, create_test_loader, create_train_loader, open_split, resolve_data_options
-from .distributed import Place, parallel, processes
 from .evaluate import evaluate
-from .machine import AMP_DTYPES, autocast, backend, fused_operators, peak_memory_mb, versions
-from .options import TrainOptions, UsageError, check, plain, usage_errors
-from .progress import EpochProgress, progress_bar
+from .running import training_state as disk
+from .running.building import build_model, number_of_classes
+from .running.distributed import Place, parallel, processes
+from .running.machine import AMP_DTYPES, autocast, backend, fused_operators, peak_memory_mb, versions
+from .running.options import TrainOptions, UsageError, check, plain, usage_errors
+from .running.progress import EpochProgress, progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def train(options: TrainOptions) -> Result:
 
         random_seed(options.seed)
         model = _prepare_model(options, place)
-        operators = fused_operators(model, place.device, AMP_DTYPES[options.amp])
+        operators = fused_operators(model, place.device, AMP_DTYPES[options.amp], "training")
         config = resolve_model_data_config(model, args={"img_size": options.img_size})
         train_loader = create_train_loader(train_split, options, config, place)
         test_loader = create_test_loader(test_split, options, config, place)

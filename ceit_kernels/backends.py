@@ -6,6 +6,7 @@ Every operator has a reference in plain PyTorch, which runs anywhere. ``IMPLEMEN
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 __all__ = [
     "BACKENDS",
     "OPERATORS",
+    "PHASES",
     "BackendError",
     "Choice",
     "OperatorStatus",
@@ -32,11 +34,13 @@ __all__ = [
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
-# What each operator is implemented in beside plain PyTorch, the best first.
-IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "leff": (),
-    "lca": ("triton",),
-    "i2t": (),
+PHASES = ("inference", "training")
+
+# What each operator is implemented in beside plain PyTorch, the best first, and for which phases.
+IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
+    "leff": {"triton": ("inference",)},
+    "lca": {"triton": PHASES},
+    "i2t": {},
 }
 OPERATORS = tuple(IMPLEMENTED)
 
@@ -126,20 +130,29 @@ def _triton_refusal(device_type: str, device_index: int | None, dtype: torch.dty
 
 
 def _refusal(
-    operator: str, backend: str, device_type: str, device_index: int | None, dtype: torch.dtype, limit: str | None
+    operator: str,
+    phase: str,
+    backend: str,
+    device_type: str,
+    device_index: int | None,
+    dtype: torch.dtype,
+    limit: str | None,
 ) -> str | None:
     """Why a backend cannot serve a call, or None if it can."""
     if backend == "reference":
         return None
-    if backend not in IMPLEMENTED[operator]:
-        return f"{operator} has no {backend} implementation"
+    phases = IMPLEMENTED[operator].get(backend, ())
+    if phase not in phases:
+        return f"{operator} has no {backend} implementation" + (f" of {phase}" if phases else "")
     return limit or _triton_refusal(device_type, device_index, dtype)
 
 
-def _decide(operator: str, device_type: str, device_index: int | None, dtype: torch.dtype, limit: str | None) -> Choice:
+def _decide(
+    operator: str, phase: str, device_type: str, device_index: int | None, dtype: torch.dtype, limit: str | None
+) -> Choice:
     wanted = _setting[operator]
     if wanted != "auto":
-        refusal = _refusal(operator, wanted, device_type, device_index, dtype, limit)
+        refusal = _refusal(operator, phase, wanted, device_type, device_index, dtype, limit)
         if refusal is not None:
             raise BackendError(f"{operator}: backend {wanted!r} was asked for but cannot run: {refusal}")
         return Choice(wanted, "asked for")
@@ -148,7 +161,7 @@ def _decide(operator: str, device_type: str, device_index: int | None, dtype: to
         if backend == "triton" and device_type == "cpu":
             refusals.append("triton: the tensor is on the CPU")
             continue
-        refusal = _refusal(operator, backend, device_type, device_index, dtype, limit)
+        refusal = _refusal(operator, phase, backend, device_type, device_index, dtype, limit)
         if refusal is None:
             return Choice(backend, "the fastest that can run")
         refusals.append(f"{backend}: {refusal}")
@@ -159,34 +172,36 @@ def _place(x: Tensor) -> tuple[str, int | None]:
     return ("cuda", x.device.index) if x.is_cuda else (x.device.type, None)
 
 
-def choose(operator: str, x: Tensor, dtype: torch.dtype, limit: str | None = None) -> Choice:
+def choose(operator: str, x: Tensor, dtype: torch.dtype, limit: str | None = None, phase: str = "inference") -> Choice:
     """The backend for a call of an operator.
 
     Args:
         operator: one of ``OPERATORS``.
         x: a tensor of the call, for its device.
         dtype: what the call computes in, which is not the dtype of ``x`` under autocast.
-        limit: why the call's sizes are beyond every backend but the reference, if they are.
+        limit: why the call is beyond every backend but the reference, if it is.
+        phase: ``"inference"``, or ``"training"`` for a call that needs gradients or statistics, where that matters.
 
     Raises:
         BackendError: the backend that was asked for cannot serve the call.
     """
-    return _decide(operator, *_place(x), dtype, limit)
+    return _decide(operator, phase, *_place(x), dtype, limit)
 
 
 def require(operator: str, backend: str, x: Tensor, dtype: torch.dtype, limit: str | None = None) -> None:
-    """Raise ``BackendError`` unless ``backend`` has a registered operator that can serve the call."""
+    """Raise ``BackendError`` unless ``backend`` has a registered operator that can serve the call in some phase."""
     refusal = "it is plain PyTorch, call the function in ceit_kernels instead" if backend == "reference" else None
-    refusal = refusal or _refusal(operator, backend, *_place(x), dtype, limit)
+    refusal = refusal or _refusal(operator, "inference", backend, *_place(x), dtype, limit)
     if refusal is not None:
         raise BackendError(f"ceit::{operator}: backend {backend!r} cannot run: {refusal}")
 
 
 @dataclass(frozen=True)
 class OperatorStatus:
-    """What would run an operator on one kind of device; ``backend`` is None where nothing would."""
+    """What would run a phase of an operator on one kind of device; ``backend`` is None where nothing would."""
 
     operator: str
+    phase: str
     device: str
     backend: str | None
     reason: str
@@ -196,30 +211,30 @@ class Status(list[OperatorStatus]):
     """Rows of ``OperatorStatus``; its text is a table."""
 
     def __str__(self) -> str:
-        rows = [("operator", "device", "backend", "why")]
-        rows += [(row.operator, row.device, row.backend or "none", row.reason) for row in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        rows = [("operator", "phase", "device", "backend", "why")]
+        rows += [(row.operator, row.phase, row.device, row.backend or "none", row.reason) for row in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths, strict=True)), row[4]]) for row in rows
         )
 
 
 def status(dtype: torch.dtype = torch.float32) -> Status:
     """What would run each operator on this machine for inputs of ``dtype``, and why."""
-    rows = Status()
-    for operator in OPERATORS:
-        for device in ("cpu", "cuda"):
-            if device == "cuda" and not torch.cuda.is_available():
-                rows.append(OperatorStatus(operator, device, None, "no CUDA GPU is available to PyTorch"))
-                continue
-            try:
-                choice = _decide(operator, device, None, dtype, None)
-                rows.append(OperatorStatus(operator, device, choice.backend, choice.reason))
-            except BackendError as error:
-                rows.append(OperatorStatus(operator, device, None, str(error)))
-    return rows
+    places = itertools.product(OPERATORS, PHASES, ("cpu", "cuda"))
+    return Status(_operator_status(operator, phase, device, dtype) for operator, phase, device in places)
+
+
+def _operator_status(operator: str, phase: str, device: str, dtype: torch.dtype) -> OperatorStatus:
+    if device == "cuda" and not torch.cuda.is_available():
+        return OperatorStatus(operator, phase, device, None, "no CUDA GPU is available to PyTorch")
+    try:
+        choice = _decide(operator, phase, device, None, dtype, None)
+    except BackendError as error:
+        return OperatorStatus(operator, phase, device, None, str(error))
+    return OperatorStatus(operator, phase, device, *choice)
 
 
 def fast_operators() -> set[str]:
-    """The operators that something faster than plain PyTorch can run on this machine, as ``status`` has it."""
+    """The operators that something faster than plain PyTorch can run here, in some phase, as ``status`` has it."""
     return {row.operator for row in status() if row.backend not in (None, "reference")}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["Launch", "launch", "record_launches"]
+__all__ = ["Launch", "launch", "nvidia_options", "record_launches", "target_chip"]
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,33 @@ class Launch:
 
 
 _recorder: list[Launch] | None = None
+_recorded_chip = 90
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
+def record_launches(chip: int = 90) -> Iterator[list[Launch]]:
     """Collect the launches made inside the block in a list; none of them is performed.
 
     Under ``torch._subclasses.FakeTensorMode`` this needs neither a GPU nor memory.
+
+    Args:
+        chip: compute capability, times ten, of the GPU that they would be made for.
     """
-    global _recorder
-    outer, _recorder = _recorder, []
+    global _recorder, _recorded_chip
+    outer = _recorder, _recorded_chip
+    _recorder, _recorded_chip = [], chip
     try:
         yield _recorder
     finally:
-        _recorder = outer
+        _recorder, _recorded_chip = outer
+
+
+def target_chip(x: Tensor) -> int:
+    """Compute capability, times ten, of the GPU that launches on the device of ``x`` are for; 90 without a GPU."""
+    if _recorder is not None or not x.is_cuda or torch.version.hip is not None:
+        return _recorded_chip
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def launch(
@@ -59,9 +73,21 @@ def launch(
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, dict(arguments), num_warps, num_stages))
         return
+    options = {"num_warps": num_warps, "num_stages": num_stages, **nvidia_options(num_warps)}
     on_gpu = next((a for a in arguments.values() if isinstance(a, torch.Tensor) and a.is_cuda), None)
     if on_gpu is None:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](**arguments, **options)
     else:
         with torch.cuda.device(on_gpu.device):
-            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+            kernel[grid](**arguments, **options)
+
+
+def nvidia_options(num_warps: int) -> dict[str, int]:
+    """Compiler options for NVIDIA alone, none elsewhere.
+
+    Left to itself the assembler may stop at 64 or 128 registers a thread and spill the rest, for more program instances
+    at a time than there are.
+    """
+    if torch.version.hip is not None or num_warps > 8:
+        return {}
+    return {"maxnreg": 255}

@@ -61,7 +61,7 @@ class _Problem:
     @property
     def is_wide(self) -> bool:
         """Whether a head's rows are so wide that a full block of channels of them would not fit the registers."""
-        return self.dtype.itemsize >= 4 and triton.next_power_of_2(self.head_dim) * self.dtype.itemsize >= 512
+        return triton.next_power_of_2(self.head_dim) * self.dtype.itemsize >= 512
 
     @property
     def block_of_channels(self) -> int:
@@ -73,7 +73,7 @@ class _Problem:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": 8, "num_stages": 1 if self.is_wide else 2}
+        return {"num_warps": 8, "num_stages": 1 if self.is_wide and self.dtype.itemsize > 2 else 2}
 
 
 def _dropout_arguments(dropout_p: float, seed: Tensor | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import no_double_backward, register_autocast
+from ..common.registration import autocast_dtype, no_double_backward, register_autocast
 from .reference import lca_attention_reference
 
 __all__ = ["lca_attention"]
@@ -62,22 +62,15 @@ def lca_attention(
         BackendError: the backend that was asked for cannot serve the call.
     """
     scale = (x.shape[-1] // max(num_heads, 1)) ** -0.5 if scale is None else scale
-    _check(x, qkv_weight, qkv_bias, seed, num_heads, dropout_p, _autocast_dtype(x))
+    _check(x, qkv_weight, qkv_bias, seed, num_heads, dropout_p, autocast_dtype(x))
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    choice = backends.choose("lca", x, _autocast_dtype(x) or x.dtype, _limit(x, num_heads))
+    choice = backends.choose("lca", x, autocast_dtype(x) or x.dtype, _limit(x, num_heads))
     if choice.backend == "reference":
         return lca_attention_reference(x, qkv_weight, qkv_bias, num_heads, scale, dropout_p, seed)
     return torch.ops.ceit.lca_attention(
         x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, None, choice.backend
     )
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device_type = "cuda" if x.is_cuda else x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
 
 
 def _check(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .. import backends
 from ..common.checks import check_floating, check_shape
 from ..common.module import adopt
+from ..common.registration import autocast_dtype
+from .folding import forget
 from .grid import token_grid
+from .op import ACTIVATIONS, KERNEL_SIZES
 from .reference import leff_reference
 
 __all__ = ["FusedLeFF"]
@@ -86,14 +90,55 @@ class FusedLeFF(nn.Module):
         check_shape("x", x, "B", "N", self.conv1.in_channels)
         check_floating("x", x)
         grid_size = token_grid(x.shape[1], self.num_prefix_tokens, grid_size)
-        backends.choose("leff", x, x.dtype)
-        convolutions = (self.conv1, self.conv2, self.conv3)
+        activation = _activation_name(self.act)
+        choice = backends.choose("leff", x, autocast_dtype(x) or x.dtype, self._limit(activation), self._phase(x))
+        convolutions, norms = (self.conv1, self.conv2, self.conv3), (self.bn1, self.bn2, self.bn3)
+        if choice.backend != "reference":
+            parameters = [tensor for pair in zip(convolutions, norms, strict=True) for tensor in _parameters(*pair)]
+            eps = [getattr(norm, "eps", 0.0) for norm in norms]
+            settings = (*grid_size, self.num_prefix_tokens, activation, activation, None, choice.backend)
+            return torch.ops.ceit.leff_inference(x, parameters, None, eps, *settings)
         return leff_reference(
             x,
             [convolution.weight for convolution in convolutions],
             [convolution.bias for convolution in convolutions],
-            (self.bn1, self.bn2, self.bn3),
+            norms,
             self.act,
             grid_size,
             self.num_prefix_tokens,
         )
+
+    def train(self, mode: bool = True) -> FusedLeFF:
+        """Switch between training and inference, which also forgets the weights that were folded for inference."""
+        forget(self.conv1.weight)
+        return super().train(mode)
+
+    def _phase(self, x: Tensor) -> str:
+        if any(norm.training and not isinstance(norm, nn.Identity) for norm in (self.bn1, self.bn2, self.bn3)):
+            return "training"
+        differentiable = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        return "training" if differentiable and torch.is_grad_enabled() else "inference"
+
+    def _limit(self, activation: str | None) -> str | None:
+        if activation is None:
+            return f"the kernels have no {type(self.act).__name__}, they have {', '.join(ACTIVATIONS)}"
+        if self.conv2.kernel_size[0] not in KERNEL_SIZES:
+            return f"the kernels take depthwise kernels of side {KERNEL_SIZES}, not {self.conv2.kernel_size[0]}"
+        norms = (self.bn1, self.bn2, self.bn3)
+        if any(not isinstance(norm, nn.Identity) and norm.running_mean is None for norm in norms):
+            return "a BatchNorm without running statistics cannot be folded"
+        return None
+
+
+def _activation_name(activation: nn.Module) -> str | None:
+    """What the kernels call an activation module; None for one that they do not have."""
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    names = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.Identity: "identity"}
+    return names.get(type(activation))
+
+
+def _parameters(convolution: nn.Conv2d, norm: nn.Module) -> list[Tensor | None]:
+    """A layer's tensors in the order of the registered operator."""
+    norm_tensors = ("weight", "bias", "running_mean", "running_var")
+    return [convolution.weight, convolution.bias, *(getattr(norm, name, None) for name in norm_tensors)]

@@ -5,7 +5,7 @@ import pytest
 
 from ceit.__main__ import main
 from ceit.demo import EARLY_LIMITS, EPOCH_LIMIT, DemoFailed, DemoOptions, compare, demo, judge
-from ceit.options import UsageError
+from ceit.running.options import UsageError
 
 SMALL = ["--epochs", "2", "--img-size", "32", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"]
 
@@ -105,7 +105,7 @@ def test_the_table_says_what_ran():
 
     from rich.console import Console
 
-    from ceit.tables import show_comparison
+    from ceit.running.tables import show_comparison
 
     fused = {
         "lca": {"backend": "triton", "reason": "the fastest that can run"},

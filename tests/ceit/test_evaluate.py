@@ -3,11 +3,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ceit.building import build_model
 from ceit.data import create_test_loader, open_split
-from ceit.distributed import Place
 from ceit.evaluate import evaluate, evaluate_checkpoint
-from ceit.options import EvaluateOptions, UsageError
+from ceit.running.building import build_model
+from ceit.running.distributed import Place
+from ceit.running.options import EvaluateOptions, UsageError
 from ceit.train import train
 
 CPU = Place(torch.device("cpu"))

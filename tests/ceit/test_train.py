@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from ceit import train as training
-from ceit.building import build_model
-from ceit.distributed import Place
-from ceit.options import UsageError
-from ceit.progress import TrainingFailed
+from ceit.running.building import build_model
+from ceit.running.distributed import Place
+from ceit.running.options import UsageError
+from ceit.running.progress import TrainingFailed
+from ceit.running.training_state import load_checkpoint_state, save_checkpoint, write_atomically
 from ceit.train import train
-from ceit.training_state import load_checkpoint_state, save_checkpoint, write_atomically
 
 COMPILE = torch.compile
 
@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_with_exactly_the_numbers_of_an_uninterrupted_one(o
     child = f"""
 import os, signal
 import ceit.train as training
-from ceit.options import TrainOptions
+from ceit.running.options import TrainOptions
 
 update, seen = training._update, []
 def kill_in_the_second_epoch(run):

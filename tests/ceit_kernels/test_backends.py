@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import ceit_kernels
 from ceit_kernels import BackendError, FusedImage2Tokens, FusedLCAAttention, FusedLeFF, backends, use_backend
 
 CALLS = {
-    "leff": lambda: FusedLeFF(16)(torch.randn(1, 5, 16)),
+    "leff": lambda: FusedLeFF(16).eval().requires_grad_(False)(torch.randn(1, 5, 16)),
     "lca": lambda: FusedLCAAttention(16)(torch.randn(1, 5, 16)),
     "i2t": lambda: FusedImage2Tokens()(torch.randn(1, 3, 16, 16)),
 }
@@ -45,7 +46,8 @@ def test_an_unknown_backend_or_operator_is_named(setting, message):
 @pytest.mark.parametrize("operator", CALLS)
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_a_backend_that_cannot_run_is_an_error_with_the_reason(operator, backend):
-    reason = "the tensor is on the CPU" if (operator, backend) == ("lca", "triton") else f"{operator} has no {backend}"
+    runs_on_gpu = backend == "triton" and operator in ("lca", "leff")
+    reason = "the tensor is on the CPU" if runs_on_gpu else f"{operator} has no {backend} implementation"
     message = f"{operator}: backend '{backend}' was asked for but cannot run: {reason}"
     with use_backend(backend), pytest.raises(BackendError, match=message):
         CALLS[operator]()
@@ -79,19 +81,29 @@ def test_auto_takes_triton_on_a_gpu_that_is_new_enough(monkeypatch):
         backends.choose("lca", OnGPU(), torch.bfloat16)
 
 
+def test_a_phase_that_is_not_implemented_is_refused_and_left_to_plain_pytorch():
+    leff = FusedLeFF(16)
+    with use_backend("leff=triton"), pytest.raises(BackendError, match="leff has no triton implementation of training"):
+        leff(torch.randn(1, 5, 16))
+    with use_backend("leff=triton"), pytest.raises(BackendError, match="implementation of training"):
+        leff.eval()(torch.randn(1, 5, 16))
+    assert leff(torch.randn(1, 5, 16)).requires_grad
+
+
 def test_a_dtype_that_the_kernels_lack_is_refused():
-    monkeypatched = backends._refusal("lca", "triton", "cpu", None, torch.float8_e4m3fn, None)
-    assert "not in torch.float8_e4m3fn" in monkeypatched
+    with use_backend("triton"), pytest.raises(BackendError, match=r"not in torch\.float8_e4m3fn"):
+        backends.choose("lca", torch.zeros(1), torch.float8_e4m3fn)
 
 
 def test_status_has_a_row_for_every_operator_and_device_and_reads_as_a_table():
     rows = ceit_kernels.status()
-    assert {(row.operator, row.device) for row in rows} == {(o, d) for o in CALLS for d in ("cpu", "cuda")}
+    cells = {(row.operator, row.phase, row.device) for row in rows}
+    assert cells == set(itertools.product(CALLS, ("inference", "training"), ("cpu", "cuda")))
     assert all(row.reason for row in rows)
     assert {row.backend for row in rows if row.device == "cpu"} == {"reference"}
     lines = str(rows).splitlines()
-    assert len(lines) == 7
-    assert lines[0].split() == ["operator", "device", "backend", "why"]
+    assert len(lines) == 13
+    assert lines[0].split() == ["operator", "phase", "device", "backend", "why"]
 
 
 def test_status_reports_a_setting_that_cannot_run():

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ceit_kernels.common.launch import Launch
+from ceit_kernels.common.launch import Launch, nvidia_options
 
 # Shared memory that one program instance may use, in bytes, by compute capability.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -71,13 +71,13 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _compile(launch: Launch, target: GPUTarget):
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+def _compile(launch: Launch, target: GPUTarget, **options):
+    options |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(_source(launch), target=target, options=options)
 
 
 def compile_for_nvidia(launch: Launch, compute_capability: int) -> MachineCode:
-    compiled = _compile(launch, GPUTarget("cuda", compute_capability, 32))
+    compiled = _compile(launch, GPUTarget("cuda", compute_capability, 32), **nvidia_options(launch.num_warps))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from ..registry import create_model
 from .options import RunOptions, UsageError, usage_errors
-from .registry import create_model
 
 
 def build_model(options: RunOptions, **kwargs: Any) -> nn.Module:

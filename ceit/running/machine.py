@@ -43,19 +43,26 @@ def devices() -> list[str]:
     return [f"cpu {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", *gpus]
 
 
-def fused_operators(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, str]]:
+def fused_operators(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, phase: str
+) -> dict[str, dict[str, str]]:
     """What runs every fused operator of `model`, by operator: {"backend": ..., "reason": ...}; empty for a plain model.
 
     Args:
         model: a model, fused or not.
         device: where it runs.
         dtype: what it computes in.
+        phase: "inference" or "training".
 
     Raises:
         UsageError: the backend that was asked for cannot run one of them.
     """
     present = {name for name, cls in _FUSED_CLASSES.items() if any(isinstance(m, cls) for m in model.modules())}
-    rows = [row for row in ceit_kernels.status(dtype) if row.operator in present and row.device == device.type]
+    rows = [
+        row
+        for row in ceit_kernels.status(dtype)
+        if row.operator in present and (row.device, row.phase) == (device.type, phase)
+    ]
     for row in rows:
         if row.backend is None:
             raise UsageError(row.reason)

@@ -1,0 +1,133 @@
+"""The inference kernels against plain PyTorch."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.accuracy import assert_as_accurate
+from support.where import DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
+from torch import nn
+
+from ceit_kernels import FusedLeFF, use_backend
+
+pytestmark = pytest.mark.kernels
+
+# batch, height, width, prefix tokens, channels in, hidden and out, kernel size
+CASES = [
+    (2, 5, 4, 1, 24, 40, 24, 3),
+    (1, 3, 3, 0, 16, 32, 20, 5),
+    (3, 1, 1, 2, 16, 16, 16, 7),
+    (1, 7, 9, 1, 48, 70, 48, 3),
+    (1, 2, 3, 0, 8, 24, 200, 3),
+]
+
+
+def make_leff(in_features, hidden, out_features, kernel_size, dtype, prefix=1, seed=0, **options):
+    """A module with statistics and affine parameters that matter, ready for inference."""
+    torch.manual_seed(seed)
+    leff = FusedLeFF(in_features, hidden, out_features, kernel_size, num_prefix_tokens=prefix, **options)
+    for norm in leff.children():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return leff.eval().requires_grad_(False).to(DEVICE, dtype)
+
+
+def make_tokens(batch, tokens, channels, dtype, mean=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, tokens, channels, generator=generator, dtype=torch.float64) + mean).to(dtype).to(DEVICE)
+
+
+def run(backend, leff, x, grid_size):
+    with use_backend(f"leff={backend}"):
+        return leff(x, grid_size)
+
+
+def check(leff, x, grid_size):
+    exact = run("reference", copy.deepcopy(leff).double(), x.double(), grid_size)
+    fused, plain = (run(backend, leff, x, grid_size) for backend in ("triton", "reference"))
+    assert_as_accurate(["out"], [fused], [plain], [exact])
+    prefix = leff.num_prefix_tokens
+    if prefix:
+        assert torch.equal(fused[:, :prefix], x[:, :prefix])
+
+
+@pytest.mark.parametrize("with_bn", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_plain_pytorch(poisoned_memory, case, dtype, with_bn):
+    batch, height, width, prefix, channels, hidden, out, kernel_size = case
+    leff = make_leff(channels, hidden, out, kernel_size, dtype, prefix, with_bn=with_bn)
+    check(leff, make_tokens(batch, prefix + height * width, channels, dtype), (height, width))
+
+
+@pytest.mark.kernels(ttsem=False)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_to_rounding_in_float64(poisoned_memory, case):
+    batch, height, width, prefix, channels, hidden, out, kernel_size = case
+    leff = make_leff(channels, hidden, out, kernel_size, torch.float64, prefix)
+    x = make_tokens(batch, prefix + height * width, channels, torch.float64)
+    fused, plain = (run(backend, leff, x, (height, width)) for backend in ("triton", "reference"))
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_other_activations(activation, dtype):
+    leff = make_leff(16, 24, 16, 3, dtype, act_layer=activation)
+    check(leff, make_tokens(2, 10, 16, dtype), (3, 3))
+
+
+@settings(max_examples=3 if UNDER_TTSEM else 12, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    prefix=st.integers(0, 2),
+    channels=st.integers(1, 40),
+    hidden=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_agrees_at_any_size(batch, grid, prefix, channels, hidden, dtype):
+    leff = make_leff(channels, hidden, channels, 3, dtype, prefix)
+    check(leff, make_tokens(batch, prefix + grid[0] * grid[1], channels, dtype), grid)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_saturate_where_inputs_are_large(dtype):
+    leff = make_leff(16, 24, 16, 3, dtype)
+    nn.init.normal_(leff.bn1.weight, std=30.0)
+    nn.init.normal_(leff.bn2.weight, std=30.0)
+    check(leff, make_tokens(2, 10, 16, dtype, mean=5.0), (3, 3))
+
+
+def test_takes_strided_and_expanded_tokens():
+    leff = make_leff(16, 24, 16, 3, torch.float32)
+    x = make_tokens(10, 3, 16, torch.float32)
+    check(leff, x.transpose(0, 1), (3, 3))
+    check(leff, x[:1, :1].expand(2, 10, 16), (3, 3))
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    leff = make_leff(16, 24, 16, 3, torch.float32)
+    assert run("triton", leff, make_tokens(0, 10, 16, torch.float32), None).shape == (0, 10, 16)
+
+
+def test_two_runs_give_the_same_bits():
+    leff, x = make_leff(16, 24, 16, 3, torch.float32), make_tokens(2, 17, 16, torch.float32)
+    assert torch.equal(run("triton", leff, x, None), run("triton", leff, x, None))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, *([] if INTERPRETING else [torch.bfloat16])], ids=str)
+def test_autocast_gives_plain_pytorchs_dtype_and_accuracy(dtype, prefix):
+    leff, x = make_leff(16, 24, 16, 3, torch.float32, prefix), make_tokens(2, prefix + 9, 16, torch.float32)
+    exact = run("reference", copy.deepcopy(leff).double(), x.double(), (3, 3))
+    with torch.autocast("cpu" if UNDER_TTSEM else DEVICE, dtype):
+        fused, plain = (run(backend, leff, x, (3, 3)) for backend in ("triton", "reference"))
+    assert fused.dtype == plain.dtype
+    assert_as_accurate(["out"], [fused[:, prefix:].to(dtype)], [plain[:, prefix:].to(dtype)], [exact[:, prefix:]])
+    assert torch.equal(fused[:, :prefix], plain[:, :prefix])

@@ -1,0 +1,107 @@
+"""What the compilers make of the inference kernels for every chip, and how much a call launches and moves."""
+
+from math import prod
+
+import pytest
+import torch
+from support.machine_code import CHIPS, SHARED_MEMORY, compile_for_amd, compile_for_nvidia
+from torch._subclasses import FakeTensorMode
+
+from ceit_kernels.common.launch import record_launches
+from ceit_kernels.leff.folding import FoldedWeights
+from ceit_kernels.leff.launch import leff_inference_triton
+
+# channels, side of the image, prefix tokens; hidden channels are four times the channels
+SHAPES = {
+    "tiny": (192, 14, 1),
+    "small": (384, 14, 1),
+    "base": (768, 14, 1),
+    "tiny at 384": (192, 24, 1),
+    "small at 384": (384, 24, 1),
+    "Mix-FFN 56x56x64": (64, 56, 0),
+    "Mix-FFN 14x14x320": (320, 14, 0),
+}
+
+
+def record(shape, dtype, chip, *, batch=256, kernel_size=3, residual=False):
+    channels, side, prefix = SHAPES[shape]
+    with FakeTensorMode(), record_launches(chip) as launches:
+        wide = torch.empty(4 * channels, device="cuda", dtype=torch.promote_types(dtype, torch.float32))
+        expand = torch.empty(4 * channels, channels, device="cuda", dtype=dtype)
+        x = torch.empty(batch, prefix + side * side, channels, device="cuda", dtype=dtype)
+        taps = wide.new_empty(kernel_size**2, 4 * channels)
+        folded = FoldedWeights(expand, wide, taps, wide, torch.empty_like(expand.t()), wide[:channels])
+        settings = ((side, side), prefix, ("gelu", "gelu"), dtype, dtype)
+        leff_inference_triton(x, folded, x if residual else None, *settings)
+    return launches
+
+
+def check(launch, chip, products_on_tensor_cores=True):
+    code = compile_for_nvidia(launch, chip)
+    assert code.products
+    assert code.local_bytes == 0, "registers are spilled to device memory"
+    assert code.shared_bytes <= SHARED_MEMORY[chip]
+    assert code.wide_loads
+    assert bool(code.tensor_core_instructions) is products_on_tensor_cores
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_small_in_bfloat16_runs_on_tensor_cores_without_spills(chip):
+    for launch in record("small", torch.bfloat16, chip):
+        check(launch, chip)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_model_runs_on_tensor_cores_without_spills(shape, dtype, residual, chip):
+    for launch in record(shape, dtype, chip, residual=residual):
+        check(launch, chip)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_wide_types_fit_the_shared_memory_of_every_chip(shape, dtype, chip):
+    for launch in record(shape, dtype, chip):
+        assert compile_for_nvidia(launch, chip).shared_bytes <= SHARED_MEMORY[chip]
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kernel_size", [5, 7])
+def test_larger_kernels_fit_every_chip(kernel_size, chip):
+    for launch in record("tiny", torch.bfloat16, chip, kernel_size=kernel_size):
+        code = compile_for_nvidia(launch, chip)
+        assert code.tensor_core_instructions
+        assert code.shared_bytes <= SHARED_MEMORY[chip]
+
+
+def test_compiles_for_amd_with_matrix_instructions():
+    for launch in record("small", torch.bfloat16, 90):
+        assert "v_mfma" in compile_for_amd(launch)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "small", "base"])
+def test_a_call_makes_two_launches_and_moves_ten_passes_over_the_tokens(shape):
+    """The budget is 10.5 passes in 2 launches; `torch.compile` takes 37 in 6. Weights are no part of a pass."""
+    launches = record(shape, torch.bfloat16, 90)
+    channels, side, prefix = SHAPES[shape]
+    assert [launch.kernel.__name__ for launch in launches] == ["leff_expand_kernel", "leff_contract_kernel"]
+    tokens = 256 * (prefix + side * side)
+    moved = 0
+    for launch in launches:
+        # The second launch reads of x only the prefix.
+        names = ("p_x", "p_h") if launch is launches[0] else ("p_h", "p_out")
+        moved += sum(prod(launch.arguments[name].shape) * launch.arguments[name].itemsize for name in names)
+    assert moved / (2 * tokens * channels) <= 10.0
+    weights = sum(
+        prod(value.shape) * value.itemsize
+        for launch in launches
+        for name, value in launch.arguments.items()
+        if isinstance(value, torch.Tensor) and name not in ("p_x", "p_h", "p_out")
+    )
+    assert (moved + weights) / (2 * tokens * channels) <= 10.5
