@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_device", "check_dtype", "check_floating", "check_shape"]
+from .autocast import autocast_dtype
+
+__all__ = ["check_device", "check_dtype", "check_floating", "check_input", "check_shape"]
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
@@ -34,3 +36,12 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
     """Two arguments are on one device."""
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} like {like_name}, got {tensor.device}")
+
+
+def check_input(name: str, tensor: Tensor, like: Tensor, like_name: str, *expected: int | str) -> None:
+    """A module's input has the expected shape and, unless autocast sees to it, the dtype of the module's weight."""
+    check_shape(name, tensor, *expected)
+    check_floating(name, tensor)
+    check_device(name, tensor, like, like_name)
+    if autocast_dtype(tensor) is None:
+        check_dtype(name, tensor, like.dtype, like_name)

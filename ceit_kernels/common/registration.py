@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["autocast_dtype", "no_double_backward", "register_autocast"]
+__all__ = ["no_double_backward", "register_autocast"]
 
 _LIBRARY = torch.library.Library("ceit", "FRAGMENT")
 
@@ -48,11 +47,3 @@ def register_autocast(operator: str) -> Callable[[Callable[..., Any]], Callable[
         return function
 
     return register
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What products on ``x`` compute in under autocast; None where autocast is off or leaves ``x`` alone."""
-    device_type = "cuda" if x.is_cuda else x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)

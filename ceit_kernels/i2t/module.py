@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import backends
-from ..common.checks import check_floating, check_shape
+from ..common.checks import check_input
 from ..common.module import adopt
 from .reference import image2tokens_reference
 
@@ -40,10 +40,9 @@ class FusedImage2Tokens(nn.Module):
         """x (B, in_chans, H, W) -> (B, out_chans, H', W').
 
         Raises:
-            ValueError: x is no batch of images with ``in_chans`` channels.
+            ValueError, TypeError: x is no batch of images of the module's channels, dtype and device.
             BackendError: the backend that was asked for cannot serve the call.
         """
-        check_shape("x", x, "B", self.conv.in_channels, "H", "W")
-        check_floating("x", x)
+        check_input("x", x, self.conv.weight, "conv.weight", "B", self.conv.in_channels, "H", "W")
         backends.choose("i2t", x, x.dtype)
         return image2tokens_reference(x, self.conv.weight, self.bn, self.conv.stride[0])

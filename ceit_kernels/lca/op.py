@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..common.autocast import autocast_dtype
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import autocast_dtype, no_double_backward, register_autocast
+from ..common.registration import no_double_backward, register_autocast
 from .reference import lca_attention_reference
 
 __all__ = ["lca_attention"]

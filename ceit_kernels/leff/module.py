@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..common.checks import check_floating, check_shape
+from ..common.autocast import autocast_dtype
+from ..common.checks import check_input
 from ..common.module import adopt
-from ..common.registration import autocast_dtype
 from .folding import forget
 from .grid import token_grid
 from .op import ACTIVATIONS, KERNEL_SIZES
@@ -84,11 +84,10 @@ class FusedLeFF(nn.Module):
             (B, num_prefix_tokens + H * W, O).
 
         Raises:
-            ValueError: the tokens make no such image.
+            ValueError, TypeError: the tokens make no such image, or are not of the module's width, dtype or device.
             BackendError: the backend that was asked for cannot serve the call.
         """
-        check_shape("x", x, "B", "N", self.conv1.in_channels)
-        check_floating("x", x)
+        check_input("x", x, self.conv1.weight, "conv1.weight", "B", "N", self.conv1.in_channels)
         grid_size = token_grid(x.shape[1], self.num_prefix_tokens, grid_size)
         activation = _activation_name(self.act)
         choice = backends.choose("leff", x, autocast_dtype(x) or x.dtype, self._limit(activation), self._phase(x))

@@ -94,6 +94,16 @@ def compile_for_nvidia(launch: Launch, compute_capability: int) -> MachineCode:
     )
 
 
+def assert_efficient(launch: Launch, chip: int, tensor_cores: bool = True, wide_loads: bool = True) -> None:
+    """Nothing spilled, within the chip's shared memory, and products on tensor cores, unless they should not be."""
+    code = compile_for_nvidia(launch, chip)
+    assert code.products
+    assert code.local_bytes == 0, f"{launch.kernel.__name__} spills registers to device memory"
+    assert code.shared_bytes <= SHARED_MEMORY[chip]
+    assert code.wide_loads or not wide_loads
+    assert bool(code.tensor_core_instructions) is tensor_cores
+
+
 def compile_for_amd(launch: Launch, architecture: str = "gfx942") -> str:
     """The assembler text for an AMD chip."""
     return _compile(launch, GPUTarget("hip", architecture, 64)).asm["amdgcn"]

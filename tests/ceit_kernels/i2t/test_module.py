@@ -21,3 +21,7 @@ def test_wrong_inputs_are_named():
         FusedImage2Tokens()(torch.randn(2, 1, 8, 8))
     with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch\.uint8"):
         FusedImage2Tokens()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"x: expected torch\.float32 like conv\.weight, got torch\.float64"):
+        FusedImage2Tokens()(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x: expected on cpu like conv\.weight, got meta"):
+        FusedImage2Tokens()(torch.zeros(2, 3, 8, 8, device="meta"))

@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from support.machine_code import CHIPS, SHARED_MEMORY, compile_for_amd, compile_for_nvidia
+from support.machine_code import CHIPS, SHARED_MEMORY, assert_efficient, compile_for_amd, compile_for_nvidia
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
@@ -45,19 +45,10 @@ def record_all(*args, **kwargs):
     return forward + backward
 
 
-def check(launch, chip, products_on_tensor_cores=True, wide_loads=True):
-    code = compile_for_nvidia(launch, chip)
-    assert code.products
-    assert code.local_bytes == 0, "registers are spilled to device memory"
-    assert code.shared_bytes <= SHARED_MEMORY[chip]
-    assert code.wide_loads or not wide_loads
-    assert bool(code.tensor_core_instructions) is products_on_tensor_cores
-
-
 @pytest.mark.parametrize("chip", CHIPS)
 def test_small_in_bfloat16_runs_on_tensor_cores_without_spills(chip):
     for launch in record_all(*MODELS["small"], torch.bfloat16):
-        check(launch, chip)
+        assert_efficient(launch, chip)
 
 
 VARIANTS = {
@@ -78,7 +69,7 @@ VARIANTS = {
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_runs_on_tensor_cores_without_spills(model, dtype, variant, chip):
     for launch in record_all(*MODELS[model], dtype, **VARIANTS[variant]):
-        check(launch, chip)
+        assert_efficient(launch, chip)
 
 
 @pytest.mark.prove
@@ -86,7 +77,7 @@ def test_every_model_runs_on_tensor_cores_without_spills(model, dtype, variant, 
 @pytest.mark.parametrize("head_dim", [8, 24, 96, 128, 256])
 def test_any_head_size_runs_on_tensor_cores_without_spills(head_dim, chip):
     for launch in record_all(2 * head_dim, 2, torch.bfloat16):
-        check(launch, chip, wide_loads=head_dim >= 64)
+        assert_efficient(launch, chip, wide_loads=head_dim >= 64)
 
 
 @pytest.fixture(params=[True, False], ids=["tf32", "ieee"])
@@ -101,7 +92,7 @@ def allow_tf32(request):
 @pytest.mark.parametrize("model", MODELS)
 def test_float32_follows_allow_tf32_without_spills(allow_tf32, model, chip):
     for launch in record_all(*MODELS[model], torch.float32):
-        check(launch, chip, products_on_tensor_cores=allow_tf32)
+        assert_efficient(launch, chip, tensor_cores=allow_tf32)
 
 
 @pytest.mark.prove

@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from support.machine_code import CHIPS, SHARED_MEMORY, compile_for_amd, compile_for_nvidia
+from support.machine_code import CHIPS, SHARED_MEMORY, assert_efficient, compile_for_amd, compile_for_nvidia
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
@@ -36,19 +36,10 @@ def record(shape, dtype, chip, *, batch=256, kernel_size=3, residual=False):
     return launches
 
 
-def check(launch, chip, products_on_tensor_cores=True):
-    code = compile_for_nvidia(launch, chip)
-    assert code.products
-    assert code.local_bytes == 0, "registers are spilled to device memory"
-    assert code.shared_bytes <= SHARED_MEMORY[chip]
-    assert code.wide_loads
-    assert bool(code.tensor_core_instructions) is products_on_tensor_cores
-
-
 @pytest.mark.parametrize("chip", CHIPS)
 def test_small_in_bfloat16_runs_on_tensor_cores_without_spills(chip):
     for launch in record("small", torch.bfloat16, chip):
-        check(launch, chip)
+        assert_efficient(launch, chip)
 
 
 @pytest.mark.prove
@@ -58,7 +49,7 @@ def test_small_in_bfloat16_runs_on_tensor_cores_without_spills(chip):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_model_runs_on_tensor_cores_without_spills(shape, dtype, residual, chip):
     for launch in record(shape, dtype, chip, residual=residual):
-        check(launch, chip)
+        assert_efficient(launch, chip)
 
 
 @pytest.mark.prove

@@ -62,6 +62,10 @@ def test_wrong_inputs_are_named():
         FusedLeFF(4)(torch.randn(2, 10, 5))
     with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch.int64"):
         FusedLeFF(4)(torch.zeros(2, 10, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"x: expected torch\.float32 like conv1\.weight, got torch\.float16"):
+        FusedLeFF(4)(torch.zeros(2, 10, 4, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"x: expected on cpu like conv1\.weight, got meta"):
+        FusedLeFF(4)(torch.zeros(2, 10, 4, device="meta"))
     with pytest.raises(ValueError, match="kernel_size: expected an odd number, got 4"):
         FusedLeFF(4, kernel_size=4)
     with pytest.raises(ValueError, match="out_features: expected in_features=4, which prefix tokens keep, got 6"):
