@@ -7,25 +7,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["no_double_backward", "register_autocast"]
+__all__ = ["refuse_gradient", "register_autocast"]
 
 _LIBRARY = torch.library.Library("ceit", "FRAGMENT")
 
 
-def no_double_backward(backward_operator: str, function: str) -> None:
-    """Make the gradient of a backward operator an error.
+def refuse_gradient(operator: str, message: str) -> None:
+    """Make the gradient of an operator an error with this message.
 
-    Without a formula of its own, ``torch.autograd.grad(..., create_graph=True)`` would drop the second-order term in
-    silence. ``function`` is what the message calls the differentiable function.
+    Without any formula a gradient, or the second-order term of ``torch.autograd.grad(..., create_graph=True)``, would
+    be dropped in silence.
     """
 
     def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{function} is differentiable once; for second derivatives run it under "
-            'ceit_kernels.use_backend("reference")'
-        )
+        raise RuntimeError(message)
 
-    torch.library.register_autograd(backward_operator, backward, setup_context=lambda ctx, inputs, output: None)
+    torch.library.register_autograd(operator, backward, setup_context=lambda ctx, inputs, output: None)
 
 
 def register_autocast(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import no_double_backward, register_autocast
+from ..common.registration import refuse_gradient, register_autocast
 from .reference import lca_attention_reference
 
 __all__ = ["lca_attention"]
@@ -200,7 +200,11 @@ def _autograd_backward(ctx, grad_out):
 
 
 torch.library.register_autograd("ceit::lca_attention", _autograd_backward, setup_context=_setup_context)
-no_double_backward("ceit::lca_attention_backward", "ceit_kernels.lca_attention")
+refuse_gradient(
+    "ceit::lca_attention_backward",
+    "ceit_kernels.lca_attention is differentiable once; for second derivatives run it under "
+    'ceit_kernels.use_backend("reference")',
+)
 
 
 @register_autocast("ceit::lca_attention")

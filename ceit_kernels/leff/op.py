@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import register_autocast
+from ..common.registration import refuse_gradient, register_autocast
 from .folding import fold, parameters_per_layer
 from .grid import token_grid
 
@@ -109,6 +109,12 @@ def _forward_fake(
     out_features = _check(x, parameters, residual, eps, (height, width), num_prefix_tokens, activations, compute_dtype)
     dtype = _out_dtype(x, num_prefix_tokens, compute_dtype)
     return x.new_empty((x.shape[0], x.shape[1], out_features), dtype=dtype)
+
+
+refuse_gradient(
+    "ceit::leff_inference",
+    "ceit::leff_inference has no gradient; ceit_kernels.FusedLeFF runs by plain PyTorch where one is needed",
+)
 
 
 @register_autocast("ceit::leff_inference")

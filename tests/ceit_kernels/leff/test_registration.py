@@ -63,6 +63,13 @@ def test_the_first_activation_can_be_left_out(leff, x):
     torch.testing.assert_close(out, expected)
 
 
+def test_a_gradient_through_the_operator_is_an_error(leff, x):
+    settings = ([1e-5] * 3, 3, 3, 1, "gelu", "gelu", None, "triton")
+    out = torch.ops.ceit.leff_inference(x.requires_grad_(), parameters_of(leff), None, *settings)
+    with pytest.raises(RuntimeError, match="ceit::leff_inference has no gradient"):
+        out.sum().backward()
+
+
 def test_compiles_without_graph_breaks(leff, x):
     compiled = torch.compile(leff, fullgraph=True, backend="aot_eager")
     with use_backend("leff=triton"), torch.no_grad():
