@@ -84,7 +84,10 @@ _DIGITS_OR_FOLDER = (
     "'digits' (scikit-learn's 1,797 scanned digits) or a folder with train/ and val/ (validation/, test/), "
     "each with one folder of images per class"
 )
-_BACKENDS = "auto, reference, native or triton; unless given, the environment's CEIT_KERNELS_BACKEND, or auto"
+_BACKENDS = (
+    "auto, reference, native or triton, or for some operators only, e.g. lca=triton; unless given, the environment's "
+    "CEIT_KERNELS_BACKEND, or auto"
+)
 
 
 @dataclasses.dataclass(kw_only=True)

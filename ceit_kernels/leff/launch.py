@@ -25,15 +25,16 @@ class _Contract(NamedTuple):
     NO: int
 
 
-def _contract_blocks(out_features: int, dtype: torch.dtype, chip: int) -> _Contract:
+def _contract_blocks(out_features: int, dtype: torch.dtype, chip: int, has_residual: bool) -> _Contract:
     if dtype.itemsize > 2:
         return _Contract(16, 16, min(64, max(16, next_power_of_2(out_features))), 1)
     # All output channels in one program if the registers hold them: the hidden image is then computed once. Of the ways
     # to cover them, the one that pads least, with as few blocks as possible.
     ways = [(block, count) for block in (64, 128, 256) for count in (1, 2, 3)]
     block, count = min(ways, key=lambda way: (cdiv(out_features, way[0] * way[1]), way[0] * way[1], way[1]))
-    # Products of these two chips take an operand from shared memory, which leaves registers for larger blocks.
-    roomy = chip in (90, 100)
+    # Products of these two chips take an operand from shared memory, which leaves registers for larger blocks; a
+    # residual needs them in turn.
+    roomy = chip in (90, 100) and not has_residual
     if block * count <= 192:
         return _Contract(64 if roomy else 32, 64, block, count)
     if block * count <= 384:
@@ -88,7 +89,7 @@ def leff_inference_triton(
     )
 
     out = torch.empty(batch, tokens, out_features, dtype=out_dtype, device=x.device)
-    blocks = _contract_blocks(out_features, dtype, target_chip(x))
+    blocks = _contract_blocks(out_features, dtype, target_chip(x), residual is not None)
     places = batch * cdiv(height, 2) * width
     prefix_blocks = cdiv(batch * num_prefix_tokens, 2 * blocks.BX)
     launch(
