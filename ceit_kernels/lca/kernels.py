@@ -243,12 +243,15 @@ def lca_backward_scores_kernel(
 
 @triton.jit
 def lca_backward_input_kernel(
-    p_grad, p_weight, p_q, p_dq, p_p, p_ds, p_dx, B, L,
+    p_grad, p_weight, p_q, p_dq, p_p, p_ds, p_dx, B, L, H,
     C: tl.constexpr, D: tl.constexpr,
     BB: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx (B, L, C), a block of channels and a block of layers for BB images: the sum over the heads."""
+    """dx (B, L, C), a block of channels and a block of layers for BB images: the sum over the H heads.
+
+    H is no constant, or a loop over a few heads would be unrolled whole, for more registers than there are.
+    """
     o_b = tl.program_id(0) * BB + tl.arange(0, BB)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     o_l = tl.program_id(2) * BL + tl.arange(0, BL)
@@ -257,14 +260,14 @@ def lca_backward_input_kernel(
 
     b_dx = tl.zeros((BB, BL, BC), dtype=ACC)
     b_dlast = tl.zeros((BB, BC), dtype=ACC)
-    for i_h in range(C // D):
+    for i_h in range(H):
         b_q = _load_head(p_q, o_b, i_h, o_d, B, C, D, COMPUTE)
         b_weight = _load_weight(p_weight, C + i_h * D, o_d, o_c, C, D, COMPUTE)
         b_key = tl.dot(b_q, b_weight, input_precision=PRECISION, out_dtype=ACC)
         b_grad = _load_head(p_grad, o_b, i_h, o_d, B, C, D, COMPUTE)
         b_weight = _load_weight(p_weight, 2 * C + i_h * D, o_d, o_c, C, D, COMPUTE)
         b_value = tl.dot(b_grad, b_weight, input_precision=PRECISION, out_dtype=ACC)
-        offsets = (o_b.to(tl.int64) * (C // D) + i_h)[:, None] * L + o_l[None, :]
+        offsets = (o_b.to(tl.int64) * H + i_h)[:, None] * L + o_l[None, :]
         b_p = tl.load(p_p + offsets, mask=m_layers, other=0.0)
         b_ds = tl.load(p_ds + offsets, mask=m_layers, other=0.0)
         b_dx += b_p[:, :, None] * b_value[:, None, :] + b_ds[:, :, None] * b_key[:, None, :]

@@ -164,7 +164,7 @@ def lca_backward_triton(
         launch(
             lca_backward_input_kernel,
             (problem.images, blocks_of_channels, triton.cdiv(layers, problem.block_of_layers)),
-            {**shared, **scratch, "p_weight": qkv_weight, "p_dx": grad_x},
+            {**shared, **scratch, "p_weight": qkv_weight, "p_dx": grad_x, "H": num_heads},
             **problem.options,
         )
     if need_weight:
