@@ -1,0 +1,171 @@
+"""``ceit::i2t`` and its backward: schema, checks, autograd, autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..common.checks import check_device, check_dtype, check_floating, check_shape
+from ..common.registration import refuse_gradient, register_autocast
+from .launch import OUT_CHANNELS, i2t_backward_native, i2t_forward_native, pooled_size
+
+__all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "size_limit"]
+
+MAX_IN_CHANNELS = 4
+
+# With mean and variance they are BatchNorm's; without, the call's own are used and returned. The second result are the
+# places of the maxima in their windows, empty if nothing asks for them.
+torch.library.define(
+    "ceit::i2t",
+    "(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? variance, float eps, "
+    "bool need_indices, ScalarType? compute_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "ceit::i2t_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor indices, Tensor mean, "
+    "Tensor variance, float eps, bool training, ScalarType? compute_dtype, bool need_input, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def size_limit(x: Tensor, out_channels: int) -> str | None:
+    """Why sizes are beyond the kernels, if they are."""
+    if x.shape[1] > MAX_IN_CHANNELS:
+        return f"the kernels take images of up to {MAX_IN_CHANNELS} channels, x has {x.shape[1]}"
+    if out_channels not in OUT_CHANNELS:
+        return f"the kernels give {OUT_CHANNELS} channels, not {out_channels}"
+    if x.shape[0] == 0:
+        return "the batch is empty"
+    return None
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    check_shape("x", x, "B", "I", "H", "W")
+    check_floating("x", x)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x: expected images with at least one pixel and channel, got {tuple(x.shape)}")
+    check_shape("weight", weight, "O", x.shape[1], 7, 7)
+    check_floating("weight", weight)
+    check_device("weight", weight, x, "x")
+    if compute_dtype is None:
+        check_dtype("weight", weight, x.dtype, "x")
+    for name, tensor in (("gamma", gamma), ("beta", beta), ("mean", mean), ("variance", variance)):
+        if tensor is not None:
+            check_shape(name, tensor, weight.shape[0])
+            check_floating(name, tensor)
+            check_device(name, tensor, x, "x")
+    if (mean is None) != (variance is None):
+        raise ValueError("variance: expected with mean, or neither")
+
+
+def _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend) -> torch.dtype:
+    """Check a direct call of an operator; the dtype that it computes in."""
+    _check(x, weight, gamma, beta, mean, variance, compute_dtype)
+    dtype = compute_dtype or x.dtype
+    backends.require("i2t", backend, x, dtype, size_limit(x, weight.shape[0]))
+    return dtype
+
+
+@torch.library.impl("ceit::i2t", "default")
+def _forward(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
+    dtype = _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend)
+    out, indices, new_mean, new_variance = i2t_forward_native(
+        x, weight, gamma, beta, mean, variance, eps, need_indices, dtype
+    )
+    if mean is None:
+        return out, indices, new_mean, new_variance
+    return out, indices, new_mean.new_empty(0), new_mean.new_empty(0)
+
+
+@torch.library.register_fake("ceit::i2t")
+def _forward_fake(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
+    _check(x, weight, gamma, beta, mean, variance, compute_dtype)
+    dtype, training = compute_dtype or x.dtype, mean is None
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    size = (x.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3]), weight.shape[0])
+    indices = x.new_empty(size, dtype=torch.uint8).permute(0, 3, 1, 2) if training or need_indices else None
+    mean, variance = (x.new_empty(weight.shape[0] if training else 0, dtype=statistics) for _ in range(2))
+    out = x.new_empty(size, dtype=dtype).permute(0, 3, 1, 2)
+    return out, x.new_empty(0, dtype=torch.uint8) if indices is None else indices, mean, variance
+
+
+@torch.library.impl("ceit::i2t_backward", "default")
+def _backward(
+    grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input, backend
+):
+    dtype = _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend)
+    pooled = (x.shape[0], weight.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3]))
+    check_shape("grad_out", grad_out, *pooled)
+    check_shape("indices", indices, *pooled)
+    check_dtype("indices", indices, torch.uint8, "the forward's")
+    grad_x, grad_weight, grad_gamma, grad_beta = i2t_backward_native(
+        grad_out, x, weight, gamma, indices, mean, variance, eps, training, need_input, dtype
+    )
+    return (
+        x.new_empty(0) if grad_x is None else grad_x,
+        grad_weight.to(weight.dtype),
+        x.new_empty(0) if gamma is None else grad_gamma.to(gamma.dtype),
+        x.new_empty(0) if beta is None else grad_beta.to(beta.dtype),
+    )
+
+
+@torch.library.register_fake("ceit::i2t_backward")
+def _backward_fake(
+    grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input, backend
+):
+    def like(tensor):
+        return x.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return like(x if need_input else None), like(weight), like(gamma), like(beta)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, gamma, beta, mean, variance, ctx.eps, _, ctx.compute_dtype, ctx.backend = inputs
+    _, indices, new_mean, new_variance = output
+    ctx.training = mean is None
+    statistics = (new_mean, new_variance) if ctx.training else (mean, variance)
+    # Otherwise zeros as large as the indices would be made for every backward.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(indices, new_mean, new_variance)
+    ctx.save_for_backward(x, weight, gamma, beta, indices, *statistics)
+
+
+def _autograd_backward(ctx, grad_out, _indices, _mean, _variance):
+    x, weight, gamma, beta, indices, mean, variance = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:4]
+    no_gradient = (None,) * 6  # mean, variance, eps, need_indices, compute_dtype, backend
+    if grad_out is None:
+        return (None,) * 4 + no_gradient
+    if indices.numel() == 0:
+        raise RuntimeError("ceit::i2t: a gradient needs a forward with need_indices=True")
+    grads = torch.ops.ceit.i2t_backward(
+        grad_out, x, weight, gamma, beta, indices, mean, variance,
+        ctx.eps, ctx.training, ctx.compute_dtype, needed[0], ctx.backend,
+    )  # fmt: skip
+    return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *no_gradient)
+
+
+torch.library.register_autograd("ceit::i2t", _autograd_backward, setup_context=_setup_context)
+refuse_gradient(
+    "ceit::i2t_backward",
+    "ceit_kernels.FusedImage2Tokens is differentiable once; for second derivatives run it under "
+    'ceit_kernels.use_backend("reference")',
+)
+
+
+@register_autocast("ceit::i2t")
+def _autocast(dtype, x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
+    # The kernels round what they load, so autocast costs no cast of its own.
+    compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
+    return torch.ops.ceit.i2t(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend)

@@ -1,0 +1,75 @@
+// What the registered operators hand to the launchers: pointers and sizes, checked, in no header of PyTorch.
+#pragma once
+
+#include <cstdint>
+
+namespace ceit {
+struct Bf16;
+struct Fp16;
+}  // namespace ceit
+
+namespace ceit::i2t {
+
+// What products are computed in (products.h).
+template <class T>
+struct HalfProducts;
+struct Tf32Products;
+template <class T>
+struct ScalarProducts;
+
+constexpr int64_t kPackedPerChannel = 7 * 8 * 4;  // weights as the kernels read them
+
+// Of the image as it lies in memory, and of the convolution's result and its pool.
+struct Sizes {
+  int batch, channels, height, width;
+  int64_t strides[4];
+  int conv_height, conv_width, pooled_height, pooled_width, out_channels;
+};
+
+struct Call {
+  Sizes sizes;
+  const void* image;
+  const void *weight, *gamma, *beta;  // float32, or float64 where that is computed in; gamma and beta may be null
+  void *mean, *variance;              // likewise; written by a training forward, else read
+  void* packed;                       // scratch: the weights as the kernels read them
+  double eps;
+  bool training;
+  void* stream;
+};
+
+struct ForwardCall : Call {
+  void* moments;  // scratch, for training
+  void* out;
+  uint8_t* indices;  // or null
+  int rows_per_block;
+};
+
+struct BackwardCall : Call {
+  const void* gradient;
+  const uint8_t* indices;
+  void* sums;  // scratch
+  void *grad_weight, *grad_gamma, *grad_beta;
+  void* grad_image;  // or null
+  int blocks;
+};
+
+// Scratch elements of a training forward: count, mean and squares of every warp side by side, 14 pooled columns a block.
+inline int64_t moments_elements(const Sizes& s, int rows_per_block) {
+  const int64_t blocks = int64_t(s.batch) * ((s.pooled_width + 13) / 14) * ((s.pooled_height + rows_per_block - 1) / rows_per_block);
+  return 2 * blocks * (1 + 2 * s.out_channels);
+}
+
+// Scratch elements of a backward: see GradientSums in backward.h.
+inline int64_t sums_elements(const Sizes& s, int blocks) {
+  const int64_t weights = int64_t(s.channels) * 7 * 7;
+  return blocks * (2 * weights * s.out_channels + weights + s.out_channels);
+}
+
+
+// P is one of the structs of products.h, In the type of the image.
+template <class P, class In>
+void forward(const ForwardCall& call);
+template <class P, class In>
+void backward(const BackwardCall& call);
+
+}  // namespace ceit::i2t

@@ -1,0 +1,10 @@
+#include "launchers.h"
+
+namespace ceit::i2t {
+
+template void forward<HalfProducts<Fp16>, Fp16>(const ForwardCall&);
+template void forward<HalfProducts<Fp16>, float>(const ForwardCall&);
+template void backward<HalfProducts<Fp16>, Fp16>(const BackwardCall&);
+template void backward<HalfProducts<Fp16>, float>(const BackwardCall&);
+
+}  // namespace ceit::i2t
