@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # ttsem asks for Python 3.12 but runs on 3.10; without its dependencies it brings nothing along.
 TTSEM := ttsem==0.1.0
 
-.PHONY: demo test lint prove bench clean
+.PHONY: demo test lint prove bench wheel clean
 
 demo: $(READY)
 	$(RUN) -m ceit demo
@@ -32,9 +32,15 @@ prove: $(READY)
 bench: $(READY)
 	$(PYTEST) benchmarks --benchmark-only
 
-$(READY): pyproject.toml setup.py constraints.txt Makefile
+# One wheel for every Python from 3.10 and PyTorch from 2.10, with code for every GPU that the kernels run on.
+wheel: export TORCH_CUDA_ARCH_LIST ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX
+wheel: $(READY)
+	$(RUN) -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation -v -w dist .
+
+$(READY): csrc/native_build.py pyproject.toml setup.py constraints.txt Makefile
 	@echo "Setting up $(VENV); the first time this downloads PyTorch, which takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python $(TTSEM)
 	@touch $@

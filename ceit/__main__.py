@@ -1,4 +1,4 @@
-"""The command line: `python -m ceit {train,evaluate,demo,info}`."""
+"""The command line: `python -m ceit {train,evaluate,demo,traffic,info}`."""
 
 import argparse
 import logging
@@ -17,6 +17,7 @@ from .running import training_state as disk
 from .running.machine import devices, versions
 from .running.options import EvaluateOptions, TrainOptions, UsageError, add_options
 from .running.progress import TrainingFailed
+from .traffic import TrafficOptions, traffic
 from .train import train
 
 _logger = logging.getLogger("ceit.main")
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", TrainOptions, "train a model on the digits or on a folder of images"),
         ("evaluate", EvaluateOptions, "accuracy of a checkpoint on test images"),
         ("demo", DemoOptions, "train on the digits with plain and with fused operators, and compare"),
+        ("traffic", TrafficOptions, "count the bytes of device memory that a model moves; no GPU needed"),
     ):
         command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         add_options(command, options)
@@ -95,7 +97,7 @@ def _how_to_resume(arguments: list[str], options: object) -> str:
     return f"; to go on: python -m ceit {shlex.join(again)}"
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "demo": demo, "info": _info}
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "demo": demo, "traffic": traffic, "info": _info}
 
 if __name__ == "__main__":
     sys.exit(main())

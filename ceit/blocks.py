@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import Attention, LCAAttention, LocallyEnhancedFeedForward
+from ceit_kernels import FusedAddNorm, FusedLeFF
+
+from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -42,11 +46,85 @@ class Block(nn.Module):
         self.leff = LocallyEnhancedFeedForward(
             dim, hidden_features=int(dim * mlp_ratio), kernel_size=kernel_size, with_bn=with_bn
         )
+        self.add_norm = AddNorm()
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """Encode tokens (B, 1 + H * W, dim) of a grid (H, W), square if None."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.leff(self.norm2(x), grid_size))
+    def forward(
+        self, x: Tensor, grid_size: tuple[int, int] | None = None, with_class_token: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Encode tokens (B, 1 + H * W, dim) of a grid (H, W), square if None.
+
+        With `with_class_token` also return the class token (B, 1, dim) of the argument `x`, see `passes_class_token`.
+        """
+        x, y, class_token = self.add_norm(x, None, self.norm1, 1)
+        x, y = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
+        if self.training and not isinstance(self.drop_path, nn.Identity):
+            x = x + self.drop_path(self.leff(y, grid_size))
+        else:
+            x = self.leff(y, grid_size, residual=x)
+        return (x, class_token) if with_class_token else x
+
+    def passes_class_token(self) -> bool:
+        """Whether to take the class token of this block's input from its `forward`, instead of from the input itself.
+
+        The fused norm adds that token's gradient to the others in its own pass, which slicing would cost four. Hooks
+        of the block get to see what they expect, a result without it.
+        """
+        return type(self.add_norm) is FusedAddNorm and torch.is_grad_enabled() and not _watched(self)
+
+    def forward_class_token(
+        self, x: Tensor, grid_size: tuple[int, int] | None = None, with_class_token: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The class token (B, 1, dim) of what `forward` returns, for where no other token is used.
+
+        At inference no other token is computed. In training the others count for LeFF's batch statistics and for
+        nothing else: values, gradients and buffers are those of `forward`, and LeFF's gradients of zero come for free.
+        """
+        x, y, class_token = self.add_norm(x, None, self.norm1, 1)
+        if not any(module.training for module in self.modules()):
+            out, y = self.add_norm(class_token, self.attn(y, num_queries=1), self.norm2)
+            out = out + y
+            return (out, class_token) if with_class_token else out
+        x, normalised = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.leff.modules()):
+            with torch.no_grad():
+                self.leff(normalised, grid_size)
+        out = x[:, :1] + self.drop_path(_Unused.apply(normalised[:, :1], *self.leff.parameters()))
+        return (out, class_token) if with_class_token else out
+
+    def class_token_suffices(self) -> bool:
+        """Whether `forward_class_token` may stand in for `forward` where only the class token is used.
+
+        It may not where a hook or someone else's module would miss the other tokens. Gradients in evaluation mode are
+        left to `forward` as well, for the shorter way would round them otherwise.
+        """
+        own_parts = type(self.attn) is Attention and type(self.leff) in (LocallyEnhancedFeedForward, FusedLeFF)
+        watched = any(_watched(module) for module in self.modules())
+        return own_parts and not watched and (self.training or not torch.is_grad_enabled())
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether someone has hooked a module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in hooks)
+
+
+class _Unused(torch.autograd.Function):
+    """Pass a tensor on, with gradients of zero for parameters that it does not depend on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return grad, *(torch.zeros_like(parameter) if need else None for parameter, need in needed)
 
 
 class LCABlock(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ceit_kernels import FusedImage2Tokens, FusedLCAAttention, FusedLeFF, register_fusion
+from ceit_kernels import FusedAddNorm, FusedImage2Tokens, FusedLCAAttention, FusedLeFF, register_fusion
 from ceit_kernels.leff import token_grid
 
 
@@ -92,12 +92,13 @@ class LocallyEnhancedFeedForward(nn.Module):
         self.bn2 = norm(hidden_features)
         self.bn3 = norm(out_features)
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, residual: Tensor | None = None) -> Tensor:
         """Mix each patch token with its neighbours on the grid.
 
         Args:
             x: tokens (B, num_prefix_tokens + H * W, in_features).
             grid_size: (H, W) in tokens; None means a square grid.
+            residual: tokens of the result's shape that are added to it, prefix tokens included; None for nothing.
 
         Returns:
             Tokens (B, num_prefix_tokens + H * W, out_features).
@@ -111,7 +112,8 @@ class LocallyEnhancedFeedForward(nn.Module):
         z = self.act(self.bn1(self.conv1(z)))
         z = self.act(self.bn2(self.conv2(z)))
         z = self.bn3(self.conv3(z)).flatten(2).transpose(1, 2)
-        return torch.cat((prefix, z), dim=1) if self.num_prefix_tokens else z
+        z = torch.cat((prefix, z), dim=1) if self.num_prefix_tokens else z
+        return z if residual is None else residual + z
 
 
 class Attention(nn.Module):
@@ -126,7 +128,7 @@ class Attention(nn.Module):
         proj_drop: dropout probability of the output.
 
     Shapes:
-        (B, N, dim) -> (B, N, dim).
+        (B, N, dim) -> (B, num_queries, dim), N queries by default.
 
     Raises:
         ValueError: if `num_heads` does not divide `dim`.
@@ -151,13 +153,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Let every token of (B, N, dim) attend to all."""
-        return self._attend(*self._heads(self.qkv(x), 3))
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Let the first `num_queries` tokens of (B, N, dim) attend to all, every token if None."""
+        q, k, v = self._heads(self.qkv(x), 3)
+        return self._attend(q if num_queries is None else q[:, :, :num_queries], k, v)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Split (B, N, parts * dim) into `parts` tensors (B, heads, N, head_dim)."""
-        return x.unflatten(2, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # Parted where they lie, so that the gradients are put together there in one pass.
+        return tuple(part.transpose(1, 2) for part in x.unflatten(2, (parts, self.num_heads, -1)).unbind(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
@@ -184,6 +188,32 @@ class LCAAttention(Attention):
         return self._attend(q, k, v)
 
 
+class AddNorm(nn.Module):
+    """A residual connection and the norm behind it. It has no state: the norm is an argument of the call.
+
+    Shapes:
+        (..., dim), (..., dim) -> (..., dim), (..., dim).
+    """
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, norm: nn.Module, num_prefix_tokens: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """Add a branch to the residual stream and normalise the sum.
+
+        Args:
+            x: the residual stream.
+            branch: what is added to it; None for nothing.
+            norm: the norm over `dim` channels.
+            num_prefix_tokens: how many of the first tokens of the sum to return as well.
+
+        Returns:
+            The sum, which takes the place of `x`, and its norm; with `num_prefix_tokens` also the first tokens.
+        """
+        x = x if branch is None else x + branch
+        return (x, norm(x)) if num_prefix_tokens is None else (x, norm(x), x[:, :num_prefix_tokens])
+
+
 register_fusion("leff", LocallyEnhancedFeedForward, FusedLeFF.from_plain)
 register_fusion("lca", LCAAttention, FusedLCAAttention.from_plain)
 register_fusion("i2t", Image2Tokens, FusedImage2Tokens.from_plain)
+register_fusion("norm", AddNorm, FusedAddNorm.from_plain)

@@ -220,8 +220,8 @@ class CeiT(nn.Module):
         """Classify images (B, in_chans, H, W): logits (B, num_classes)."""
         if self.global_pool != "token":
             return self.forward_head(self.forward_features(x))
-        # The patch tokens do not reach the logits, so they need no normalisation.
-        tokens, class_tokens, _ = self._encode(x)
+        # The last block's patch tokens do not reach the logits, so they need no normalisation.
+        tokens, class_tokens, _ = self._encode(x, class_token_only=True)
         return self.forward_head(self._class_feature(tokens, class_tokens))
 
     def forward_intermediates(
@@ -294,12 +294,19 @@ class CeiT(nn.Module):
         return resample_abs_pos_embed(self.pos_embed, new_size, old_size, self.num_prefix_tokens)
 
     def _encode(
-        self, x: Tensor, taken: Sequence[int] = (), num_blocks: int | None = None
+        self, x: Tensor, taken: Sequence[int] = (), num_blocks: int | None = None, class_token_only: bool = False
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run the stem and the first `num_blocks` blocks.
 
+        Args:
+            x: images (B, in_chans, H, W).
+            taken: blocks whose tokens are wanted.
+            num_blocks: how many blocks to run; None for all.
+            class_token_only: whether the last block may leave out its patch tokens, which it does where it can.
+
         Returns:
-            The last block's tokens (B, 1 + N, C), every block's class token (B, C), the tokens of the blocks `taken`.
+            The last block's tokens (B, 1 + N, C), or (B, 1, C); every block's class token (B, C); the tokens of the
+            blocks `taken`.
         """
         x = self.i2t(x)
         grid_size = x.shape[2], x.shape[3]
@@ -307,11 +314,21 @@ class CeiT(nn.Module):
         x = x + (self._positions(grid_size, self.i2t.grid_size) if self.dynamic_img_size else self.pos_embed)
         x = self.pos_drop(x)
         class_tokens, outputs = [], []
-        for index, block in enumerate(self.blocks[:num_blocks]):
-            x = checkpoint_module(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
-            class_tokens.append(x[:, 0])
+        blocks = self.blocks[:num_blocks]
+        for index, block in enumerate(blocks):
+            run = partial(checkpoint_module, block) if self.grad_checkpointing else block
+            if class_token_only and index == len(blocks) - 1 and block.class_token_suffices():
+                run = block.forward_class_token
+            # Of the block before, from this one where that costs less: see `passes_class_token`.
+            if index > 0 and block.passes_class_token():
+                x, class_token = run(x, grid_size, True)
+                class_tokens.append(class_token[:, 0])
+            else:
+                class_tokens += [x[:, 0]] if index > 0 else []
+                x = run(x, grid_size)
             if index in taken:
                 outputs.append(x)
+        class_tokens.append(x[:, 0])
         return x, class_tokens, outputs
 
     def _class_feature(self, tokens: Tensor, class_tokens: list[Tensor]) -> Tensor:

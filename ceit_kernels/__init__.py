@@ -1,23 +1,28 @@
 """Fused operators for CeiT and its relatives.
 
-``FusedLeFF``, ``FusedLCAAttention`` and ``FusedImage2Tokens`` are modules to drop into a model; ``fuse`` puts them into
-a model that has the plain ones. ``status`` says what would run them here, and why.
+``FusedLeFF``, ``FusedLCAAttention``, ``FusedImage2Tokens`` and ``FusedAddNorm`` are modules to drop into a model;
+``fuse`` puts them into a model that has the plain ones. ``status`` says what would run them here, and why.
 """
 
+from .add_norm import FusedAddNorm, add_layer_norm
 from .backends import BackendError, fast_operators, status, use_backend
 from .fuse import fuse, register_fusion, unfuse
 from .i2t import FusedImage2Tokens
 from .lca import FusedLCAAttention, lca_attention
-from .leff import FusedLeFF
+from .leff import BatchNorm, FusedLeFF, leff_block
 
 __all__ = [
     "BackendError",
+    "BatchNorm",
+    "FusedAddNorm",
     "FusedImage2Tokens",
     "FusedLCAAttention",
     "FusedLeFF",
+    "add_layer_norm",
     "fast_operators",
     "fuse",
     "lca_attention",
+    "leff_block",
     "register_fusion",
     "status",
     "unfuse",

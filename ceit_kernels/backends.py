@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .common.extension import describe_extension, extension_problem, has_kernel
+from .common.launch import is_recording
+
 __all__ = [
     "BACKENDS",
     "OPERATORS",
@@ -38,14 +41,20 @@ PHASES = ("inference", "training")
 
 # What each operator is implemented in beside plain PyTorch, the best first, and for which phases.
 IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
-    "leff": {"triton": ("inference",)},
+    "leff": {"triton": PHASES},
     "lca": {"triton": PHASES},
-    "i2t": {},
+    "i2t": {"native": PHASES},
+    "norm": {"triton": PHASES},
 }
 OPERATORS = tuple(IMPLEMENTED)
 
+# What the compiled extension has an operator's native implementation on, and the operator of its own behind it.
+_NATIVE_DEVICES = {"i2t": ("cuda",)}
+_NATIVE_OPERATOR = {"i2t": "_i2t_forward"}
+
 _ENVIRONMENT_VARIABLE = "CEIT_KERNELS_BACKEND"
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_NATIVE_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is defined, so a later change has no effect.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -119,7 +128,7 @@ def _triton_refusal(device_type: str, device_index: int | None, dtype: torch.dty
     if dtype not in _TRITON_DTYPES:
         return f"the kernels compute in float32, float16, bfloat16 and float64, not in {dtype}"
     if device_type == "cuda":
-        return _old_gpu(device_index)
+        return None if is_recording() else _old_gpu(device_index)
     if device_type != "cpu":
         return f"the tensor is on {device_type}, Triton needs a CUDA GPU"
     if not _INTERPRETING:
@@ -127,6 +136,20 @@ def _triton_refusal(device_type: str, device_index: int | None, dtype: torch.dty
     if dtype == torch.bfloat16:
         return "Triton's interpreter computes wrongly in bfloat16"
     return None
+
+
+def _native_refusal(operator: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
+    if is_recording():
+        return None
+    if not has_kernel(_NATIVE_OPERATOR[operator], device_type):
+        if device_type not in _NATIVE_DEVICES[operator]:
+            return f"the tensor is on the {device_type.upper()}, {operator}'s compiled kernels need a CUDA GPU"
+        return extension_problem(device_type)
+    if device_type != "cuda":
+        return None
+    if dtype not in _NATIVE_CUDA_DTYPES:
+        return f"the kernels compute in float32, float16 and bfloat16, not in {dtype}"
+    return _old_gpu(device_index)
 
 
 def _refusal(
@@ -144,7 +167,11 @@ def _refusal(
     phases = IMPLEMENTED[operator].get(backend, ())
     if phase not in phases:
         return f"{operator} has no {backend} implementation" + (f" of {phase}" if phases else "")
-    return limit or _triton_refusal(device_type, device_index, dtype)
+    if limit is not None:
+        return limit
+    if backend == "native":
+        return _native_refusal(operator, device_type, device_index, dtype)
+    return _triton_refusal(device_type, device_index, dtype)
 
 
 def _decide(
@@ -158,8 +185,9 @@ def _decide(
         return Choice(wanted, "asked for")
     refusals = []
     for backend in IMPLEMENTED[operator]:
-        if backend == "triton" and device_type == "cpu":
-            refusals.append("triton: the tensor is on the CPU")
+        devices = _NATIVE_DEVICES[operator] if backend == "native" else ("cuda",)
+        if device_type == "cpu" and "cpu" not in devices:
+            refusals.append(f"{backend}: the tensor is on the CPU")
             continue
         refusal = _refusal(operator, phase, backend, device_type, device_index, dtype, limit)
         if refusal is None:
@@ -169,6 +197,8 @@ def _decide(
 
 
 def _place(x: Tensor) -> tuple[str, int | None]:
+    if is_recording():
+        return "cuda", None
     return ("cuda", x.device.index) if x.is_cuda else (x.device.type, None)
 
 
@@ -208,21 +238,24 @@ class OperatorStatus:
 
 
 class Status(list[OperatorStatus]):
-    """Rows of ``OperatorStatus``; its text is a table."""
+    """Rows of ``OperatorStatus``; its text is a table, and a line on the compiled extension."""
+
+    extension: str = ""
 
     def __str__(self) -> str:
         rows = [("operator", "phase", "device", "backend", "why")]
         rows += [(row.operator, row.phase, row.device, row.backend or "none", row.reason) for row in self]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths, strict=True)), row[4]]) for row in rows
-        )
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths, strict=True)), row[4]]) for row in rows]
+        return "\n".join([*lines, self.extension])
 
 
 def status(dtype: torch.dtype = torch.float32) -> Status:
     """What would run each operator on this machine for inputs of ``dtype``, and why."""
     places = itertools.product(OPERATORS, PHASES, ("cpu", "cuda"))
-    return Status(_operator_status(operator, phase, device, dtype) for operator, phase, device in places)
+    table = Status(_operator_status(operator, phase, device, dtype) for operator, phase, device in places)
+    table.extension = describe_extension()
+    return table
 
 
 def _operator_status(operator: str, phase: str, device: str, dtype: torch.dtype) -> OperatorStatus:

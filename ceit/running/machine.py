@@ -19,6 +19,7 @@ _FUSED_CLASSES = {
     "leff": ceit_kernels.FusedLeFF,
     "lca": ceit_kernels.FusedLCAAttention,
     "i2t": ceit_kernels.FusedImage2Tokens,
+    "norm": ceit_kernels.FusedAddNorm,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "launch", "nvidia_options", "record_launches", "target_chip"]
+__all__ = ["Launch", "is_recording", "launch", "nvidia_options", "record_launches", "target_chip"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,14 @@ def record_launches(chip: int = 90) -> Iterator[list[Launch]]:
         _recorder, _recorded_chip = outer
 
 
+def is_recording() -> bool:
+    """Whether launches are recorded instead of performed, for a GPU that need not be there."""
+    return _recorder is not None
+
+
 def target_chip(x: Tensor) -> int:
     """Compute capability, times ten, of the GPU that launches on the device of ``x`` are for; 90 without a GPU."""
-    if _recorder is not None or not x.is_cuda or torch.version.hip is not None:
+    if is_recording() or not x.is_cuda or torch.version.hip is not None:
         return _recorded_chip
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor

@@ -1,6 +1,8 @@
 """The locally-enhanced feed-forward block (LeFF)."""
 
+from .functional import leff_block
 from .grid import token_grid
 from .module import FusedLeFF
+from .norms import BatchNorm
 
-__all__ = ["FusedLeFF", "token_grid"]
+__all__ = ["BatchNorm", "FusedLeFF", "leff_block", "token_grid"]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["FoldedWeights", "fold", "forget", "parameters_per_layer"]
@@ -63,7 +64,11 @@ def _version(parameters: Sequence[Tensor | None], eps: Sequence[float], dtype: t
     present = [t for t in parameters if t is not None]
     if any(t.is_inference() for t in present):
         return None
-    return (dtype, tuple(eps), *((t.data_ptr(), t._version) for t in present))
+    return (dtype, tuple(eps), *((_address(t), t._version) for t in present))
+
+
+def _address(tensor: Tensor) -> int:
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def _fold(parameters: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype) -> FoldedWeights:

@@ -18,20 +18,24 @@ def leff_reference(
     weights: Sequence[Tensor],  # (E, C, 1, 1), (E, 1, k, k), (O, E, 1, 1)
     biases: Sequence[Tensor | None],  # (E,), (E,), (O,)
     norms: Sequence[Layer],  # after each convolution, on (B, E, H, W), (B, E, H, W), (B, O, H, W)
-    activation: Layer,
+    activations: Sequence[Layer],  # after the first and the second convolution
     grid_size: tuple[int, int],  # (H, W)
     num_prefix_tokens: int,  # P, tokens that pass through
+    residual: Tensor | None = None,  # (B, P + H*W, O)
 ) -> Tensor:
     """Pointwise, depthwise and pointwise convolution over the image that the tokens make (CeiT, section 3.3).
+
+    The residual is added to every token, prefix tokens included.
 
     Returns:
         (B, P + H*W, O).
     """
     prefix, tokens = x.split([num_prefix_tokens, grid_size[0] * grid_size[1]], dim=1)
     image = tokens.transpose(1, 2).unflatten(2, grid_size)  # (B, C, H, W)
-    image = activation(norms[0](F.conv2d(image, weights[0], biases[0])))
+    image = activations[0](norms[0](F.conv2d(image, weights[0], biases[0])))
     padding, groups = weights[1].shape[-1] // 2, weights[1].shape[0]
-    image = activation(norms[1](F.conv2d(image, weights[1], biases[1], padding=padding, groups=groups)))
+    image = activations[1](norms[1](F.conv2d(image, weights[1], biases[1], padding=padding, groups=groups)))
     image = norms[2](F.conv2d(image, weights[2], biases[2]))
     tokens = image.flatten(2).transpose(1, 2)
-    return torch.cat((prefix, tokens), dim=1) if num_prefix_tokens else tokens
+    out = torch.cat((prefix, tokens), dim=1) if num_prefix_tokens else tokens
+    return out if residual is None else out + residual

@@ -131,5 +131,6 @@ def test_info_says_what_would_run_and_with_what(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(
-        name in text for name in ("leff", "lca", "i2t", f"torch {torch.__version__}", "triton", "python", "cpu ")
+        name in text
+        for name in ("leff", "lca", "i2t", "norm", f"torch {torch.__version__}", "triton", "python", "cpu ")
     )

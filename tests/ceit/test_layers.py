@@ -43,6 +43,11 @@ def test_leff_without_prefix_tokens_may_change_the_dimension():
     assert leff(torch.randn(2, 12, 4), (3, 4)).shape == (2, 12, 6)
 
 
+def test_leff_adds_a_residual_to_every_token():
+    leff, x, residual = LocallyEnhancedFeedForward(8, 16).eval(), torch.randn(2, 17, 8), torch.randn(2, 17, 8)
+    assert torch.equal(leff(x, residual=residual), leff(x) + residual)
+
+
 def test_leff_without_norm_has_no_norm_parameters():
     assert not [name for name in LocallyEnhancedFeedForward(4, with_bn=False).state_dict() if "bn" in name]
 
@@ -96,6 +101,11 @@ def test_attention_is_softmax_of_scaled_scores(kind, queries, qkv_bias, qk_scale
     x = torch.randn(2, 7, 12, dtype=torch.float64)
     assert attention.scale == (qk_scale or 0.5)
     torch.testing.assert_close(attention(x), attention_by_hand(attention, x, queries), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_of_the_first_tokens_alone():
+    attention, x = Attention(12, num_heads=3).double(), torch.randn(2, 7, 12, dtype=torch.float64)
+    torch.testing.assert_close(attention(x, num_queries=2), attention(x)[:, :2], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [Attention, LCAAttention])

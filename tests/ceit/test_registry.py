@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 import ceit
-from ceit.layers import Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
-from ceit_kernels import FusedImage2Tokens, FusedLCAAttention, FusedLeFF, fast_operators, fuse, unfuse
+from ceit.layers import AddNorm, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
+from ceit_kernels import FusedAddNorm, FusedImage2Tokens, FusedLCAAttention, FusedLeFF, fast_operators, fuse, unfuse
 
 NAME = "ceit_tiny_patch16_224"
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-PLAIN = {"leff": LocallyEnhancedFeedForward, "lca": LCAAttention, "i2t": Image2Tokens}
-FUSED = {"leff": FusedLeFF, "lca": FusedLCAAttention, "i2t": FusedImage2Tokens}
+PLAIN = {"leff": LocallyEnhancedFeedForward, "lca": LCAAttention, "i2t": Image2Tokens, "norm": AddNorm}
+FUSED = {"leff": FusedLeFF, "lca": FusedLCAAttention, "i2t": FusedImage2Tokens, "norm": FusedAddNorm}
 
 
 def kinds(model):
@@ -35,7 +35,7 @@ def test_the_five_models_are_listed_here_and_by_timm():
 @pytest.mark.parametrize(
     ("fused", "expected"),
     [
-        (True, {"leff", "lca", "i2t"}),
+        (True, {"leff", "lca", "i2t", "norm"}),
         (False, set()),
         ("auto", fast_operators()),
         (["lca"], {"lca"}),
@@ -57,7 +57,7 @@ def test_fused_is_auto_here_and_off_in_timm():
 @pytest.mark.parametrize("fused", ["all", "lca", ["lca", "ffn"], 1, 0.5], ids=str)
 @pytest.mark.parametrize("create", [ceit.create_model, timm.create_model])
 def test_another_fused_is_refused(create, fused):
-    with pytest.raises(ValueError, match="fused: expected True, False, 'auto' or a collection of leff, lca, i2t, got"):
+    with pytest.raises(ValueError, match=r"fused: expected True, .* a collection of leff, lca, i2t, norm, got"):
         create(NAME, fused=fused, **SMALL)
 
 

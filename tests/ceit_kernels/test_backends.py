@@ -4,14 +4,24 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import ceit_kernels
-from ceit_kernels import BackendError, FusedImage2Tokens, FusedLCAAttention, FusedLeFF, backends, use_backend
+from ceit_kernels import (
+    BackendError,
+    FusedAddNorm,
+    FusedImage2Tokens,
+    FusedLCAAttention,
+    FusedLeFF,
+    backends,
+    use_backend,
+)
 
 CALLS = {
     "leff": lambda: FusedLeFF(16).eval().requires_grad_(False)(torch.randn(1, 5, 16)),
     "lca": lambda: FusedLCAAttention(16)(torch.randn(1, 5, 16)),
     "i2t": lambda: FusedImage2Tokens()(torch.randn(1, 3, 16, 16)),
+    "norm": lambda: FusedAddNorm()(torch.randn(1, 5, 16), None, nn.LayerNorm(16)),
 }
 
 
@@ -45,8 +55,10 @@ def test_an_unknown_backend_or_operator_is_named(setting, message):
 
 @pytest.mark.parametrize("operator", CALLS)
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_backend_that_cannot_run_is_an_error_with_the_reason(operator, backend):
-    runs_on_gpu = backend == "triton" and operator in ("lca", "leff")
+def test_a_backend_that_cannot_run_is_an_error_with_the_reason(monkeypatch, operator, backend):
+    # Other tests give the stem kernels for CPU tensors.
+    monkeypatch.setattr(backends, "has_kernel", lambda operator, device_type: False)
+    runs_on_gpu = backend in backends.IMPLEMENTED[operator]
     reason = "the tensor is on the CPU" if runs_on_gpu else f"{operator} has no {backend} implementation"
     message = f"{operator}: backend '{backend}' was asked for but cannot run: {reason}"
     with use_backend(backend), pytest.raises(BackendError, match=message):
@@ -81,7 +93,8 @@ def test_auto_takes_triton_on_a_gpu_that_is_new_enough(monkeypatch):
         backends.choose("lca", OnGPU(), torch.bfloat16)
 
 
-def test_a_phase_that_is_not_implemented_is_refused_and_left_to_plain_pytorch():
+def test_a_phase_that_is_not_implemented_is_refused_and_left_to_plain_pytorch(monkeypatch):
+    monkeypatch.setitem(backends.IMPLEMENTED, "leff", {"triton": ("inference",)})
     leff = FusedLeFF(16)
     with use_backend("leff=triton"), pytest.raises(BackendError, match="leff has no triton implementation of training"):
         leff(torch.randn(1, 5, 16))
@@ -102,7 +115,8 @@ def test_status_has_a_row_for_every_operator_and_device_and_reads_as_a_table():
     assert all(row.reason for row in rows)
     assert {row.backend for row in rows if row.device == "cpu"} == {"reference"}
     lines = str(rows).splitlines()
-    assert len(lines) == 13
+    assert len(lines) == 18
+    assert lines[-1].startswith("the compiled extension")
     assert lines[0].split() == ["operator", "phase", "device", "backend", "why"]
 
 
@@ -140,3 +154,12 @@ with ceit_kernels.use_backend("lca=triton"):
         print(error)
 """
     assert "triton is not installed" in run_python(code).stdout
+
+
+def test_status_says_why_there_is_no_extension(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(backends, "has_kernel", lambda operator, device_type: False)
+    monkeypatch.setattr(backends, "extension_problem", lambda device_type: "it was not built: no nvcc")
+    row = next(row for row in ceit_kernels.status() if (row.operator, row.device) == ("i2t", "cuda"))
+    assert (row.backend, row.reason) == ("reference", "native: it was not built: no nvcc")

@@ -104,6 +104,13 @@ def assert_efficient(launch: Launch, chip: int, tensor_cores: bool = True, wide_
     assert bool(code.tensor_core_instructions) is tensor_cores
 
 
+def assert_unspilled(launch: Launch, chip: int) -> None:
+    """For a kernel that streams: nothing spilled, and within the chip's shared memory."""
+    code = compile_for_nvidia(launch, chip)
+    assert code.local_bytes == 0, f"{launch.kernel.__name__} spills registers to device memory"
+    assert code.shared_bytes <= SHARED_MEMORY[chip]
+
+
 def compile_for_amd(launch: Launch, architecture: str = "gfx942") -> str:
     """The assembler text for an AMD chip."""
     return _compile(launch, GPUTarget("hip", architecture, 64)).asm["amdgcn"]

@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
-from support.where import DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
+from support.leff import make_leff, make_tokens, run
+from support.where import ANY_SIZE_DTYPES, DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
 from torch import nn
-
-from ceit_kernels import FusedLeFF, use_backend
 
 pytestmark = pytest.mark.kernels
 
@@ -24,29 +23,6 @@ CASES = [
 ]
 
 
-def make_leff(in_features, hidden, out_features, kernel_size, dtype, prefix=1, seed=0, **options):
-    """A module with statistics and affine parameters that matter, ready for inference."""
-    torch.manual_seed(seed)
-    leff = FusedLeFF(in_features, hidden, out_features, kernel_size, num_prefix_tokens=prefix, **options)
-    for norm in leff.children():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.weight)
-            nn.init.normal_(norm.bias)
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-    return leff.eval().requires_grad_(False).to(DEVICE, dtype)
-
-
-def make_tokens(batch, tokens, channels, dtype, mean=0.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, tokens, channels, generator=generator, dtype=torch.float64) + mean).to(dtype).to(DEVICE)
-
-
-def run(backend, leff, x, grid_size):
-    with use_backend(f"leff={backend}"):
-        return leff(x, grid_size)
-
-
 def check(leff, x, grid_size):
     exact = run("reference", copy.deepcopy(leff).double(), x.double(), grid_size)
     fused, plain = (run(backend, leff, x, grid_size) for backend in ("triton", "reference"))
@@ -54,6 +30,11 @@ def check(leff, x, grid_size):
     prefix = leff.num_prefix_tokens
     if prefix:
         assert torch.equal(fused[:, :prefix], x[:, :prefix])
+
+
+def check_to_rounding(leff, x, grid_size):
+    fused, plain = (run(backend, leff, x, grid_size) for backend in ("triton", "reference"))
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("with_bn", [True, False])
@@ -71,8 +52,7 @@ def test_agrees_to_rounding_in_float64(poisoned_memory, case):
     batch, height, width, prefix, channels, hidden, out, kernel_size = case
     leff = make_leff(channels, hidden, out, kernel_size, torch.float64, prefix)
     x = make_tokens(batch, prefix + height * width, channels, torch.float64)
-    fused, plain = (run(backend, leff, x, (height, width)) for backend in ("triton", "reference"))
-    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+    check_to_rounding(leff, x, (height, width))
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
@@ -89,11 +69,23 @@ def test_other_activations(activation, dtype):
     prefix=st.integers(0, 2),
     channels=st.integers(1, 40),
     hidden=st.integers(1, 70),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(ANY_SIZE_DTYPES),
 )
 def test_agrees_at_any_size(batch, grid, prefix, channels, hidden, dtype):
     leff = make_leff(channels, hidden, channels, 3, dtype, prefix)
-    check(leff, make_tokens(batch, prefix + grid[0] * grid[1], channels, dtype), grid)
+    agrees = check_to_rounding if dtype == torch.float64 else check
+    agrees(leff, make_tokens(batch, prefix + grid[0] * grid[1], channels, dtype), grid)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_module_adds_a_residual_of_any_type(dtype, residual_dtype, prefix):
+    leff, x = make_leff(16, 24, 16, 3, dtype, prefix), make_tokens(2, prefix + 9, 16, dtype)
+    residual = make_tokens(2, prefix + 9, 16, residual_dtype or dtype, seed=1)
+    exact = run("reference", copy.deepcopy(leff).double(), x.double(), None, residual.double())
+    fused, plain = (run(backend, leff, x, None, residual) for backend in ("triton", "reference"))
+    assert_as_accurate(["out"], [fused], [plain], [exact])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # the interpreter's: infinity is what saturates

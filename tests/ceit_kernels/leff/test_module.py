@@ -35,6 +35,14 @@ def test_prefix_tokens_pass_unchanged_and_a_square_is_assumed(prefix):
     torch.testing.assert_close(leff.eval()(x), leff(x, (3, 3)))
 
 
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_is_added_to_every_token(prefix, training):
+    leff = FusedLeFF(4, 8, num_prefix_tokens=prefix).train(training)
+    x, residual = torch.randn(2, prefix + 9, 4), torch.randn(2, prefix + 9, 4)
+    torch.testing.assert_close(leff(x, residual=residual), leff(x) + residual)
+
+
 def test_another_activation_and_width():
     leff = FusedLeFF(4, 8, 6, act_layer=nn.SiLU, num_prefix_tokens=0)
     assert isinstance(leff.act, nn.SiLU)
@@ -66,6 +74,8 @@ def test_wrong_inputs_are_named():
         FusedLeFF(4)(torch.zeros(2, 10, 4, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"x: expected on cpu like conv1\.weight, got meta"):
         FusedLeFF(4)(torch.zeros(2, 10, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"residual: expected shape \(2, 10, 4\), got \(1, 10, 4\)"):
+        FusedLeFF(4)(torch.zeros(2, 10, 4), residual=torch.zeros(1, 10, 4))
     with pytest.raises(ValueError, match="kernel_size: expected an odd number, got 4"):
         FusedLeFF(4, kernel_size=4)
     with pytest.raises(ValueError, match="out_features: expected in_features=4, which prefix tokens keep, got 6"):

@@ -8,7 +8,8 @@ from torch import nn
 from ceit_kernels import FusedLeFF, use_backend
 from ceit_kernels.leff import folding
 from ceit_kernels.leff.folding import fold
-from ceit_kernels.leff.module import _parameters
+from ceit_kernels.leff.functional import pack
+from ceit_kernels.leff.norms import of_module
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
@@ -34,22 +35,22 @@ def folds(monkeypatch):
 
 
 def parameters_of(leff):
-    pairs = ((leff.conv1, leff.bn1), (leff.conv2, leff.bn2), (leff.conv3, leff.bn3))
-    return [tensor for pair in pairs for tensor in _parameters(*pair)]
+    convolutions, norms = (leff.conv1, leff.conv2, leff.conv3), (leff.bn1, leff.bn2, leff.bn3)
+    return pack([c.weight for c in convolutions], [c.bias for c in convolutions], [of_module(norm) for norm in norms])
 
 
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_opcheck(leff, x, with_residual):
     residual = torch.randn_like(x) if with_residual else None
-    arguments = (x, parameters_of(leff), residual, [1e-5] * 3, 3, 3, 1, "gelu", "gelu", None, "triton")
+    arguments = (x, *parameters_of(leff), residual, [1e-5] * 3, 3, 3, 1, ["gelu", "gelu"], None, "triton")
     torch.library.opcheck(torch.ops.ceit.leff_inference.default, arguments)
 
 
 def test_a_residual_is_added_to_every_token(leff, x):
     residual = torch.randn_like(x)
-    settings = ([1e-5] * 3, 3, 3, 1, "gelu", "gelu", None, "triton")
-    with_residual = torch.ops.ceit.leff_inference(x, parameters_of(leff), residual, *settings)
-    without = torch.ops.ceit.leff_inference(x, parameters_of(leff), None, *settings)
+    settings = ([1e-5] * 3, 3, 3, 1, ["gelu", "gelu"], None, "triton")
+    with_residual = torch.ops.ceit.leff_inference(x, *parameters_of(leff), residual, *settings)
+    without = torch.ops.ceit.leff_inference(x, *parameters_of(leff), None, *settings)
     torch.testing.assert_close(with_residual, without + residual)
 
 
@@ -58,14 +59,19 @@ def test_the_first_activation_can_be_left_out(leff, x):
     tokens = x[:, 1:]
     image = leff.conv1(tokens.mT.unflatten(2, (3, 3)))
     expected = leff.conv3(nn.functional.gelu(leff.conv2(image))).flatten(2).mT
-    settings = ([1e-5] * 3, 3, 3, 0, "identity", "gelu", None, "triton")
-    out = torch.ops.ceit.leff_inference(tokens.contiguous(), parameters_of(leff), None, *settings)
+    settings = ([1e-5] * 3, 3, 3, 0, ["identity", "gelu"], None, "triton")
+    out = torch.ops.ceit.leff_inference(tokens.contiguous(), *parameters_of(leff), None, *settings)
     torch.testing.assert_close(out, expected)
 
 
+def test_a_residual_that_needs_a_gradient_is_a_call_of_training(leff, x):
+    out = leff(x, residual=torch.zeros_like(x).requires_grad_())
+    out.sum().backward()
+
+
 def test_a_gradient_through_the_operator_is_an_error(leff, x):
-    settings = ([1e-5] * 3, 3, 3, 1, "gelu", "gelu", None, "triton")
-    out = torch.ops.ceit.leff_inference(x.requires_grad_(), parameters_of(leff), None, *settings)
+    settings = ([1e-5] * 3, 3, 3, 1, ["gelu", "gelu"], None, "triton")
+    out = torch.ops.ceit.leff_inference(x.requires_grad_(), *parameters_of(leff), None, *settings)
     with pytest.raises(RuntimeError, match="ceit::leff_inference has no gradient"):
         out.sum().backward()
 

@@ -1,22 +1,16 @@
-"""Device code of LeFF for inference, with the BatchNorms folded into the convolutions.
+"""Inference, with the BatchNorms folded into the convolutions.
 
-The tokens behind the prefix are the channels-last image already, so nothing is split, permuted or copied:
-
-    expand     h = act(x W_1^T + b_1), a product that reads the tokens in place
-    contract   out = act(dw(h) + b_2) W_3^T + b_3 (+ residual), where the depthwise convolution dw is computed as the
-               product's operand: its result never reaches memory. The prefix tokens pass through in the same launch.
-
-Names: ``p_`` pointer, ``i_`` index of a program instance, ``o_`` offsets, ``m_`` mask, ``b_`` a block in registers with
-its shape behind it. HW = H * W counts image tokens of an image, P prefix tokens; C, E and O are the channels of the
-input, in between and of the output. Image token t of the batch is row t + (t // HW + 1) * P of x and of the output.
+expand     h = act(x W_1^T + b_1), a product that reads the tokens in place
+contract   out = act(dw(h) + b_2) W_3^T + b_3 (+ residual), where the depthwise convolution dw is computed as the
+           product's operand: its result never reaches memory. The prefix tokens pass through in the same launch.
 """
 
 import triton
 import triton.language as tl
 
-from ..common.activations import activate
+from ...common.activations import activate
 
-__all__ = ["leff_contract_kernel", "leff_expand_kernel"]
+__all__ = ["leff_contract_kernel", "leff_expand_kernel", "pass_prefix"]
 
 
 @triton.jit
@@ -65,7 +59,7 @@ def leff_contract_kernel(
     if i_p >= tl.cdiv(places, BX):
         i_p -= tl.cdiv(places, BX)
         for i_o in tl.static_range(NO):
-            _pass_prefix(p_x, p_residual, p_out, i_p, o_o + i_o * BO, B, H * W, P, O, HAS_RESIDUAL, 2 * BX)
+            pass_prefix(p_x, p_residual, p_out, i_p, o_o + i_o * BO, B, H * W, P, O, HAS_RESIDUAL, 2 * BX)
     else:
         o_p = i_p * BX + tl.arange(0, BX)
         o_x = o_p % W
@@ -83,17 +77,22 @@ def leff_contract_kernel(
             m_e = o_e < E
             b_upper = tl.zeros((BX, BE), dtype=ACC) + tl.load(p_bias2 + o_e, mask=m_e, other=0.0)[None, :]
             b_lower = b_upper
-            for j in tl.static_range(KERNEL):
-                for i in tl.static_range(KERNEL + 1):
-                    dy, dx = i - KERNEL // 2, j - KERNEL // 2
+            # All loads before the first use, so that one wait for memory serves them all; where they are too many for
+            # the registers, those of a row.
+            ROWS: tl.constexpr = KERNEL + 1 if KERNEL == 3 else 1
+            for first in tl.static_range(0, KERNEL + 1, ROWS):
+                b_rows = ()
+                for k in tl.static_range(ROWS * KERNEL):
+                    dy, dx = first + k // KERNEL - KERNEL // 2, k % KERNEL - KERNEL // 2
                     m_tap = m_p & (o_y + dy >= 0) & (o_y + dy < H) & (o_x + dx >= 0) & (o_x + dx < W)
                     p_tap = p_rows + ((dy * W + dx) * E + o_e)[None, :]
-                    b_h = tl.load(p_tap, mask=m_tap[:, None] & m_e[None, :], other=0.0).to(ACC)  # [BX, BE]
-                    if i < KERNEL:
-                        b_upper += b_h * tl.load(p_taps + (i * KERNEL + j) * E + o_e, mask=m_e, other=0.0)[None, :]
-                    if i > 0:
-                        o_tap = ((i - 1) * KERNEL + j) * E + o_e
-                        b_lower += b_h * tl.load(p_taps + o_tap, mask=m_e, other=0.0)[None, :]
+                    b_rows = b_rows + (tl.load(p_tap, mask=m_tap[:, None] & m_e[None, :], other=0.0),)  # [BX, BE]
+                for k in tl.static_range(ROWS * KERNEL):
+                    i, b_h = first * KERNEL + k, b_rows[k].to(ACC)
+                    if i < KERNEL * KERNEL:
+                        b_upper += b_h * tl.load(p_taps + i * E + o_e, mask=m_e, other=0.0)[None, :]
+                    if i >= KERNEL:
+                        b_lower += b_h * tl.load(p_taps + (i - KERNEL) * E + o_e, mask=m_e, other=0.0)[None, :]
             b_upper = activate(b_upper, ACTIVATION, EXACT).to(COMPUTE)
             b_lower = activate(b_lower, ACTIVATION, EXACT).to(COMPUTE)
             b_h2 = tl.reshape(tl.permute(tl.join(b_upper, b_lower), (0, 2, 1)), (2 * BX, BE))
@@ -139,7 +138,7 @@ def _store_block(p_out, p_residual, p_bias, b_out, o_t, m_t, o_o, O: tl.constexp
 
 
 @triton.jit
-def _pass_prefix(
+def pass_prefix(
     p_x, p_residual, p_out, i_p, o_o, B, HW, P, O: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BP: tl.constexpr
 ):
     """Copy a block of BP prefix tokens, which are as wide as the output."""

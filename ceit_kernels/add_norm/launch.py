@@ -1,0 +1,150 @@
+"""Host side of the Triton kernels: blocks, grids, buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from ..common.launch import launch
+from .kernels import add_norm_backward_kernel, add_norm_forward_kernel, add_norm_parameters_kernel
+
+__all__ = ["add_norm_backward_triton", "add_norm_forward_triton"]
+
+_BLOCK = 2048  # elements that a program instance of 4 warps holds of each tensor: 16 a thread, in float64 8
+_PARTS = 528  # partial sums of the parameters' gradients: 4 program instances for each SM of an H100
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """What statistics are kept in and sums are taken in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _blocks(x: Tensor) -> tuple[dict[str, Any], int]:
+    """The constants of a kernel over rows like those of ``x``, and its warps."""
+    channels = x.shape[-1]
+    padded = triton.next_power_of_2(channels)
+    double = statistics_dtype(x) == torch.float64
+    rows = max(1, _BLOCK // (2 * padded if double else padded))
+    acc = tl.float64 if double else tl.float32
+    return {"C": channels, "BR": rows, "BC": padded, "ACC": acc}, 4 if padded <= _BLOCK else 8
+
+
+def _token_arguments(x: Tensor, num_prefix_tokens: int) -> dict[str, Any]:
+    return {"M": x.numel() // x.shape[-1], "N": x.shape[-2] if num_prefix_tokens else 1, "P": num_prefix_tokens}
+
+
+def add_norm_forward_triton(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    num_prefix_tokens: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor]:
+    """One launch. Arguments as of ``add_layer_norm``, contiguous and not empty.
+
+    Returns:
+        ``x + branch`` (None without a branch), its LayerNorm, its prefix tokens (None without any), means and
+        reciprocal deviations of the rows.
+    """
+    total = None
+    if branch is not None:
+        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    source = x if total is None else total
+    prefix = None
+    if num_prefix_tokens:
+        shape = (x.shape[0], num_prefix_tokens, x.shape[2])
+        prefix = torch.empty(shape, dtype=source.dtype, device=x.device)
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=statistics_dtype(source), device=x.device) for _ in range(2))
+    constants, num_warps = _blocks(source)
+    rows = _token_arguments(x, num_prefix_tokens)
+    launch(
+        add_norm_forward_kernel,
+        (cdiv(rows["M"], constants["BR"]),),
+        {
+            "p_x": x,
+            "p_branch": branch,
+            "p_weight": weight,
+            "p_bias": bias,
+            "p_total": total,
+            "p_out": out,
+            "p_prefix": prefix,
+            "p_mean": mean,
+            "p_rstd": rstd,
+            "EPS": eps,
+            **rows,
+            **constants,
+        },
+        num_warps=num_warps,
+    )
+    return total, out, prefix, mean, rstd
+
+
+def add_norm_backward_triton(
+    grad_out: Tensor,
+    grad_total: Tensor | None,
+    grad_prefix: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """At most two launches; the gradients of the sum, the weight and the bias, None for those that are not needed."""
+    constants, num_warps = _blocks(total)
+    rows = _token_arguments(total, 0 if grad_prefix is None else grad_prefix.shape[1])
+    per_part = cdiv(cdiv(rows["M"], constants["BR"]), _PARTS) * constants["BR"]
+    parts = cdiv(rows["M"], per_part)
+    grad = torch.empty_like(total) if need_input else None
+    partial = None
+    if need_weight or need_bias:
+        partial = torch.empty(parts, 2, total.shape[-1], dtype=mean.dtype, device=total.device)
+    launch(
+        add_norm_backward_kernel,
+        (parts,),
+        {
+            "p_dout": grad_out,
+            "p_dtotal": grad_total,
+            "p_dprefix": grad_prefix,
+            "p_total": total,
+            "p_weight": weight,
+            "p_mean": mean,
+            "p_rstd": rstd,
+            "p_dx": grad,
+            "p_partial": partial,
+            "ROWS": per_part,
+            **rows,
+            **constants,
+        },
+        num_warps=num_warps,
+    )
+    if partial is None:
+        return grad, None, None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else None
+    sizes = {"BT": 64, "BC": 32}
+    launch(
+        add_norm_parameters_kernel,
+        (cdiv(total.shape[-1], sizes["BC"]),),
+        {
+            "p_partial": partial,
+            "p_dweight": grad_weight,
+            "p_dbias": grad_bias,
+            "T": parts,
+            "C": total.shape[-1],
+            "ACC": constants["ACC"],
+            **sizes,
+        },
+        num_warps=4,
+    )
+    return grad, grad_weight, grad_bias

@@ -1,0 +1,175 @@
+"""What LeFF's registered operators take, and the checks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..common.checks import check_device, check_dtype, check_floating, check_shape
+from .folding import parameters_per_layer
+from .grid import token_grid
+
+__all__ = [
+    "ACTIVATIONS",
+    "PARAMETER_NAMES",
+    "PARAMETER_SCHEMA",
+    "Settings",
+    "check",
+    "check_weights",
+    "kernel_size_limit",
+    "out_dtype",
+    "require",
+]
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "hardswish", "identity")
+_KERNEL_SIZES = (3, 5, 7)
+_NORMS = ("none", "frozen", "batch")
+
+# One argument each: the gradients of a list with None in it would be lost in silence.
+PARAMETER_NAMES = tuple(
+    f"{name}{layer}"
+    for layer in (1, 2, 3)
+    for name in ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
+)
+PARAMETER_SCHEMA = ", ".join(f"Tensor{'' if name.startswith('weight') else '?'} {name}" for name in PARAMETER_NAMES)
+
+
+class Settings(NamedTuple):
+    """What a call computes beside its tensors.
+
+    Attributes:
+        eps: of each norm.
+        norms: of each layer "none", "frozen" (running statistics) or "batch" (this batch's).
+        height: H.
+        width: W.
+        num_prefix_tokens: P.
+        activations: after the first and the second layer, of ``ACTIVATIONS``.
+        group: name of the process group whose batches are one for the statistics; None for this process alone.
+        compute_dtype: what products take, by default the dtype of x.
+        backend: which implementation.
+    """
+
+    eps: Sequence[float]
+    norms: Sequence[str]
+    height: int
+    width: int
+    num_prefix_tokens: int
+    activations: Sequence[str]
+    group: str | None
+    compute_dtype: torch.dtype | None
+    backend: str
+
+
+def check(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    residual: Tensor | None,
+    settings: Settings,
+    names: Sequence[str] = PARAMETER_NAMES,
+) -> None:
+    """Check the arguments of a call.
+
+    Args:
+        x: tokens (B, P + H * W, C).
+        parameters: the tensors of ``PARAMETER_NAMES``.
+        residual: (B, P + H * W, O).
+        settings: what is computed of them.
+        names: what the caller's user calls the parameters.
+    """
+    for name, given, expected in (("eps", settings.eps, 3), ("norms", settings.norms, 3)):
+        if len(given) != expected:
+            raise ValueError(f"{name}: expected one for each of 3 layers, got {len(given)}")
+    if len(settings.activations) != 2:
+        raise ValueError(f"activations: expected 2, got {len(settings.activations)}")
+    for name in settings.activations:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activations: expected of {ACTIVATIONS}, got {name!r}")
+    _check_convolutions(x, parameters, settings.compute_dtype, names)
+    _check_norms(parameters, settings.norms, names)
+    for name, parameter in zip(names, parameters, strict=True):
+        if parameter is not None:
+            check_device(name, parameter, x, "x")
+
+    out_features = parameters[2 * parameters_per_layer].shape[0]
+    token_grid(x.shape[1], settings.num_prefix_tokens, (settings.height, settings.width))
+    if settings.num_prefix_tokens and out_features != x.shape[2]:
+        name = names[2 * parameters_per_layer]
+        raise ValueError(f"{name}: expected {x.shape[2]} outputs, which prefix tokens keep, got {out_features}")
+    if residual is not None:
+        check_shape("residual", residual, x.shape[0], x.shape[1], out_features)
+        check_floating("residual", residual)
+        check_device("residual", residual, x, "x")
+    if "batch" in settings.norms and settings.group is None and x.shape[0] * settings.height * settings.width == 1:
+        # As torch.nn.functional.batch_norm puts it.
+        size = torch.Size((1, parameters[0].shape[0], 1, 1))
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
+
+def check_weights(weights: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Check the shapes of the three convolutions' weights among each other."""
+    weight1, weight2, weight3 = weights
+    check_shape(names[0], weight1, "E", "C", 1, 1)
+    hidden = weight1.shape[0]
+    check_shape(names[1], weight2, hidden, 1, "k", "k")
+    check_shape(names[2], weight3, "O", hidden, 1, 1)
+    height, width = weight2.shape[2:]
+    if height != width or height % 2 == 0:
+        raise ValueError(f"{names[1]}: expected a square kernel of an odd side, got {height} * {width}")
+    for name, weight in zip(names, weights, strict=True):
+        if weight.numel() == 0:
+            raise ValueError(f"{name}: expected at least one channel, got shape {tuple(weight.shape)}")
+
+
+def _check_convolutions(
+    x: Tensor, parameters: Sequence[Tensor | None], compute_dtype: torch.dtype | None, names: Sequence[str]
+) -> None:
+    check_weights(parameters[::parameters_per_layer], names[::parameters_per_layer])
+    check_shape("x", x, "B", "N", parameters[0].shape[1])
+    check_floating("x", x)
+    for first in range(0, len(parameters), parameters_per_layer):
+        weight, bias = parameters[first : first + 2]
+        if bias is not None:
+            check_shape(names[first + 1], bias, weight.shape[0])
+        for name, parameter in ((names[first], weight), (names[first + 1], bias)):
+            if parameter is not None and compute_dtype is None:
+                check_dtype(name, parameter, x.dtype, "x")
+
+
+def _check_norms(parameters: Sequence[Tensor | None], norms: Sequence[str], names: Sequence[str]) -> None:
+    for layer, mode in enumerate(norms):
+        if mode not in _NORMS:
+            raise ValueError(f"norms: expected of {_NORMS}, got {mode!r}")
+        first = layer * parameters_per_layer
+        channels = parameters[first].shape[0]
+        for i in range(first + 2, first + parameters_per_layer):
+            if parameters[i] is not None:
+                check_shape(names[i], parameters[i], channels)
+                check_floating(names[i], parameters[i])
+                if mode == "none":
+                    raise ValueError(f"{names[i]}: expected None where the layer has no norm, got a tensor")
+        mean, variance = (parameters[first + i] is None for i in (4, 5))
+        if mean != variance:
+            raise ValueError(f"{names[first + 4 + variance]}: expected both running statistics or none, got one")
+
+
+def out_dtype(x: Tensor, residual: Tensor | None, settings: Settings) -> torch.dtype:
+    """As concatenating the prefix tokens with the convolutions' result, and adding the residual, have it."""
+    dtype = settings.compute_dtype or x.dtype
+    dtype = torch.promote_types(x.dtype, dtype) if settings.num_prefix_tokens else dtype
+    return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+
+
+def kernel_size_limit(weight2: Tensor) -> str | None:
+    """Why the kernels cannot take the depthwise convolution, if they cannot."""
+    side = weight2.shape[-1]
+    return None if side in _KERNEL_SIZES else f"the kernels take depthwise kernels of side {_KERNEL_SIZES}, not {side}"
+
+
+def require(x: Tensor, parameters: Sequence[Tensor | None], settings: Settings) -> None:
+    """Raise ``BackendError`` unless the backend can serve the call."""
+    limit = kernel_size_limit(parameters[parameters_per_layer])
+    backends.require("leff", settings.backend, x, settings.compute_dtype or x.dtype, limit)

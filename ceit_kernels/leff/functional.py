@@ -1,0 +1,175 @@
+"""LeFF as a function of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..common.autocast import autocast_dtype
+from . import op, op_training  # noqa: F401, which register the operators
+from .arguments import Settings, check, check_weights, kernel_size_limit
+from .folding import parameters_per_layer
+from .grid import from_tokens, residual_to_tokens, to_tokens
+from .norms import BatchNorm, norm_mode, process_group_of, update_running_statistics
+from .reference import leff_reference
+
+__all__ = ["leff_block", "leff_fused", "make_settings", "pack", "phase_of"]
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "hardswish": F.hardswish,
+    "identity": lambda z: z,
+}
+_NAMES = tuple(
+    name
+    for i in range(3)
+    for name in (
+        f"weights[{i}]",
+        f"biases[{i}]",
+        *(f"norms[{i}].{tensor}" for tensor in ("weight", "bias", "running_mean", "running_var")),
+    )
+)
+
+
+def leff_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] = (None, None, None),
+    norms: Sequence[BatchNorm | None] = (None, None, None),
+    *,
+    activations: tuple[str, str] = ("gelu", "gelu"),
+    grid_size: tuple[int, int] | None = None,
+    num_prefix_tokens: int = 0,
+    residual: Tensor | None = None,
+    layout: str = "tokens",
+) -> Tensor:
+    """Locally-enhanced feed-forward block (CeiT, section 3.3): convolutions over the image that the tokens make.
+
+    Pointwise convolution, norm, activation; depthwise convolution, norm, activation; pointwise convolution, norm. With
+    ``activations=("identity", "gelu")`` and without norms it is the Mix-FFN of SegFormer and PVTv2. Differentiable once
+    (any number of times by the reference).
+
+    Args:
+        x: tokens (B, P + H * W, C); an image (B, H, W, C) or (B, C, H, W) with the ``layout`` that says so.
+        weights: (E, C, 1, 1), (E, 1, k, k) and (O, E, 1, 1), k odd; the kernels have 3, 5 and 7.
+        biases: (E,), (E,) and (O,), or None.
+        norms: over E, E and O channels, or None. Running statistics are updated in place in training.
+        activations: after the first two layers, of "gelu", "gelu_tanh", "silu", "relu", "hardswish" and "identity".
+        grid_size: (H, W) of tokens; a square if None.
+        num_prefix_tokens: tokens P before the image's, which pass through unchanged; O is C where there are any.
+        residual: of the result's shape, added to all of it; nothing if None.
+        layout: "tokens", "NHWC" or "NCHW", of x, residual and result. "NCHW" costs no copy where it is channels-last
+            in memory.
+
+    Returns:
+        Tokens (B, P + H * W, O), or an image of O channels; under autocast of the dtype that plain PyTorch gives.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value is wrong, or a batch has a single value to
+            take statistics of.
+        BackendError: the backend that was asked for cannot serve the call.
+    """
+    for name, given in (("weights", weights), ("biases", biases), ("norms", norms)):
+        if len(given) != 3:
+            raise ValueError(f"{name}: expected one for each of 3 layers, got {len(given)}")
+    check_weights(weights, _NAMES[::parameters_per_layer])
+    tokens, grid_size = to_tokens(x, weights[0].shape[1], layout, num_prefix_tokens, grid_size)
+    if residual is not None:
+        residual = residual_to_tokens(residual, tokens, weights[2].shape[0], layout, grid_size)
+    parameters = pack(weights, biases, norms)
+    settings, limit = make_settings(tokens, norms, activations, grid_size, num_prefix_tokens)
+    check(tokens, parameters, residual, settings, _NAMES)
+    for i, norm in enumerate(norms):
+        if norm is not None and not norm.training and (norm.running_mean is None or norm.running_var is None):
+            raise ValueError(f"norms[{i}]: expected running statistics where it is not training, got None")
+    phase = phase_of(norms, (tokens, residual, *parameters))
+    limit = limit or kernel_size_limit(weights[1])
+    choice = backends.choose("leff", x, settings.compute_dtype or x.dtype, limit, phase)
+    if choice.backend != "reference":
+        out = leff_fused(tokens, parameters, norms, residual, settings._replace(backend=choice.backend), phase)
+    else:
+        plain_norms = [_reference_norm(f"norms[{i}]", norm) for i, norm in enumerate(norms)]
+        functions = [_FUNCTIONS[name] for name in activations]
+        out = leff_reference(tokens, weights, biases, plain_norms, functions, grid_size, num_prefix_tokens, residual)
+    return from_tokens(out, layout, grid_size)
+
+
+def pack(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: Sequence[BatchNorm | None]
+) -> list[Tensor | None]:
+    """The parameters in the order of the registered operators."""
+    parameters: list[Tensor | None] = []
+    for weight, bias, norm in zip(weights, biases, norms, strict=True):
+        of_norm = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        parameters += [weight, bias, *of_norm]
+    return parameters
+
+
+def make_settings(
+    x: Tensor,
+    norms: Sequence[BatchNorm | None],
+    activations: Sequence[str],
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int,
+) -> tuple[Settings, str | None]:
+    """The settings of a call but for its backend, and why only the reference can serve it, if so."""
+    group, limit = process_group_of(norms)
+    eps = [0.0 if norm is None else norm.eps for norm in norms]
+    modes = [norm_mode(norm) for norm in norms]
+    dtype = autocast_dtype(x)
+    return Settings(eps, modes, *grid_size, num_prefix_tokens, list(activations), group, dtype, "reference"), limit
+
+
+def phase_of(norms: Sequence[BatchNorm | None], tensors: Iterable[Tensor | None]) -> str:
+    """Whether a call is one of "training", which takes batch statistics or a gradient, or of "inference"."""
+    if any(norm is not None and norm.training for norm in norms):
+        return "training"
+    differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return "training" if differentiable and torch.is_grad_enabled() else "inference"
+
+
+def leff_fused(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    norms: Sequence[BatchNorm | None],
+    residual: Tensor | None,
+    settings: Settings,
+    phase: str,
+) -> Tensor:
+    """Call the operator of a phase, and update the running statistics."""
+    if phase == "inference":
+        where = (settings.height, settings.width, settings.num_prefix_tokens, settings.activations)
+        return torch.ops.ceit.leff_inference(
+            x, *parameters, residual, settings.eps, *where, settings.compute_dtype, settings.backend
+        )
+    # Running statistics that are about to change are no input of the operator.
+    inputs = [
+        None if i % parameters_per_layer > 3 and settings.norms[i // parameters_per_layer] == "batch" else parameter
+        for i, parameter in enumerate(parameters)
+    ]
+    out, _, _, _, *statistics, count = torch.ops.ceit.leff_forward(x, *inputs, residual, *settings)
+    update_running_statistics(norms, statistics, count, x.shape[0] * settings.height * settings.width)
+    return out
+
+
+def _reference_norm(name: str, norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
+    if norm is None:
+        return _FUNCTIONS["identity"]
+    if norm.process_group is not None:
+        raise backends.BackendError(
+            f"{name}: plain PyTorch takes statistics over processes only as torch.nn.SyncBatchNorm, whose module "
+            "FusedLeFF takes"
+        )
+    momentum = norm.momentum
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
+    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return lambda z: F.batch_norm(z, *tensors, norm.training, momentum or 0.0, norm.eps)

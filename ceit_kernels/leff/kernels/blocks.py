@@ -1,0 +1,108 @@
+"""What several kernels of LeFF do with a block."""
+
+import triton
+import triton.language as tl
+
+from ...common.activations import activate
+
+__all__ = [
+    "gradient_rows",
+    "load_operand",
+    "norm_gradient",
+    "norm_rows",
+    "normalize",
+    "store_moments",
+    "store_rows",
+    "token_rows",
+]
+
+
+@triton.jit
+def token_rows(o_m, m, HW, P):
+    """Rows of x and of the output that image tokens are: that of token m, in 64 bits, and the others from there."""
+    first = m + (m // HW + 1) * P
+    return first.to(tl.int64), o_m + (o_m // HW + 1) * P - first
+
+
+@triton.jit
+def norm_rows(p_norm, o_e, m_e, E: tl.constexpr, NORM: tl.constexpr):
+    """Mean, scale and shift of a norm; without one nothing is read or computed."""
+    if NORM:
+        b_mean = tl.load(p_norm + o_e, mask=m_e, other=0.0)
+        b_scale = tl.load(p_norm + 3 * E + o_e, mask=m_e, other=0.0)
+        b_shift = tl.load(p_norm + 4 * E + o_e, mask=m_e, other=0.0)
+        return b_mean, b_scale, b_shift
+    else:
+        return 0.0, 1.0, 0.0
+
+
+@triton.jit
+def normalize(b_z, b_mean, b_scale, b_shift, NORM: tl.constexpr, EXACT: tl.constexpr):
+    """(z - mean) scale + shift. A 16-bit z has no more digits than one multiply-add keeps."""
+    if not NORM:
+        return b_z
+    elif EXACT:
+        return (b_z - b_mean) * b_scale + b_shift
+    else:
+        return b_z * b_scale + (b_shift - b_mean * b_scale)
+
+
+@triton.jit
+def gradient_rows(p_gradient, o_e, m_e, E: tl.constexpr):
+    """Mean, a, b and c of the gradient of a norm's input."""
+    b_mean = tl.load(p_gradient + o_e, mask=m_e, other=0.0)
+    b_a = tl.load(p_gradient + E + o_e, mask=m_e, other=0.0)
+    b_b = tl.load(p_gradient + 2 * E + o_e, mask=m_e, other=0.0)
+    b_c = tl.load(p_gradient + 3 * E + o_e, mask=m_e, other=0.0)
+    return b_mean, b_a, b_b, b_c
+
+
+@triton.jit
+def norm_gradient(b_g, b_z, b_mean, b_a, b_b, b_c, EXACT: tl.constexpr):
+    """a g + b (z - mean) + c: the gradient of a norm's input from that of its output, g, and its input, z."""
+    if EXACT:
+        return b_g * b_a + ((b_z - b_mean) * b_b + b_c)
+    else:
+        return b_g * b_a + (b_z * b_b + (b_c - b_mean * b_b))
+
+
+@triton.jit
+def load_operand(
+    p_a, p_z, p_rows, offsets, mask, o_e, m_e,
+    E: tl.constexpr, OPERAND: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A block (tokens, E) of a product's operand, computed while it is loaded.
+
+    OPERAND is "plain" (a itself), "activation" (of a after its norm, whose ``norm`` array is ``p_rows``) or "gradient"
+    (of a norm's input z from that of its output, a; ``p_rows`` is its ``gradient`` array).
+    """
+    b_a = tl.load(p_a + offsets, mask=mask, other=0.0)
+    if OPERAND == "activation":
+        b_mean, b_scale, b_shift = norm_rows(p_rows, o_e[None, :], m_e[None, :], E, NORM)
+        b_a = activate(normalize(b_a.to(ACC), b_mean, b_scale, b_shift, NORM, EXACT), ACTIVATION, EXACT)
+    elif OPERAND == "gradient":
+        b_mean, b_factor, b_slope, b_offset = gradient_rows(p_rows, o_e[None, :], m_e[None, :], E)
+        b_z = tl.load(p_z + offsets, mask=mask, other=0.0)
+        b_a = norm_gradient(b_a.to(ACC), b_z.to(ACC), b_mean, b_factor, b_slope, b_offset, EXACT)
+    return b_a.to(COMPUTE)
+
+
+@triton.jit
+def store_rows(p_partial, i_t, b_0, b_1, o_e, m_e, E: tl.constexpr):
+    """Row pair i_t of a partial result (T, 2, E)."""
+    p_row = p_partial + i_t * (2 * E) + o_e
+    tl.store(p_row, b_0, mask=m_e)
+    tl.store(p_row + E, b_1, mask=m_e)
+
+
+@triton.jit
+def store_moments(p_partial, p_count, i_t, b_z, m_m, o_e, m_e, first, E: tl.constexpr, ACC: tl.constexpr):
+    """Mean and centred sum of squares of a block (tokens, E) over its tokens, and how many they are."""
+    n = tl.sum(m_m.to(ACC), axis=0)
+    m_z = m_m[:, None]
+    b_mean = tl.sum(tl.where(m_z, b_z, 0.0), axis=0) / n
+    b_centred = tl.where(m_z, b_z - b_mean[None, :], 0.0)
+    store_rows(p_partial, i_t, b_mean, tl.sum(b_centred * b_centred, axis=0), o_e, m_e, E)
+    if first:
+        tl.store(p_count + i_t, n)

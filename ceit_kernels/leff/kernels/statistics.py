@@ -1,0 +1,113 @@
+"""From what program instances left behind to statistics and gradients of parameters, in a fixed order."""
+
+import triton
+import triton.language as tl
+
+from .blocks import store_rows
+
+__all__ = ["leff_coefficients_kernel", "leff_statistics_kernel", "leff_sum_kernel"]
+
+
+@triton.jit
+def leff_statistics_kernel(
+    p_partial, p_count, p_weight, p_bias, p_norm, p_total, T, EPS: tl.constexpr,
+    E: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The ``norm`` array (5, E) and the count (1,) from T partial moments (T, 2, E) and their counts (T,)."""
+    o_e = tl.program_id(0) * BE + tl.arange(0, BE)
+    m_e = o_e < E
+    # About the mean of the first part, so that a mean far from zero costs no digits.
+    b_first = tl.load(p_partial + o_e, mask=m_e, other=0.0)
+    b_means = tl.zeros((BT, BE), dtype=ACC)
+    b_counts = tl.zeros((BT,), dtype=ACC)
+    for t in range(0, T, BT):
+        b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, BT)
+        b_mean = tl.load(p_rows, mask=mask, other=0.0)
+        b_means += b_n[:, None] * (b_mean - b_first[None, :])
+        b_counts += b_n
+    n = tl.sum(b_counts, axis=0)
+    b_offset = tl.sum(b_means, axis=0) / n
+    b_squares = tl.zeros((BT, BE), dtype=ACC)
+    for t in range(0, T, BT):
+        b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, BT)
+        b_centred = tl.load(p_rows, mask=mask, other=0.0) - b_first[None, :] - b_offset[None, :]
+        b_squares += tl.load(p_rows + E, mask=mask, other=0.0) + b_n[:, None] * b_centred * b_centred
+
+    b_variance = tl.sum(b_squares, axis=0) / n
+    b_rstd = tl.rsqrt(b_variance + EPS)
+    b_scale, b_shift = b_rstd, tl.zeros((BE,), dtype=ACC)
+    if p_weight is not None:
+        b_scale *= tl.load(p_weight + o_e, mask=m_e, other=0.0).to(ACC)
+    if p_bias is not None:
+        b_shift += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
+    store_rows(p_norm, 0, b_first + b_offset, b_variance, o_e, m_e, E)
+    store_rows(p_norm, 1, b_rstd, b_scale, o_e, m_e, E)
+    tl.store(p_norm + 4 * E + o_e, b_shift, mask=m_e)
+    if tl.program_id(0) == 0:
+        tl.store(p_total, n)
+
+
+@triton.jit
+def _part(p_partial, p_count, t, o_e, m_e, T, E: tl.constexpr, BT: tl.constexpr):
+    """Counts of BT parts, 0 behind the last, and where their means are."""
+    o_t = t + tl.arange(0, BT)
+    p_rows = p_partial + o_t.to(tl.int64)[:, None] * (2 * E) + o_e[None, :]
+    return tl.load(p_count + o_t, mask=o_t < T, other=0.0), p_rows, (o_t < T)[:, None] & m_e[None, :]
+
+
+@triton.jit
+def leff_coefficients_kernel(
+    p_partial, p_norm, p_total, p_sums, p_gradient, p_dweight, p_dbias, p_dconvolution, T,
+    E: tl.constexpr, NORM: tl.constexpr, BATCH: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """From partial sums (T, 2, E) of a norm's gradient g and of g (z - mean): the sums (2, E), the ``gradient`` array
+    (4, E), and the gradients, where wanted, of the norm's weight and bias and of the bias of the convolution before it.
+
+    BATCH says that mean and variance are those of this batch, so that they have gradients too; such a norm takes the
+    convolution's bias away, whose gradient is exactly 0.
+    """
+    o_e = tl.program_id(0) * BE + tl.arange(0, BE)
+    m_e = o_e < E
+    b_sums = tl.zeros((BT, BE), dtype=ACC)
+    b_moments = tl.zeros((BT, BE), dtype=ACC)
+    for t in range(0, T, BT):
+        o_t = t + tl.arange(0, BT)
+        mask = (o_t < T)[:, None] & m_e[None, :]
+        p_rows = p_partial + o_t.to(tl.int64)[:, None] * (2 * E) + o_e[None, :]
+        b_sums += tl.load(p_rows, mask=mask, other=0.0)
+        b_moments += tl.load(p_rows + E, mask=mask, other=0.0)
+    b_sum, b_moment = tl.sum(b_sums, axis=0), tl.sum(b_moments, axis=0)
+    store_rows(p_sums, 0, b_sum, b_moment, o_e, m_e, E)
+
+    b_mean = tl.zeros((BE,), dtype=ACC)
+    b_rstd, b_scale, b_slope, b_offset = b_mean + 1.0, b_mean + 1.0, b_mean, b_mean
+    if NORM:
+        b_mean += tl.load(p_norm + o_e, mask=m_e, other=0.0)
+        b_rstd = tl.load(p_norm + 2 * E + o_e, mask=m_e, other=0.0)
+        b_scale = tl.load(p_norm + 3 * E + o_e, mask=m_e, other=0.0)
+    b_bias = b_scale * b_sum
+    if BATCH:
+        n = tl.load(p_total)
+        b_slope = -b_scale * b_rstd * b_rstd * (b_moment / n)
+        b_offset = -b_scale * (b_sum / n)
+        b_bias = tl.zeros((BE,), dtype=ACC)
+    store_rows(p_gradient, 0, b_mean, b_scale, o_e, m_e, E)
+    store_rows(p_gradient, 1, b_slope, b_offset, o_e, m_e, E)
+    if p_dweight is not None:
+        tl.store(p_dweight + o_e, (b_moment * b_rstd).to(p_dweight.dtype.element_ty), mask=m_e)
+    if p_dbias is not None:
+        tl.store(p_dbias + o_e, b_sum.to(p_dbias.dtype.element_ty), mask=m_e)
+    if p_dconvolution is not None:
+        tl.store(p_dconvolution + o_e, b_bias.to(p_dconvolution.dtype.element_ty), mask=m_e)
+
+
+@triton.jit
+def leff_sum_kernel(p_partial, p_out, S, N, BS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """The sum (N,) of S partial results (S, N), in the type of the result."""
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b_sum = tl.zeros((BS, BN), dtype=ACC)
+    for s in range(0, S, BS):
+        o_s = s + tl.arange(0, BS)
+        mask = (o_s < S)[:, None] & (o_n < N)[None, :]
+        b_sum += tl.load(p_partial + o_s.to(tl.int64)[:, None] * N + o_n[None, :], mask=mask, other=0.0)
+    tl.store(p_out + o_n, tl.sum(b_sum, axis=0).to(p_out.dtype.element_ty), mask=o_n < N)

@@ -1,0 +1,122 @@
+"""The BatchNorms of LeFF: what they compute with, and how they keep their running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BatchNorm", "norm_mode", "of_module", "process_group_of", "update_running_statistics"]
+
+
+class BatchNorm(NamedTuple):
+    """A BatchNorm's tensors and settings, with the names and defaults of ``torch.nn.functional.batch_norm``.
+
+    Attributes:
+        running_mean: mean of each channel; updated in place where ``training``, not kept if None.
+        running_var: variance of each channel, likewise.
+        weight: factor of each channel; 1 if None.
+        bias: what is added to each channel; 0 if None.
+        training: take mean and variance of this batch, not the running ones.
+        momentum: weight of this batch in the running statistics; None for their average over all batches.
+        eps: added to the variance.
+        num_batches_tracked: int64 (), counts the batches where ``training``; needed where ``momentum`` is None.
+        process_group: the processes whose batches are one where ``training``, as for ``torch.nn.SyncBatchNorm``; only
+            this one if None.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    num_batches_tracked: Tensor | None = None
+    process_group: torch.distributed.ProcessGroup | None = None
+
+
+def norm_mode(norm: BatchNorm | None) -> str:
+    """What the operators call it: "none", "frozen" or "batch"."""
+    if norm is None:
+        return "none"
+    return "batch" if norm.training else "frozen"
+
+
+def of_module(module: nn.Module) -> BatchNorm | None:
+    """What a BatchNorm2d or SyncBatchNorm does in its present mode; None for an Identity."""
+    if isinstance(module, nn.Identity):
+        return None
+    tracks = not module.training or module.track_running_stats
+    mean, variance = (module.running_mean, module.running_var) if tracks else (None, None)
+    return BatchNorm(
+        mean,
+        variance,
+        module.weight,
+        module.bias,
+        module.training or mean is None,
+        module.momentum,
+        module.eps,
+        module.num_batches_tracked if module.training and tracks else None,
+        _process_group(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None,
+    )
+
+
+def _process_group(module: nn.SyncBatchNorm) -> torch.distributed.ProcessGroup | None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = module.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+def process_group_of(norms: Sequence[BatchNorm | None]) -> tuple[str | None, str | None]:
+    """The name of the group that the batch statistics are taken over, and why the kernels cannot, if they cannot."""
+    names = [None if n.process_group is None else n.process_group.group_name for n in norms if n and n.training]
+    if any(name != names[0] for name in names):
+        return None, "the kernels take the statistics of all three norms over the same processes"
+    return (names[0] if names else None), None
+
+
+@torch.no_grad()
+def update_running_statistics(
+    norms: Sequence[BatchNorm | None], statistics: Sequence[Tensor], count: Tensor, tokens: int
+) -> None:
+    """Average this batch into the running statistics, as ``torch.nn.BatchNorm2d`` does.
+
+    Args:
+        norms: of the three layers.
+        statistics: of each layer mean and variance of this batch in rows 0 and 1; not read for other layers than those
+            in training.
+        count: (1,), of how many tokens they were taken, in all processes.
+        tokens: of how many in this process; nothing is averaged if 0.
+    """
+    tracked = [(n, s) for n, s in zip(norms, statistics, strict=True) if n is not None and n.training]
+    counters = [n.num_batches_tracked for n, _ in tracked if n.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    tracked = [(n, s) for n, s in tracked if n.running_mean is not None]
+    if not tracked or tokens == 0:
+        return
+    # The variance of a population, from that of this sample of it.
+    alone = all(n.process_group is None for n, _ in tracked)
+    factor = tokens / (tokens - 1) if alone else (count / (count - 1))[0]
+    variances = torch._foreach_mul([s[1] for _, s in tracked], factor)
+    updates: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for (norm, rows), variance in zip(tracked, variances, strict=True):
+        pairs = ((norm.running_mean, rows[0]), (norm.running_var, variance))
+        if norm.momentum is None:
+            if norm.num_batches_tracked is not None:
+                # On the device: reading the counter would wait for it.
+                share = 1.0 / norm.num_batches_tracked
+                for running, new in pairs:
+                    running.lerp_(new.to(running.dtype), share.to(running.dtype))
+            continue
+        buffers, values = updates.setdefault(norm.momentum, ([], []))
+        for running, new in pairs:
+            buffers.append(running)
+            values.append(new.to(running.dtype))
+    for momentum, (buffers, values) in updates.items():
+        torch._foreach_lerp_(buffers, values, momentum)

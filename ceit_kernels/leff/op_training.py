@@ -1,0 +1,201 @@
+"""``ceit::leff_forward`` and ``ceit::leff_backward``: schema, checks, autograd, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_device, check_shape
+from ..common.registration import refuse_gradient, register_autocast
+from .arguments import PARAMETER_NAMES, PARAMETER_SCHEMA, Settings, check, out_dtype, require
+from .folding import parameters_per_layer
+from .kernels import NORM_ROWS
+
+__all__: list[str] = []
+
+_SETTINGS_SCHEMA = (
+    "float[] eps, str[] norms, SymInt height, SymInt width, int num_prefix_tokens, str[] activations, str? group, "
+    "ScalarType? compute_dtype, str backend"
+)
+_SAVED_NAMES = ("z1", "z2", "z3", "norm1", "norm2", "norm3", "count")
+_PARAMETERS, _SAVED = len(PARAMETER_NAMES), len(_SAVED_NAMES)
+# Of a layer's parameters those that may have a gradient: all but the running statistics, which come last.
+_DIFFERENTIABLE = tuple(i for i in range(_PARAMETERS) if i % parameters_per_layer < 4)
+
+torch.library.define(
+    "ceit::leff_forward",
+    f"(Tensor x, {PARAMETER_SCHEMA}, Tensor? residual, {_SETTINGS_SCHEMA}) "
+    "-> (Tensor out, Tensor z1, Tensor z2, Tensor z3, Tensor norm1, Tensor norm2, Tensor norm3, Tensor count)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "ceit::leff_backward",
+    f"(Tensor grad_out, Tensor x, {PARAMETER_SCHEMA}, {', '.join(f'Tensor {name}' for name in _SAVED_NAMES)}, "
+    f"{_SETTINGS_SCHEMA}, bool need_x, bool[] needs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check_forward(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings) -> None:
+    check(x, parameters, residual, settings)
+    for name, mean, mode in zip(
+        PARAMETER_NAMES[4::parameters_per_layer], parameters[4::parameters_per_layer], settings.norms, strict=True
+    ):
+        if mode == "frozen" and mean is None:
+            raise ValueError(f"{name}: expected a tensor where the norm is frozen, got None")
+    if settings.group is not None and x.shape[0] == 0:
+        raise ValueError("x: expected an image in every process that shares its statistics, got an empty batch")
+
+
+def _check_backward(
+    grad_out: Tensor, x: Tensor, parameters: Sequence[Tensor | None], settings: Settings, needs: Sequence[bool]
+) -> None:
+    check(x, parameters, None, settings)
+    check_shape("grad_out", grad_out, x.shape[0], x.shape[1], parameters[2 * parameters_per_layer].shape[0])
+    check_device("grad_out", grad_out, x, "x")
+    if len(needs) != len(_DIFFERENTIABLE):
+        raise ValueError(f"needs: expected {len(_DIFFERENTIABLE)}, got {len(needs)}")
+    for i, need in zip(_DIFFERENTIABLE, needs, strict=True):
+        if need and parameters[i] is None:
+            raise ValueError(f"needs: expected False for {PARAMETER_NAMES[i]}, which is None, got True")
+
+
+def _problem(x: Tensor, parameters: Sequence[Tensor | None], settings: Settings):
+    from .problem import Problem
+
+    group = None
+    if settings.group is not None:
+        group = torch.distributed.distributed_c10d._resolve_process_group(settings.group)
+    return Problem(
+        x.contiguous(),
+        [None if parameter is None else parameter.contiguous() for parameter in parameters],
+        settings.norms,
+        settings.eps,
+        (settings.height, settings.width),
+        settings.num_prefix_tokens,
+        tuple(settings.activations),
+        settings.compute_dtype or x.dtype,
+        group,
+    )
+
+
+def _outputs(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:
+    """Tensors like the results of the forward operator; what a layer without a norm lacks has no element."""
+    dtype = settings.compute_dtype or x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden, outputs = parameters[0].shape[0], parameters[2 * parameters_per_layer].shape[0]
+    tokens = x.shape[0] * settings.height * settings.width
+    channels = zip(settings.norms, (hidden, hidden, outputs), strict=True)
+    norms = ((0,) if mode == "none" else (NORM_ROWS, n) for mode, n in channels)
+    return (
+        make((x.shape[0], x.shape[1], outputs), dtype=out_dtype(x, residual, settings)),
+        make((tokens, hidden), dtype=dtype),
+        make((tokens, hidden), dtype=dtype),
+        make((0,) if settings.norms[2] == "none" else (tokens, outputs), dtype=dtype),
+        *(make(shape, dtype=wide) for shape in norms),
+        make((1 if "batch" in settings.norms else 0,), dtype=wide),
+    )
+
+
+@torch.library.impl("ceit::leff_forward", "default")
+def _forward(x, *arguments):
+    parameters, residual, settings = arguments[:_PARAMETERS], arguments[_PARAMETERS], Settings(*arguments[-9:])
+    _check_forward(x, parameters, residual, settings)
+    require(x, parameters, settings)
+    if x.shape[0] == 0:
+        return _outputs(x.new_zeros, x, parameters, residual, settings)
+    from .forward import leff_forward_triton
+
+    residual = None if residual is None else residual.contiguous()
+    forward = leff_forward_triton(_problem(x, parameters, settings), residual, out_dtype(x, residual, settings))
+    return tuple(forward)
+
+
+@torch.library.register_fake("ceit::leff_forward")
+def _forward_fake(x, *arguments):
+    parameters, residual, settings = arguments[:_PARAMETERS], arguments[_PARAMETERS], Settings(*arguments[-9:])
+    _check_forward(x, parameters, residual, settings)
+    return _outputs(x.new_empty, x, parameters, residual, settings)
+
+
+def _unpack_backward(arguments):
+    parameters, saved = arguments[:_PARAMETERS], arguments[_PARAMETERS : _PARAMETERS + _SAVED]
+    *settings, need_x, needs = arguments[_PARAMETERS + _SAVED :]
+    return parameters, saved, Settings(*settings), need_x, needs
+
+
+def _wanted(x, parameters, need_x, needs) -> list[Tensor]:
+    """The tensors whose gradients are wanted, in the order of the backward operator's results."""
+    differentiable = [parameters[i] for i in _DIFFERENTIABLE]
+    return [tensor for tensor, need in zip((x, *differentiable), (need_x, *needs), strict=True) if need]
+
+
+@torch.library.impl("ceit::leff_backward", "default")
+def _backward(grad_out, x, *arguments):
+    parameters, saved, settings, need_x, needs = _unpack_backward(arguments)
+    _check_backward(grad_out, x, parameters, settings, needs)
+    require(x, parameters, settings)
+    if x.shape[0] == 0:
+        return [
+            torch.zeros_like(t, memory_format=torch.contiguous_format) for t in _wanted(x, parameters, need_x, needs)
+        ]
+    from .backward import Needs, leff_backward_triton
+    from .problem import Forward
+
+    problem = _problem(x, parameters, settings)
+    forward = Forward(grad_out, *saved)  # in the place of the result, which backward does not read
+    layers = [Needs(*needs[i : i + 4]) for i in (0, 4, 8)]
+    grad_x, gradients = leff_backward_triton(problem, forward, grad_out.contiguous(), need_x, layers)
+    return [gradient for gradient in (grad_x, *gradients) if gradient is not None]
+
+
+@torch.library.register_fake("ceit::leff_backward")
+def _backward_fake(grad_out, x, *arguments):
+    parameters, _, settings, need_x, needs = _unpack_backward(arguments)
+    _check_backward(grad_out, x, parameters, settings, needs)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _wanted(x, parameters, need_x, needs)]
+
+
+def _setup_context(ctx, inputs, output):
+    x, parameters, residual = inputs[0], list(inputs[1 : 1 + _PARAMETERS]), inputs[1 + _PARAMETERS]
+    for i in range(_PARAMETERS):
+        if i not in _DIFFERENTIABLE:
+            parameters[i] = None
+    ctx.save_for_backward(x, *parameters, *output[1:])
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.settings = inputs[2 + _PARAMETERS :]
+    ctx.mark_non_differentiable(*output[1:])
+    # Or backward would get zeros of the size of z1, z2 and z3.
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx, grad_out, *no_grads):
+    need_x, need_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[1 + _PARAMETERS]
+    places = [1 + i for i in _DIFFERENTIABLE]
+    needs = [ctx.needs_input_grad[place] for place in places]
+    found: dict[int, Tensor] = {}
+    if grad_out is not None and (need_x or any(needs)):
+        gradients = torch.ops.ceit.leff_backward(grad_out, *ctx.saved_tensors, *ctx.settings, need_x, needs)
+        wanted = [place for place, need in zip((0, *places), (need_x, *needs), strict=True) if need]
+        found = dict(zip(wanted, gradients, strict=True))
+    if grad_out is not None and need_residual:
+        found[1 + _PARAMETERS] = grad_out.to(ctx.residual_dtype)
+    return tuple(found.get(place) for place in range(len(ctx.needs_input_grad)))
+
+
+torch.library.register_autograd("ceit::leff_forward", _autograd_backward, setup_context=_setup_context)
+refuse_gradient(
+    "ceit::leff_backward",
+    "ceit_kernels.leff_block and FusedLeFF are differentiable once; for second derivatives run them under "
+    'ceit_kernels.use_backend("reference")',
+)
+
+
+@register_autocast("ceit::leff_forward")
+def _autocast(dtype, x, *arguments):
+    # The kernels round what they load, so autocast costs no cast of its own.
+    *arguments, compute_dtype, backend = arguments
+    compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
+    return torch.ops.ceit.leff_forward(x, *arguments, compute_dtype, backend)

@@ -1,0 +1,166 @@
+"""The encoder block's residual connections, and the last block, of which only the class token reaches the logits."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ceit import CeiT
+from ceit.blocks import Block
+from ceit_kernels import fuse
+
+SMALL = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
+DROPPING = {"drop_path_rate": 0.2, "attn_drop_rate": 0.1, "proj_drop_rate": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "fused"])
+def model(request, images):
+    """A model whose BatchNorms have seen images."""
+    model = CeiT(**SMALL, **DROPPING).double()
+    model(images)
+    return (fuse(model) if request.param else model).eval()
+
+
+@pytest.fixture
+def last_tokens(model, monkeypatch):
+    """A list that grows by the number of tokens that the last block makes."""
+    made = []
+    for name in ("forward", "forward_class_token"):
+        method = getattr(model.blocks[-1], name)
+
+        def wrapper(*args, method=method):
+            out = method(*args)
+            made.append((out[0] if isinstance(out, tuple) else out).shape[1])
+            return out
+
+        monkeypatch.setattr(model.blocks[-1], name, wrapper)
+    return made
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("training", [True, False])
+def test_both_halves_have_a_residual_connection(training, drop_path):
+    block = Block(8, 2, drop_path=drop_path).train(training)
+    x = torch.randn(4, 10, 8)
+    torch.manual_seed(1)
+    out = block(x)
+    torch.manual_seed(1)
+    middle = x + block.drop_path(block.attn(block.norm1(x)))
+    assert torch.equal(out, middle + block.drop_path(block.leff(block.norm2(middle))))
+
+
+def test_the_last_block_makes_only_its_class_token_where_only_logits_are_wanted(model, images, last_tokens):
+    expected = model(images).detach()
+    with torch.no_grad():
+        logits = model(images)
+    with torch.inference_mode():
+        assert torch.equal(model(images), logits)
+    assert last_tokens == [17, 1, 1]
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, DROPPING, {"leff_with_bn": False}], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_gives_the_bits_of_the_whole_block(options, fused, frozen, images, monkeypatch):
+    def step():
+        torch.manual_seed(0)
+        model = CeiT(**SMALL, **options)
+        model.blocks[-1].leff.bn2.train(not frozen)
+        model = fuse(model) if fused else model
+        logits = model(images.float())
+        logits.square().sum().backward()
+        return logits, [p.grad for p in model.parameters()], list(model.buffers())
+
+    short = step()
+    monkeypatch.setattr(Block, "class_token_suffices", lambda self: False)
+    torch.testing.assert_close(short, step(), rtol=0, atol=0)
+
+
+def test_training_keeps_nothing_of_the_last_leff_for_backward(model, images, last_tokens):
+    def saved():
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.shape[1:2] == (4 * 32,)  # hidden channels of an image
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(images)
+        return count
+
+    per_block = saved() / 3
+    model.train()
+    assert 0 < saved() < 3 * per_block
+    assert last_tokens == [17, 1]
+
+
+def test_gradients_of_a_frozen_leff_stay_none(model, images):
+    model.train()
+    model.blocks[-1].leff.conv1.requires_grad_(False)
+    model(images).sum().backward()
+    assert model.blocks[-1].leff.conv1.weight.grad is None
+    assert (model.blocks[-1].leff.conv2.weight.grad == 0).all()
+
+
+@torch.no_grad()
+def test_features_stay_complete(model, images, last_tokens):
+    model.forward_features(images)
+    model.forward_intermediates(images, stop_early=True)
+    model.global_pool = "avg"
+    model(images)
+    assert last_tokens == [17, 17, 17]
+
+
+@pytest.mark.parametrize("part", ["", "norm1", "attn", "attn.qkv", "leff", "leff.conv1"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_sees_every_token(model, images, last_tokens, kind, part):
+    seen = []
+    model.train()
+    hook = getattr(model.blocks[-1].get_submodule(part), f"register_{kind}_hook")(lambda *args: seen.append(args))
+    model(images).sum().backward()
+    hook.remove()
+    model(images)
+    # Fused LeFF does not call the convolutions.
+    assert seen or part == "leff.conv1"
+    assert last_tokens == [17, 1]
+
+
+@torch.no_grad()
+def test_statistics_are_taken_of_every_token(model, images, last_tokens):
+    model.blocks[-1].leff.bn1.train()
+    before = model.blocks[-1].leff.bn1.running_mean.clone()
+    model(images)
+    assert last_tokens == [1]
+    assert model.blocks[-1].leff.bn1.num_batches_tracked == 2
+    assert not torch.equal(model.blocks[-1].leff.bn1.running_mean, before)
+
+
+@torch.no_grad()
+def test_someone_elses_module_sees_every_token(model, images, last_tokens):
+    model.blocks[-1].attn = nn.Identity()
+    model(images)
+    assert last_tokens == [17]
+
+
+@torch.no_grad()
+def test_compiles_and_exports_with_the_class_token_alone(model, images):
+    expected = model(images)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-12, atol=1e-12)
+    exported = torch.export.export(model, (images,))
+    torch.testing.assert_close(exported.module()(images), expected, rtol=1e-12, atol=1e-12)
+    convolutions = sum("conv2d" in str(node.target) for node in exported.graph.nodes)
+    assert convolutions == 2 + 3 * (len(model.blocks) - 1)

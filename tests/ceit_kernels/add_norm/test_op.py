@@ -1,0 +1,101 @@
+"""``add_layer_norm`` without kernels: the reference, and the messages of bad input."""
+
+import pytest
+import torch
+from torch import nn
+
+from ceit_kernels import BackendError, FusedAddNorm, add_layer_norm, use_backend
+
+
+def good_arguments():
+    torch.manual_seed(0)
+    return {
+        "x": torch.randn(3, 5, 32),
+        "branch": torch.randn(3, 5, 32),
+        "weight": torch.randn(32),
+        "bias": torch.randn(32),
+        "num_prefix_tokens": 1,
+    }
+
+
+def test_the_reference_is_a_sum_and_its_layer_norm():
+    arguments = good_arguments()
+    total, out, prefix = add_layer_norm(**arguments, eps=1e-3)
+    assert torch.equal(total, arguments["x"] + arguments["branch"])
+    assert torch.equal(prefix, total[:, :1])
+    expected = torch.nn.functional.layer_norm(total, (32,), arguments["weight"], arguments["bias"], 1e-3)
+    torch.testing.assert_close(out, expected)
+    assert len(add_layer_norm(arguments["x"])) == 2
+
+
+BAD_ARGUMENTS = {
+    "no dimension": ({"x": torch.zeros(())}, ValueError, r"x: expected shape \(..., C\) with at least one channel"),
+    "no channel": ({"x": torch.zeros(3, 5, 0)}, ValueError, r"at least one channel, got \(3, 5, 0\)"),
+    "integers": ({"x": torch.zeros(3, 5, 32, dtype=torch.int32)}, TypeError, "x: expected a floating-point.*int32"),
+    "branch shape": ({"branch": torch.zeros(3, 1, 32)}, ValueError, r"branch: expected shape \(3, 5, 32\), got"),
+    "branch dtype": ({"branch": torch.zeros(3, 5, 32, dtype=torch.int8)}, TypeError, "branch: expected a floating"),
+    "branch device": (
+        {"branch": torch.zeros(3, 5, 32, device="meta")},
+        ValueError,
+        "branch: expected on cpu like x, got meta",
+    ),
+    "weight shape": ({"weight": torch.zeros(31)}, ValueError, r"weight: expected shape \(32\), got \(31,\)"),
+    "weight dtype": (
+        {"weight": torch.zeros(32).half()},
+        TypeError,
+        r"weight: expected torch.float32 like x \+ branch, got torch.float16",
+    ),
+    "bias shape": ({"bias": torch.zeros(1, 32)}, ValueError, r"bias: expected shape \(32\), got"),
+    "bias dtype": ({"bias": torch.zeros(32).double()}, TypeError, "bias: expected torch.float32 like x"),
+    "too many prefix tokens": ({"num_prefix_tokens": 6}, ValueError, "num_prefix_tokens: expected at most the 5 tok"),
+    "a negative number": ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens: expected at most .* got -1"),
+    "prefix of a row": (
+        {"x": torch.zeros(32), "branch": None},
+        ValueError,
+        r"x: expected shape \(B, N, C\), got \(32,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_a_bad_argument_is_named_with_what_was_given_and_expected(changes, error, message):
+    arguments = good_arguments() | changes
+    with pytest.raises(error, match=message):
+        add_layer_norm(**arguments)
+    tensors = [arguments[name] for name in ("x", "branch", "weight", "bias")]
+    with pytest.raises(error, match=message):
+        torch.ops.ceit.add_layer_norm(*tensors, 1e-5, arguments["num_prefix_tokens"], None, "triton")
+
+
+def test_the_operator_itself_refuses_a_backend_that_cannot_run():
+    tensors = list(good_arguments().values())[:4]
+    for backend, reason in (
+        ("triton", "the tensor is on the CPU"),
+        ("native", "no native impl"),
+        ("reference", "plain"),
+    ):
+        with pytest.raises(BackendError, match=f"ceit::norm: backend '{backend}' cannot run: .*{reason}"):
+            torch.ops.ceit.add_layer_norm(*tensors, 1e-5, 0, None, backend)
+
+
+def test_rows_beyond_the_kernels_run_by_the_reference_or_say_why_not():
+    x = torch.randn(2, 4097)
+    assert add_layer_norm(x)[1].shape == (2, 4097)
+    with use_backend("norm=triton"), pytest.raises(BackendError, match="4096 channels, x has 4097"):
+        add_layer_norm(x)
+
+
+def test_autocast_on_a_cpu_leaves_the_dtypes_alone():
+    x, branch = torch.randn(3, 32).bfloat16(), torch.randn(3, 32).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, out = add_layer_norm(x, branch, torch.ones(32), torch.zeros(32))
+    assert total.dtype == out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.LayerNorm((5, 32)), nn.BatchNorm1d(5), nn.Identity()], ids=str)
+def test_module_takes_any_norm(norm):
+    arguments = good_arguments()
+    total, out, prefix = FusedAddNorm()(arguments["x"], arguments["branch"], norm, 2)
+    assert torch.equal(total, arguments["x"] + arguments["branch"])
+    assert torch.equal(prefix, total[:, :2])
+    torch.testing.assert_close(out, norm(total))
