@@ -41,7 +41,7 @@ PHASES = ("inference", "training")
 
 # What each operator is implemented in beside plain PyTorch, the best first, and for which phases.
 IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
-    "leff": {"triton": PHASES},
+    "leff": {"triton": PHASES, "native": ("inference",)},
     "lca": {"triton": PHASES},
     "i2t": {"native": PHASES},
     "norm": {"triton": PHASES},
@@ -49,12 +49,16 @@ IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
 OPERATORS = tuple(IMPLEMENTED)
 
 # What the compiled extension has an operator's native implementation on, and the operator of its own behind it.
-_NATIVE_DEVICES = {"i2t": ("cuda",)}
-_NATIVE_OPERATOR = {"i2t": "_i2t_forward"}
+_NATIVE_DEVICES = {"leff": ("cpu",), "i2t": ("cuda",)}
+_NATIVE_OPERATOR = {"leff": "_leff_depthwise", "i2t": "_i2t_forward"}
 
 _ENVIRONMENT_VARIABLE = "CEIT_KERNELS_BACKEND"
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_NATIVE_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NATIVE_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+_DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is defined, so a later change has no effect.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -143,13 +147,14 @@ def _native_refusal(operator: str, device_type: str, device_index: int | None, d
         return None
     if not has_kernel(_NATIVE_OPERATOR[operator], device_type):
         if device_type not in _NATIVE_DEVICES[operator]:
-            return f"the tensor is on the {device_type.upper()}, {operator}'s compiled kernels need a CUDA GPU"
+            needed = " or ".join(_DEVICE_NAMES[device] for device in _NATIVE_DEVICES[operator])
+            return f"the tensor is on the {device_type.upper()}, {operator}'s compiled kernels need {needed}"
         return extension_problem(device_type)
-    if device_type != "cuda":
-        return None
-    if dtype not in _NATIVE_CUDA_DTYPES:
-        return f"the kernels compute in float32, float16 and bfloat16, not in {dtype}"
-    return _old_gpu(device_index)
+    dtypes = _NATIVE_DTYPES[device_type]
+    if dtype not in dtypes:
+        names = [str(name).removeprefix("torch.") for name in dtypes]
+        return f"the kernels compute in {', '.join(names[:-1])} and {names[-1]}, not in {dtype}"
+    return _old_gpu(device_index) if device_type == "cuda" else None
 
 
 def _refusal(

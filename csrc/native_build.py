@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,14 @@ MINIMUM_NVCC = (12, 0)
 # Code for 8.0 runs on 8.6 and 8.9; newer chips than 9.0 translate the PTX when they first load it.
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 _TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", _TARGET_VERSION]
+_FLAGS = ["-std=c++17", "-O3", _TARGET_VERSION]
+# A *_simd.cpp is compiled once for each of these that the target has; the best is chosen when the program runs.
+_SIMD_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
+_CAPABILITIES = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+}
 
 
 class BuildError(Exception):
@@ -190,29 +198,46 @@ def decide(environ: Mapping[str, str] = os.environ, assume_torch: bool = False) 
         return Plan("cuda", "", root, compiler, nvcc, architectures)
     if cuda == "1":
         raise BuildError(f"CEIT_KERNELS_CUDA=1, but {problem}")
-    plan = Plan("cpu", problem, root, compiler)
-    return plan if plan.sources else Plan("none", f"{problem}, and there is no C++ code for the CPU yet")
+    return Plan("cpu", problem, root, compiler)
 
 
-def _ninja_file(plan: Plan, objects: Mapping[Path, Path], library: Path) -> str:
-    includes = f"-isystem {plan.torch / 'include'}"
-    libraries = ["-ltorch_cpu", "-lc10"]
-    linker = [plan.compiler, "-shared"]
-    rules = [f"rule cxx\n  command = {plan.compiler} {' '.join(_FLAGS)} -fPIC -fvisibility=hidden -MMD -MF $out.d "
-             f"{includes} -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"]  # fmt: skip
+def _capabilities() -> dict[str, list[str]]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return _CAPABILITIES if x86 else {"baseline": []}
+
+
+def _ninja_file(plan: Plan, folder: Path, library: Path) -> str:
+    capabilities = _capabilities()
+    flags = [*_FLAGS, *(f"-DCEIT_HAS_{name.upper()}" for name in capabilities)]
+    libraries, linker = ["-ltorch_cpu", "-lc10"], [plan.compiler, "-shared"]
+    dependencies = "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+    rules = []
     if plan.kind == "cuda":
+        flags.append("-DUSE_CUDA")
         architectures = " ".join(_architecture_flags(plan.architectures))
         host = f"-ccbin {plan.compiler} -Xcompiler -fPIC,-fvisibility=hidden"
-        rules.append(f"rule nvcc\n  command = {plan.nvcc} {' '.join(_FLAGS)} {architectures} {host} -MMD -MF $out.d "
-                     f"-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n")  # fmt: skip
+        rules.append(f"rule nvcc\n  command = {plan.nvcc} {' '.join(flags)} {architectures} {host} {dependencies}")
         linker = [plan.nvcc, "-shared", "-ccbin", plan.compiler]  # it knows where its runtime is
         libraries.insert(0, "-ltorch_cuda")
+    host = f"-fPIC -fvisibility=hidden -isystem {plan.torch / 'include'}"
+    rules.append(f"rule cxx\n  command = {plan.compiler} {' '.join(flags)} $extra {host} {dependencies}")
     linker += ["$in", "-o", "$out", f"-L{plan.torch / 'lib'}", *libraries]
     rules.append(f"rule link\n  command = {' '.join(map(str, linker))}\n")
-    steps = [
-        f"build {target}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}" for source, target in objects.items()
-    ]
-    return "\n".join([*rules, *steps, f"build {library}: link {' '.join(map(str, objects.values()))}", ""])
+    steps, objects = [], []
+
+    def compile_with(rule: str, source: Path, name: str = "", extra: Sequence[str] = ()) -> None:
+        objects.append(str(folder / f"{str(source.relative_to(CSRC)).replace('/', '_')}{name}.o"))
+        steps.append(f"build {objects[-1]}: {rule} {source}\n  extra = {' '.join(extra)}\n")
+
+    for source in plan.sources:
+        if source.suffix == ".cu":
+            compile_with("nvcc", source)
+        elif source.stem.endswith("_simd"):
+            for name, extra in capabilities.items():
+                compile_with("cxx", source, f".{name}", [f"-DCEIT_CAPABILITY={name}", *_SIMD_FLAGS, *extra])
+        else:
+            compile_with("cxx", source)
+    return "\n".join([*rules, *steps, f"build {library}: link {' '.join(objects)}", ""])
 
 
 def build(plan: Plan, library: Path, folder: Path, environ: Mapping[str, str] = os.environ) -> float:
@@ -231,8 +256,7 @@ def build(plan: Plan, library: Path, folder: Path, environ: Mapping[str, str] = 
     folder, library = folder.resolve(), library.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    objects = {path: folder / (str(path.relative_to(CSRC)).replace("/", "_") + ".o") for path in plan.sources}
-    (folder / "build.ninja").write_text(_ninja_file(plan, objects, library))
+    (folder / "build.ninja").write_text(_ninja_file(plan, folder, library))
     jobs = environ.get("MAX_JOBS", "")
     if jobs and not (jobs.isdigit() and int(jobs) > 0):
         raise BuildError(f"MAX_JOBS: expected a positive number, got {jobs!r}")

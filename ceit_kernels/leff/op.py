@@ -37,9 +37,11 @@ def _forward(x, *arguments):
     require(x, parameters, settings)
     if x.shape[0] == 0:
         return x.new_empty((0, x.shape[1], parameters[12].shape[0]), dtype=result_dtype)
-    from .launch import leff_inference_triton
-
-    return leff_inference_triton(
+    if settings.backend == "native":
+        from .native.inference import leff_inference_native as run
+    else:
+        from .launch import leff_inference_triton as run
+    return run(
         x.contiguous(),
         fold(parameters, settings.eps, dtype),
         None if residual is None else residual.contiguous(),

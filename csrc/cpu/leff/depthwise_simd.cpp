@@ -1,0 +1,262 @@
+// The depthwise convolution, forward and backward. A task slides down the rows of one image and block of channels: a
+// ring of `side` rows, activated once each, stays in the first level of cache.
+#include "depthwise_simd.h"
+
+#include "blocks.h"
+
+namespace ceit::leff {
+namespace CEIT_CAPABILITY {
+namespace {
+
+constexpr int kAhead = 4;  // columns of the result that are computed at once
+
+// Rows of kBlock channels with `side / 2` columns of zeros on the left, and enough of them on the right.
+template <class Real>
+class Ring {
+ public:
+  Ring(int side, int width)
+      : side_(side), row_(int64_t(width + side - 1 + kAhead) * kBlock), rows_((side + 1) * row_) {}
+  // Where column 0 of row `y` is written.
+  Real* write(int y) const { return rows_.get() + y % side_ * row_ + side_ / 2 * kBlock; }
+  // Row `y` from its zeros on the left; zeros where it is outside of the image.
+  const Real* read(int y, int height) const {
+    return rows_.get() + (y < 0 || y >= height ? side_ : y % side_) * row_;
+  }
+
+ private:
+  int side_;
+  int64_t row_;
+  Scratch<Real> rows_;
+};
+
+// line[x] = bias + sum of taps[dy, dx] * rows[dy][x + dx], for `width` columns rounded up to kAhead.
+template <int side, class Real>
+CEIT_INLINE void convolve(const Real* const* rows, const Vec<Real>* taps, Vec<Real> bias, Real* line, int width) {
+  for (int x = 0; x < width; x += kAhead) {
+    Vec<Real> sums[kAhead] = {bias, bias, bias, bias};
+#pragma GCC unroll 8
+    for (int dy = 0; dy < side; ++dy) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kAhead + side - 1; ++j) {
+        const Vec<Real> value = load(rows[dy] + (x + j) * kBlock);
+#pragma GCC unroll 8
+        for (int dx = 0; dx < side; ++dx)
+          if (j - dx >= 0 && j - dx < kAhead) sums[j - dx] += value * taps[dy * side + dx];
+      }
+    }
+    for (int i = 0; i < kAhead; ++i) store(line + (x + i) * kBlock, sums[i]);
+  }
+}
+
+template <class T, Activation kind>
+void load_activated(const T* from, int64_t stride, const Norm<RealOf<T>>& norm, RealOf<T>* to, int width, int count) {
+  using Real = RealOf<T>;
+  for (int x = 0; x < width; ++x)
+    store(to + x * kBlock, activate<kind, Real>(norm(load(from + x * stride, count))));
+}
+
+template <class T, Activation kind>
+void store_activated(const RealOf<T>* line, T* to, int64_t stride, int width, int count) {
+  using Real = RealOf<T>;
+  for (int x = 0; x < width; ++x)
+    store(to + x * stride, activate<kind, Real>(load(line + x * kBlock)), count);
+}
+
+template <class T, int side>
+void depthwise_task(const DepthwiseCall& call, const Task& task, const Ring<RealOf<T>>& ring, RealOf<T>* line) {
+  using Real = RealOf<T>;
+  const Shape& shape = call.shape;
+  const int64_t channels = shape.channels;
+  const int vectors = vectors_of<Real>(task), width = call.width;
+  const T* in = tokens_of<const T>(call.in, shape, task.image) + task.channel;
+  T* out = tokens_of<T>(call.out, shape, task.image) + task.channel;
+  Moments<Real> moments;
+  for (int below = 0; below < call.height + side / 2; ++below) {
+    if (below < call.height) {
+      for (int v = 0; v < vectors; ++v) {
+        const Slice<Real> s(task, v);
+        const Norm<Real> norm(call.norm, channels, task.channel + s.start, s.count);
+        const T* from = in + int64_t(below) * width * channels + s.start;
+        with_activation(call.first, [&](auto kind) {
+          load_activated<T, decltype(kind)::value>(from, channels, norm, ring.write(below) + s.start, width, s.count);
+        });
+      }
+    }
+    const int y = below - side / 2;
+    if (y < 0) continue;
+    for (int v = 0; v < vectors; ++v) {
+      const Slice<Real> s(task, v);
+      Vec<Real> taps[side * side];
+      for (int i = 0; i < side * side; ++i)
+        taps[i] = load(static_cast<const Real*>(call.taps) + i * channels + task.channel + s.start, s.count);
+      const Real* bias = static_cast<const Real*>(call.bias);
+      const Real* rows[side];
+      for (int dy = 0; dy < side; ++dy) rows[dy] = ring.read(y + dy - side / 2, call.height) + s.start;
+      convolve<side, Real>(rows, taps, bias ? load(bias + task.channel + s.start, s.count) : splat(Real(0)),
+                           line + s.start, width);
+      T* to = out + int64_t(y) * width * channels + s.start;
+      with_activation(call.second, [&](auto kind) {
+        store_activated<T, decltype(kind)::value>(line + s.start, to, channels, width, s.count);
+      });
+    }
+    if (call.moments) moments.add(line, width, vectors);
+  }
+  if (call.moments) moments.write(call.moments, shape, task);
+}
+
+// Sums over the image of one vector of channels.
+template <int side, class Real>
+struct BackwardSums {
+  Vec<Real> taps[side * side] = {};
+  Vec<Real> bias = {}, g = {}, centred = {};
+};
+
+template <int side, class Real>
+CEIT_INLINE void add_tap_sums(const Real* const* rows, const Real* dz, Vec<Real>* taps, int width) {
+  Vec<Real> sums[side * side] = {};
+  for (int x = 0; x < width; ++x) {
+    const auto d = load(dz + x * kBlock);
+#pragma GCC unroll 8
+    for (int dy = 0; dy < side; ++dy)
+#pragma GCC unroll 8
+      for (int dx = 0; dx < side; ++dx) sums[dy * side + dx] += d * load(rows[dy] + (x + dx) * kBlock);
+  }
+  for (int i = 0; i < side * side; ++i) taps[i] += sums[i];
+}
+
+// The rings of one task of backward: the gradient of z2, the activated input, and the slope of its activation.
+template <class Real>
+struct BackwardRings {
+  Ring<Real> dz, a, slope;
+  BackwardRings(int side, int width) : dz(side, width), a(side, width), slope(side, width) {}
+};
+
+template <class T, Activation kind>
+void load_with_slope(const T* from, int64_t stride, const Norm<RealOf<T>>& norm, RealOf<T>* to, RealOf<T>* slopes,
+                     int width, int count) {
+  using Real = RealOf<T>;
+  for (int x = 0; x < width; ++x) {
+    const auto both = activate_with_slope<kind, Real>(norm(load(from + x * stride, count)));
+    store(to + x * kBlock, both.value);
+    store(slopes + x * kBlock, both.slope);
+  }
+}
+
+template <class T, int side>
+void backward_load(const DepthwiseBackwardCall& call, const Task& task, const BackwardRings<RealOf<T>>& rings, int y) {
+  using Real = RealOf<T>;
+  const Shape& shape = call.shape;
+  const int64_t channels = shape.channels, row = int64_t(y) * call.width * channels + task.channel;
+  const T* g2 = tokens_of<const T>(call.g2, shape, task.image) + row;
+  const T* z2 = tokens_of<const T>(call.z2, shape, task.image) + row;
+  const T* z1 = tokens_of<const T>(call.z1, shape, task.image) + row;
+  for (int v = 0; v < vectors_of<Real>(task); ++v) {
+    const Slice<Real> s(task, v);
+    const Gradient<Real> gradient(call.gradient2, channels, task.channel + s.start, s.count);
+    Real* dz = rings.dz.write(y) + s.start;
+    for (int x = 0; x < call.width; ++x) {
+      const int64_t at = x * channels + s.start;
+      store(dz + x * kBlock, gradient(load(g2 + at, s.count), load(z2 + at, s.count)));
+    }
+    const Norm<Real> norm(call.norm1, channels, task.channel + s.start, s.count);
+    with_activation(call.first, [&](auto kind) {
+      load_with_slope<T, decltype(kind)::value>(z1 + s.start, channels, norm, rings.a.write(y) + s.start,
+                                                rings.slope.write(y) + s.start, call.width, s.count);
+    });
+  }
+}
+
+template <class T, int side>
+void backward_task(const DepthwiseBackwardCall& call, const Task& task, const BackwardRings<RealOf<T>>& rings,
+                   RealOf<T>* line, BackwardSums<side, RealOf<T>>* sums) {
+  using Real = RealOf<T>;
+  const Shape& shape = call.shape;
+  const int64_t channels = shape.channels;
+  const int vectors = vectors_of<Real>(task), width = call.width;
+  for (int v = 0; v < vectors; ++v) sums[v] = {};
+  for (int below = 0; below < call.height + side / 2; ++below) {
+    if (below < call.height) backward_load<T, side>(call, task, rings, below);
+    const int y = below - side / 2;
+    if (y < 0) continue;
+    const int64_t row = int64_t(y) * width * channels + task.channel;
+    const T* z1 = tokens_of<const T>(call.z1, shape, task.image) + row;
+    T* g1 = tokens_of<T>(call.g1, shape, task.image) + row;
+    for (int v = 0; v < vectors; ++v) {
+      const Slice<Real> s(task, v);
+      BackwardSums<side, Real>& sum = sums[v];
+      Vec<Real> turned[side * side];  // the transposed convolution's taps
+      for (int i = 0; i < side * side; ++i)
+        turned[side * side - 1 - i] =
+            load(static_cast<const Real*>(call.taps) + i * channels + task.channel + s.start, s.count);
+      const Real *dz_rows[side], *a_rows[side];
+      for (int dy = 0; dy < side; ++dy) {
+        dz_rows[dy] = rings.dz.read(y + dy - side / 2, call.height) + s.start;
+        a_rows[dy] = rings.a.read(y + dy - side / 2, call.height) + s.start;
+      }
+      convolve<side, Real>(dz_rows, turned, splat(Real(0)), line + s.start, width);
+      const Real* dz = rings.dz.write(y) + s.start;
+      if (call.grad_taps) add_tap_sums<side, Real>(a_rows, dz, sum.taps, width);
+      const Real* slope = rings.slope.write(y) + s.start;
+      const Norm<Real> norm(call.norm1, channels, task.channel + s.start, s.count);
+      for (int x = 0; x < width; ++x) {
+        const auto g = load(line + s.start + x * kBlock) * load(slope + x * kBlock);
+        const int64_t at = x * channels + s.start;
+        store(g1 + at, g, s.count);
+        sum.g += g;
+        sum.centred += g * (load(z1 + at, s.count) - norm.mean);
+        sum.bias += load(dz + x * kBlock);
+      }
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    const Slice<Real> s(task, v);
+    if (call.sums1) {
+      store(sum_row<Real>(call.sums1, shape, task, 2, 0) + s.start, sums[v].g, s.count);
+      store(sum_row<Real>(call.sums1, shape, task, 2, 1) + s.start, sums[v].centred, s.count);
+    }
+    if (call.grad_bias2) store(sum_row<Real>(call.grad_bias2, shape, task, 1, 0) + s.start, sums[v].bias, s.count);
+    for (int i = 0; call.grad_taps && i < side * side; ++i)
+      store(sum_row<Real>(call.grad_taps, shape, task, side * side, i) + s.start, sums[v].taps[i], s.count);
+  }
+  for (int64_t row = shape.tokens - call.g1.rows; row < 0; ++row)  // the prefix tokens
+    std::memset(static_cast<void*>(tokens_of<T>(call.g1, shape, task.image) + row * channels + task.channel), 0,
+                sizeof(T) * size_t(task.channels));
+}
+
+template <class T, int side>
+void run_depthwise(const DepthwiseCall& call, int64_t begin, int64_t end) {
+  const Ring<RealOf<T>> ring(side, call.width);
+  const Scratch<RealOf<T>> line(int64_t(call.width + kAhead) * kBlock);
+  for (int64_t i = begin; i < end; ++i) depthwise_task<T, side>(call, Task(call.shape, i), ring, line.get());
+}
+
+template <class T, int side>
+void run_backward(const DepthwiseBackwardCall& call, int64_t begin, int64_t end) {
+  const BackwardRings<RealOf<T>> rings(side, call.width);
+  const Scratch<RealOf<T>> line(int64_t(call.width + kAhead) * kBlock);
+  const Scratch<BackwardSums<side, RealOf<T>>> sums(kBlock / Lanes<RealOf<T>>::count);
+  for (int64_t i = begin; i < end; ++i)
+    backward_task<T, side>(call, Task(call.shape, i), rings, line.get(), sums.get());
+}
+
+}  // namespace
+
+template <class T>
+void depthwise(const DepthwiseCall& call, int64_t begin, int64_t end) {
+  (call.side == 3 ? run_depthwise<T, 3> : call.side == 5 ? run_depthwise<T, 5> : run_depthwise<T, 7>)(call, begin, end);
+}
+
+template <class T>
+void depthwise_backward(const DepthwiseBackwardCall& call, int64_t begin, int64_t end) {
+  (call.side == 3 ? run_backward<T, 3> : call.side == 5 ? run_backward<T, 5> : run_backward<T, 7>)(call, begin, end);
+}
+
+template void depthwise<float>(const DepthwiseCall&, int64_t, int64_t);
+template void depthwise<Bf16>(const DepthwiseCall&, int64_t, int64_t);
+template void depthwise<double>(const DepthwiseCall&, int64_t, int64_t);
+template void depthwise_backward<float>(const DepthwiseBackwardCall&, int64_t, int64_t);
+template void depthwise_backward<Bf16>(const DepthwiseBackwardCall&, int64_t, int64_t);
+template void depthwise_backward<double>(const DepthwiseBackwardCall&, int64_t, int64_t);
+
+}  // namespace CEIT_CAPABILITY
+}  // namespace ceit::leff

@@ -1,0 +1,170 @@
+// Vectors of the widest kind that a translation unit is compiled for, in the compiler's own vector types.
+//
+// Kernels are compiled once for each capability (see capability.h), in a namespace of its name, so that nothing inline
+// is shared between code for different processors. No standard containers or algorithms here for the same reason.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef CEIT_CAPABILITY
+#error "compile with -DCEIT_CAPABILITY=<name>"
+#endif
+
+namespace ceit {
+namespace CEIT_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define CEIT_INLINE inline __attribute__((always_inline))
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+template <class Real>
+struct Lanes {
+  static constexpr int count = kVectorBytes / int(sizeof(Real));
+  typedef Real Vector __attribute__((vector_size(kVectorBytes)));
+  // As many lanes of 32 or 16 bits, for conversions.
+  typedef int32_t Ints __attribute__((vector_size(count * 4)));
+  typedef uint32_t Words __attribute__((vector_size(count * 4)));
+  typedef uint16_t Halves __attribute__((vector_size(count * 2)));
+};
+template <class Real>
+using Vec = typename Lanes<Real>::Vector;
+
+// What tensors of a storage type are computed in.
+template <class T>
+struct Compute {
+  using Real = T;
+};
+template <>
+struct Compute<Bf16> {
+  using Real = float;
+};
+template <class T>
+using RealOf = typename Compute<T>::Real;
+
+template <class Real>
+CEIT_INLINE Vec<Real> splat(Real value) {
+  return value - Vec<Real>{};
+}
+
+template <class V>
+CEIT_INLINE V load_vector(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+CEIT_INLINE Vec<float> load(const float* from) { return load_vector<Vec<float>>(from); }
+CEIT_INLINE Vec<double> load(const double* from) { return load_vector<Vec<double>>(from); }
+CEIT_INLINE Vec<float> load(const Bf16* from) {
+  using L = Lanes<float>;
+  const auto words = __builtin_convertvector(load_vector<L::Halves>(from), L::Words) << 16;
+  return reinterpret_cast<Vec<float>>(words);
+}
+
+CEIT_INLINE void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof v); }
+CEIT_INLINE void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof v); }
+CEIT_INLINE void store(Bf16* to, Vec<float> v) {
+  using L = Lanes<float>;
+  const auto words = reinterpret_cast<L::Words>(v);
+  const auto rounded = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
+  const auto is_nan = reinterpret_cast<L::Words>(v != v);
+  const auto halves = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), L::Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+// The first `n` lanes; the others are zero, and are not touched in memory.
+template <class T>
+CEIT_INLINE Vec<RealOf<T>> load(const T* from, int n) {
+  constexpr int lanes = Lanes<RealOf<T>>::count;
+  if (n >= lanes) return load(from);
+  T buffer[lanes] = {};
+  std::memcpy(static_cast<void*>(buffer), from, sizeof(T) * size_t(n));
+  return load(buffer);
+}
+template <class T>
+CEIT_INLINE void store(T* to, Vec<RealOf<T>> v, int n) {
+  constexpr int lanes = Lanes<RealOf<T>>::count;
+  if (n >= lanes) return store(to, v);
+  T buffer[lanes];
+  store(buffer, v);
+  std::memcpy(static_cast<void*>(to), buffer, sizeof(T) * size_t(n));
+}
+
+// The second where one is not a number, as the instructions have it, which compilers do not find by themselves.
+template <class Real>
+CEIT_INLINE Vec<Real> smaller(Vec<Real> a, Vec<Real> b) {
+  return a < b ? a : b;
+}
+template <class Real>
+CEIT_INLINE Vec<Real> larger(Vec<Real> a, Vec<Real> b) {
+  return a > b ? a : b;
+}
+// 1 / x for an x whose reciprocal is normal, within a unit in the last place.
+template <class Real>
+CEIT_INLINE Vec<Real> reciprocal(Vec<Real> x) {
+  return Real(1) / x;
+}
+#if defined(__AVX512F__)
+template <>
+CEIT_INLINE Vec<float> smaller<float>(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm512_min_ps(__m512(a), __m512(b)));
+}
+template <>
+CEIT_INLINE Vec<float> larger<float>(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm512_max_ps(__m512(a), __m512(b)));
+}
+template <>
+CEIT_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
+  const auto guess = Vec<float>(_mm512_rcp14_ps(__m512(x)));
+  return guess + guess * (1.0f - x * guess);
+}
+#elif defined(__AVX2__)
+template <>
+CEIT_INLINE Vec<float> smaller<float>(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm256_min_ps(__m256(a), __m256(b)));
+}
+template <>
+CEIT_INLINE Vec<float> larger<float>(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm256_max_ps(__m256(a), __m256(b)));
+}
+#endif
+
+// e^x within 2 units in the last place where the result is normal; beyond that e^-87 or e^88.
+CEIT_INLINE Vec<float> exponential(Vec<float> x) {
+  using L = Lanes<float>;
+  x = smaller<float>(larger<float>(x, splat(-87.0f)), splat(88.0f));
+  const auto shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
+  const auto n = shifted - 12582912.0f;
+  const auto r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  auto p = 1.98756915e-4f * r + 1.39819995e-3f;
+  p = p * r + 8.33345192e-3f;
+  p = p * r + 4.16657959e-2f;
+  p = p * r + 1.66666655e-1f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  const auto exponent = reinterpret_cast<L::Ints>(shifted) << 23;
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<L::Ints>(p) + exponent);
+}
+CEIT_INLINE Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+}  // namespace CEIT_CAPABILITY
+}  // namespace ceit
