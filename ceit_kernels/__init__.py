@@ -1,7 +1,7 @@
 """Fused operators for CeiT and its relatives.
 
-``FusedLeFF``, ``FusedLCAAttention``, ``FusedImage2Tokens`` and ``FusedAddNorm`` are modules to drop into a model;
-``fuse`` puts them into a model that has the plain ones. ``status`` says what would run them here, and why.
+``FusedLeFF``, ``FusedLCAAttention``, ``FusedImage2Tokens``, ``FusedAddNorm`` and ``FusedLinear`` are modules to drop
+into a model; ``fuse`` puts them into a model that has the plain ones. ``status`` says what would run them here and why.
 """
 
 from .add_norm import FusedAddNorm, add_layer_norm
@@ -10,6 +10,7 @@ from .fuse import fuse, register_fusion, unfuse
 from .i2t import FusedImage2Tokens
 from .lca import FusedLCAAttention, lca_attention
 from .leff import BatchNorm, FusedLeFF, leff_block
+from .linear import FusedLinear
 
 __all__ = [
     "BackendError",
@@ -18,6 +19,7 @@ __all__ = [
     "FusedImage2Tokens",
     "FusedLCAAttention",
     "FusedLeFF",
+    "FusedLinear",
     "add_layer_norm",
     "fast_operators",
     "fuse",

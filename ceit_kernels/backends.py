@@ -41,16 +41,17 @@ PHASES = ("inference", "training")
 
 # What each operator is implemented in beside plain PyTorch, the best first, and for which phases.
 IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
-    "leff": {"triton": PHASES, "native": ("inference",)},
+    "leff": {"triton": PHASES, "native": PHASES},
     "lca": {"triton": PHASES},
     "i2t": {"native": PHASES},
     "norm": {"triton": PHASES},
+    "linear": {"native": PHASES},
 }
 OPERATORS = tuple(IMPLEMENTED)
 
 # What the compiled extension has an operator's native implementation on, and the operator of its own behind it.
-_NATIVE_DEVICES = {"leff": ("cpu",), "i2t": ("cuda",)}
-_NATIVE_OPERATOR = {"leff": "_leff_depthwise", "i2t": "_i2t_forward"}
+_NATIVE_DEVICES = {"leff": ("cpu",), "i2t": ("cuda",), "linear": ("cpu",)}
+_NATIVE_OPERATOR = {"leff": "_leff_depthwise", "i2t": "_i2t_forward", "linear": "_transpose"}
 
 _ENVIRONMENT_VARIABLE = "CEIT_KERNELS_BACKEND"
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -143,14 +144,15 @@ def _triton_refusal(device_type: str, device_index: int | None, dtype: torch.dty
 
 
 def _native_refusal(operator: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
-    if is_recording():
+    if is_recording() and device_type in _NATIVE_DEVICES[operator]:
         return None
     if not has_kernel(_NATIVE_OPERATOR[operator], device_type):
         if device_type not in _NATIVE_DEVICES[operator]:
             needed = " or ".join(_DEVICE_NAMES[device] for device in _NATIVE_DEVICES[operator])
             return f"the tensor is on the {device_type.upper()}, {operator}'s compiled kernels need {needed}"
         return extension_problem(device_type)
-    dtypes = _NATIVE_DTYPES[device_type]
+    # Kernels that tests run on another device than they are for take every type.
+    dtypes = _NATIVE_DTYPES[device_type] if device_type in _NATIVE_DEVICES[operator] else (dtype,)
     if dtype not in dtypes:
         names = [str(name).removeprefix("torch.") for name in dtypes]
         return f"the kernels compute in {', '.join(names[:-1])} and {names[-1]}, not in {dtype}"

@@ -22,7 +22,7 @@ def register_fusion(operator: str, plain_class: type[nn.Module], fuse_one: FuseO
     """Tell ``fuse`` how to replace the modules of a class.
 
     Args:
-        operator: ``"leff"``, ``"lca"``, ``"i2t"`` or ``"norm"``, whose flag of ``fuse`` covers the class.
+        operator: ``"leff"``, ``"lca"``, ``"i2t"``, ``"norm"`` or ``"linear"``, whose flag of ``fuse`` covers the class.
         plain_class: the class; instances of a subclass, which may compute something else, are left alone.
         fuse_one: makes a fused module that shares the state of a plain one, such as ``FusedLeFF.from_plain``.
 
@@ -34,7 +34,9 @@ def register_fusion(operator: str, plain_class: type[nn.Module], fuse_one: FuseO
     _fusions[plain_class] = (operator, fuse_one)
 
 
-def fuse(model: Model, leff: bool = True, lca: bool = True, i2t: bool = True, norm: bool = True) -> Model:
+def fuse(
+    model: Model, leff: bool = True, lca: bool = True, i2t: bool = True, norm: bool = True, linear: bool = True
+) -> Model:
     """Replace plain modules by fused ones that share their parameters, buffers and hooks, in place.
 
     Optimizers, state_dicts and later ``.to()`` calls go on as before. Call it before wrapping the model
@@ -46,6 +48,7 @@ def fuse(model: Model, leff: bool = True, lca: bool = True, i2t: bool = True, no
         lca: fuse the class-token attention across layers.
         i2t: fuse the image-to-tokens stem.
         norm: fuse the residual connections with the norms behind them.
+        linear: let the linear layers take their products from oneDNN on the CPU.
 
     Returns:
         The model; a fused module in its place if ``model`` itself is a plain one.
@@ -53,7 +56,7 @@ def fuse(model: Model, leff: bool = True, lca: bool = True, i2t: bool = True, no
     Raises:
         TypeError: a plain module has been altered in a way that the fused one would not honour.
     """
-    wanted = {name for name, flag in zip(OPERATORS, (leff, lca, i2t, norm), strict=True) if flag}
+    wanted = {name for name, flag in zip(OPERATORS, (leff, lca, i2t, norm, linear), strict=True) if flag}
 
     def replacement(module: nn.Module) -> nn.Module:
         operator, fuse_one = _fusions.get(type(module), (None, None))

@@ -20,6 +20,7 @@ _FUSED_CLASSES = {
     "lca": ceit_kernels.FusedLCAAttention,
     "i2t": ceit_kernels.FusedImage2Tokens,
     "norm": ceit_kernels.FusedAddNorm,
+    "linear": ceit_kernels.FusedLinear,
 }
 
 

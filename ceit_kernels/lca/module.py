@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..common.module import adopt
+from ..linear import FusedLinear
 from .op import lca_attention
 
 __all__ = ["FusedLCAAttention"]
@@ -49,7 +50,7 @@ class FusedLCAAttention(nn.Module):
     @classmethod
     def from_plain(cls, plain: nn.Module) -> FusedLCAAttention:
         """A fused module over the state of a plain one, which has ``num_heads``, ``scale`` and the same children."""
-        return adopt(cls, plain, ("num_heads", "scale"), {"qkv": nn.Linear, "attn_drop": nn.Dropout})
+        return adopt(cls, plain, ("num_heads", "scale"), {"qkv": (nn.Linear, FusedLinear), "attn_drop": nn.Dropout})
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, C), the asking token last -> (B, 1, C)."""

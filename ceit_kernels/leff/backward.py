@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,25 +28,11 @@ from .kernels.factored import leff_factored_weight_kernel, leff_fold_gradient_ke
 from .kernels.norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
 from .kernels.products import leff_contract_operand_kernel, leff_hidden_gradient_kernel, leff_weight_gradient_kernel
 from .kernels.statistics import leff_coefficients_kernel, leff_sum_kernel
-from .problem import Forward, Problem
+from .problem import Forward, Needs, Problem
 
-__all__ = ["Needs", "leff_backward_triton"]
+__all__ = ["leff_backward_triton"]
 
 _ROWS = 512  # tokens of which a program instance of the norm's sums takes the sum
-
-
-class Needs(NamedTuple):
-    """Which gradients of a layer are wanted: of the convolution's weight and bias, of the norm's weight and bias."""
-
-    weight: bool
-    bias: bool
-    norm_weight: bool
-    norm_bias: bool
-
-    @property
-    def sums(self) -> bool:
-        """Whether the sums over tokens are wanted for themselves."""
-        return self.bias or self.norm_weight or self.norm_bias
 
 
 def leff_backward_triton(

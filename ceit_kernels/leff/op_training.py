@@ -87,11 +87,13 @@ def _outputs(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:
     wide = torch.promote_types(dtype, torch.float32)
     hidden, outputs = parameters[0].shape[0], parameters[2 * parameters_per_layer].shape[0]
     tokens = x.shape[0] * settings.height * settings.width
+    # The products of the CPU take whole images, prefix tokens included.
+    tokens1 = x.shape[0] * x.shape[1] if settings.backend == "native" else tokens
     channels = zip(settings.norms, (hidden, hidden, outputs), strict=True)
     norms = ((0,) if mode == "none" else (NORM_ROWS, n) for mode, n in channels)
     return (
         make((x.shape[0], x.shape[1], outputs), dtype=out_dtype(x, residual, settings)),
-        make((tokens, hidden), dtype=dtype),
+        make((tokens1, hidden), dtype=dtype),
         make((tokens, hidden), dtype=dtype),
         make((0,) if settings.norms[2] == "none" else (tokens, outputs), dtype=dtype),
         *(make(shape, dtype=wide) for shape in norms),
@@ -106,11 +108,12 @@ def _forward(x, *arguments):
     require(x, parameters, settings)
     if x.shape[0] == 0:
         return _outputs(x.new_zeros, x, parameters, residual, settings)
-    from .forward import leff_forward_triton
-
+    if settings.backend == "native":
+        from .native.training import leff_forward_native as run
+    else:
+        from .forward import leff_forward_triton as run
     residual = None if residual is None else residual.contiguous()
-    forward = leff_forward_triton(_problem(x, parameters, settings), residual, out_dtype(x, residual, settings))
-    return tuple(forward)
+    return tuple(run(_problem(x, parameters, settings), residual, out_dtype(x, residual, settings)))
 
 
 @torch.library.register_fake("ceit::leff_forward")
@@ -141,13 +144,16 @@ def _backward(grad_out, x, *arguments):
         return [
             torch.zeros_like(t, memory_format=torch.contiguous_format) for t in _wanted(x, parameters, need_x, needs)
         ]
-    from .backward import Needs, leff_backward_triton
-    from .problem import Forward
+    from .problem import Forward, Needs
 
+    if settings.backend == "native":
+        from .native.training import leff_backward_native as run
+    else:
+        from .backward import leff_backward_triton as run
     problem = _problem(x, parameters, settings)
     forward = Forward(grad_out, *saved)  # in the place of the result, which backward does not read
     layers = [Needs(*needs[i : i + 4]) for i in (0, 4, 8)]
-    grad_x, gradients = leff_backward_triton(problem, forward, grad_out.contiguous(), need_x, layers)
+    grad_x, gradients = run(problem, forward, grad_out.contiguous(), need_x, layers)
     return [gradient for gradient in (grad_x, *gradients) if gradient is not None]
 
 

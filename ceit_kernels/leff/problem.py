@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ..common.launch import launch, target_chip
-from ..common.precision import precision_arguments
-from .blocks import Blocks
 from .folding import parameters_per_layer
 
-__all__ = ["Forward", "Layer", "Problem"]
+if TYPE_CHECKING:
+    from .blocks import Blocks
+
+__all__ = ["Forward", "Layer", "Needs", "Problem"]
 
 
 class Layer(NamedTuple):
@@ -27,6 +27,20 @@ class Layer(NamedTuple):
     norm_bias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients of a layer are wanted: of the convolution's weight and bias, of the norm's weight and bias."""
+
+    weight: bool
+    bias: bool
+    norm_weight: bool
+    norm_bias: bool
+
+    @property
+    def sums(self) -> bool:
+        """Whether the sums over tokens are wanted for themselves."""
+        return self.bias or self.norm_weight or self.norm_bias
 
 
 @dataclass(frozen=True)
@@ -99,12 +113,19 @@ class Problem:
         """The weight matrix of a pointwise layer as products take it."""
         return self.layers[i].weight.flatten(1).to(self.dtype).contiguous()
 
+    def bias(self, i: int) -> Tensor | None:
+        """The bias of a pointwise layer as oneDNN's products take it."""
+        bias = self.layers[i].bias
+        return None if bias is None else bias.to(self.dtype)
+
     def taps(self) -> Tensor:
         """The depthwise kernels as (k * k, E), so that neighbouring channels are neighbours in memory."""
         return self.layers[1].weight.flatten(1).t().to(self.wide).contiguous()
 
     def launch(self, kernel: Any, grid: tuple[int, ...], blocks: Blocks, arguments: dict[str, Any]) -> None:
         """Launch a kernel with the constants and sizes that it takes."""
+        from ..common.precision import precision_arguments
+
         height, width = self.grid_size
         known = {
             **precision_arguments(self.dtype),
@@ -126,7 +147,7 @@ class Problem:
 
     def prefix_blocks(self, block: int) -> int:
         """Program instances that copy prefix tokens."""
-        return cdiv(self.x.shape[0] * self.num_prefix_tokens, block)
+        return -(-self.x.shape[0] * self.num_prefix_tokens // block)
 
 
 class Forward(NamedTuple):

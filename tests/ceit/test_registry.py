@@ -5,12 +5,33 @@ from torch import nn
 
 import ceit
 from ceit.layers import AddNorm, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
-from ceit_kernels import FusedAddNorm, FusedImage2Tokens, FusedLCAAttention, FusedLeFF, fast_operators, fuse, unfuse
+from ceit_kernels import (
+    FusedAddNorm,
+    FusedImage2Tokens,
+    FusedLCAAttention,
+    FusedLeFF,
+    FusedLinear,
+    fast_operators,
+    fuse,
+    unfuse,
+)
 
 NAME = "ceit_tiny_patch16_224"
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-PLAIN = {"leff": LocallyEnhancedFeedForward, "lca": LCAAttention, "i2t": Image2Tokens, "norm": AddNorm}
-FUSED = {"leff": FusedLeFF, "lca": FusedLCAAttention, "i2t": FusedImage2Tokens, "norm": FusedAddNorm}
+PLAIN = {
+    "leff": LocallyEnhancedFeedForward,
+    "lca": LCAAttention,
+    "i2t": Image2Tokens,
+    "norm": AddNorm,
+    "linear": nn.Linear,
+}
+FUSED = {
+    "leff": FusedLeFF,
+    "lca": FusedLCAAttention,
+    "i2t": FusedImage2Tokens,
+    "norm": FusedAddNorm,
+    "linear": FusedLinear,
+}
 
 
 def kinds(model):
@@ -35,7 +56,7 @@ def test_the_five_models_are_listed_here_and_by_timm():
 @pytest.mark.parametrize(
     ("fused", "expected"),
     [
-        (True, {"leff", "lca", "i2t", "norm"}),
+        (True, {"leff", "lca", "i2t", "norm", "linear"}),
         (False, set()),
         ("auto", fast_operators()),
         (["lca"], {"lca"}),
@@ -57,7 +78,7 @@ def test_fused_is_auto_here_and_off_in_timm():
 @pytest.mark.parametrize("fused", ["all", "lca", ["lca", "ffn"], 1, 0.5], ids=str)
 @pytest.mark.parametrize("create", [ceit.create_model, timm.create_model])
 def test_another_fused_is_refused(create, fused):
-    with pytest.raises(ValueError, match=r"fused: expected True, .* a collection of leff, lca, i2t, norm, got"):
+    with pytest.raises(ValueError, match=r"fused: expected True, .* a collection of leff, lca, i2t, norm, linear, got"):
         create(NAME, fused=fused, **SMALL)
 
 

@@ -13,8 +13,8 @@ for _schema in (
     "_leff_depthwise(Tensor x, Tensor? norm, int first, Tensor taps, Tensor? bias, int second, int side, int height, "
     "int width, Tensor(a!) out, Tensor(b!)? moments) -> ()",
     "_leff_depthwise_backward(Tensor g2, Tensor z2, Tensor? gradient2, Tensor taps, Tensor z1, Tensor? norm1, "
-    "int first, int side, int height, int width, Tensor(a!) g1, Tensor(b!)? sums1, Tensor(c!)? grad_taps, "
-    "Tensor(d!)? grad_bias2) -> ()",
+    "int first, int side, int height, int width, Tensor(a!) g1, Tensor(b!)? sums1, Tensor(c!)? grad_taps) "
+    "-> ()",
     "_leff_moments(Tensor x, int tokens, Tensor(a!) moments) -> ()",
     "_leff_activate(Tensor x, Tensor? norm, int activation, int tokens, Tensor(a!) out) -> ()",
     "_leff_activate_backward(Tensor(a!) g, Tensor z, Tensor? norm, int activation, int tokens, Tensor(b!)? out, "

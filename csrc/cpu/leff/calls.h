@@ -52,10 +52,9 @@ struct DepthwiseBackwardCall {
   Map z1;
   const void* norm1;
   Activation first;
-  Map g1;            // its prefix tokens are set to zero
-  void* sums1;       // (B, 2, channels)
-  void* grad_taps;   // (B, side * side, channels)
-  void* grad_bias2;  // (B, channels)
+  Map g1;           // its prefix tokens are set to zero
+  void* sums1;      // (B, 2, channels)
+  void* grad_taps;  // (B, side * side, channels)
 };
 
 struct MomentsCall {

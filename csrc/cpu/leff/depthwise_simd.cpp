@@ -108,7 +108,7 @@ void depthwise_task(const DepthwiseCall& call, const Task& task, const Ring<Real
 template <int side, class Real>
 struct BackwardSums {
   Vec<Real> taps[side * side] = {};
-  Vec<Real> bias = {}, g = {}, centred = {};
+  Vec<Real> g = {}, centred = {};
 };
 
 template <int side, class Real>
@@ -204,7 +204,6 @@ void backward_task(const DepthwiseBackwardCall& call, const Task& task, const Ba
         store(g1 + at, g, s.count);
         sum.g += g;
         sum.centred += g * (load(z1 + at, s.count) - norm.mean);
-        sum.bias += load(dz + x * kBlock);
       }
     }
   }
@@ -214,7 +213,6 @@ void backward_task(const DepthwiseBackwardCall& call, const Task& task, const Ba
       store(sum_row<Real>(call.sums1, shape, task, 2, 0) + s.start, sums[v].g, s.count);
       store(sum_row<Real>(call.sums1, shape, task, 2, 1) + s.start, sums[v].centred, s.count);
     }
-    if (call.grad_bias2) store(sum_row<Real>(call.grad_bias2, shape, task, 1, 0) + s.start, sums[v].bias, s.count);
     for (int i = 0; call.grad_taps && i < side * side; ++i)
       store(sum_row<Real>(call.grad_taps, shape, task, side * side, i) + s.start, sums[v].taps[i], s.count);
   }

@@ -96,7 +96,7 @@ void depthwise(Tensor in, OptionalTensor norm, int64_t first, Tensor taps, Optio
 
 void depthwise_backward(Tensor g2, Tensor z2, OptionalTensor gradient2, Tensor taps, Tensor z1, OptionalTensor norm1,
                         int64_t first, int64_t side, int64_t height, int64_t width, Tensor g1, OptionalTensor sums1,
-                        OptionalTensor grad_taps, OptionalTensor grad_bias2) {
+                        OptionalTensor grad_taps) {
   const ScalarType type = g2.scalar_type(), real = real_type(g2);
   DepthwiseBackwardCall call{};
   const Shape shape = call.shape = shape_of(g2, height * width);
@@ -111,7 +111,6 @@ void depthwise_backward(Tensor g2, Tensor z2, OptionalTensor gradient2, Tensor t
   call.g1 = map("g1", g1, shape, type);
   call.sums1 = array("sums1", sums1, shape.images * 2 * shape.channels, real);
   call.grad_taps = array("grad_taps", grad_taps, shape.images * side * side * shape.channels, real);
-  call.grad_bias2 = array("grad_bias2", grad_bias2, shape.images * shape.channels, real);
   run(kernels_for(g2).depthwise_backward, call, block_tasks(shape));
 }
 

@@ -62,7 +62,7 @@ BAD_CALLS = {
         r"weight3: expected 4 outputs, which prefix tokens keep, got 6",
     ),
     "backend": ({}, BackendError, "ceit::leff: backend 'triton' cannot run: the tensor is on the CPU"),
-    "unknown backend": ({"backend": "native"}, BackendError, "leff has no native implementation"),
+    "unknown backend": ({"backend": "cuda"}, BackendError, "leff has no cuda implementation"),
 }
 
 

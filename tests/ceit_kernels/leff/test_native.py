@@ -1,0 +1,304 @@
+"""LeFF on the CPU against plain PyTorch: the compiled stages and the products between them."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.accuracy import assert_as_accurate
+from support.leff import make_leff, make_tokens, make_training_leff, run, train_step
+from torch import nn
+
+from ceit_kernels import use_backend
+from ceit_kernels.leff.native import inference
+
+# batch, height, width, prefix tokens, channels in, hidden and out, kernel size; norms
+CASES = [
+    ((2, 5, 4, 1, 24, 40, 24, 3), "bbb"),
+    ((3, 1, 1, 2, 16, 16, 16, 7), "bbb"),
+    ((2, 2, 3, 0, 5, 24, 136, 5), "nnn"),
+    ((1, 4, 5, 1, 9, 18, 9, 3), "bfn"),
+    ((2, 3, 2, 0, 8, 70, 20, 3), "nbf"),
+    # Not one image: of that, plain PyTorch 2.14 gives wrong gradients of a BatchNorm on this grid.
+    ((2, 14, 14, 1, 48, 192, 48, 3), "bbb"),
+    ((2, 9, 37, 0, 16, 100, 16, 7), "fnb"),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with use_backend("leff=native"):
+        yield
+
+
+@pytest.fixture(params=[1 << 40, 1], ids=["whole batch", "image by image"])
+def cache(request, monkeypatch):
+    """How many images pass the stages together."""
+    monkeypatch.setattr(inference, "bytes_in_cache", request.param)
+
+
+def make_call(case, dtype, norms="bbb", **options):
+    batch, height, width, prefix, channels, hidden, out, kernel_size = case
+    leff = make_training_leff(channels, hidden, out, kernel_size, dtype, prefix, norms, **options)
+    x = make_tokens(batch, prefix + height * width, channels, dtype)
+    grad_out = make_tokens(batch, prefix + height * width, out, dtype, seed=1)
+    return leff, x, grad_out, (height, width)
+
+
+def check(leff, x, grad_out, grid_size, residual=None):
+    """The error rule, for the result, every gradient and the running statistics."""
+    wide = (x.double(), grad_out.double(), grid_size, None if residual is None else residual.double())
+    exact = train_step("reference", copy.deepcopy(leff).double(), *wide)
+    inputs = (x, grad_out, grid_size, residual)
+    fused, plain = (train_step(backend, copy.deepcopy(leff), *inputs) for backend in ("native", "reference"))
+    names = [name for name in exact if not name.endswith("num_batches_tracked")]
+    assert_as_accurate(names, *([results[name] for name in names] for results in (fused, plain, exact)))
+
+
+def check_to_rounding(leff, *inputs):
+    plain, fused = (train_step(backend, copy.deepcopy(leff), *inputs) for backend in ("reference", "native"))
+    for name, expected in plain.items():
+        scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
+        torch.testing.assert_close(fused[name], expected, rtol=0, atol=1e-11 * scale, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "norms"), CASES, ids=str)
+def test_training_agrees_with_plain_pytorch(poisoned_memory, cache, case, norms, dtype):
+    check(*make_call(case, dtype, norms))
+
+
+@pytest.mark.parametrize(("case", "norms"), CASES, ids=str)
+def test_training_agrees_to_rounding_in_float64(poisoned_memory, cache, case, norms):
+    check_to_rounding(*make_call(case, torch.float64, norms))
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
+def test_other_activations(activation):
+    check_to_rounding(*make_call((2, 2, 3, 1, 8, 16, 8, 3), torch.float64, act_layer=activation))
+    check(*make_call((2, 4, 5, 1, 8, 40, 8, 3), torch.float32, act_layer=activation))
+
+
+@pytest.mark.parametrize("norms", ["".join(modes) for modes in itertools.product("bfn", repeat=3)])
+def test_norms_of_each_kind_go_together(norms):
+    check_to_rounding(*make_call((2, 2, 2, 1, 8, 16, 8, 3), torch.float64, norms))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    prefix=st.integers(0, 2),
+    channels=st.integers(1, 40),
+    hidden=st.integers(1, 150),
+    kernel_size=st.sampled_from([3, 5, 7]),
+)
+def test_agrees_at_any_size(batch, grid, prefix, channels, hidden, kernel_size):
+    # Statistics of a few values magnify any rounding; of a batch of one, plain PyTorch's norms can be wrong.
+    norms = "nnn" if batch == 1 else "bbb" if batch * grid[0] * grid[1] > 8 else "fff"
+    check_to_rounding(*make_call((batch, *grid, prefix, channels, hidden, channels, kernel_size), torch.float64, norms))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bn", [True, False])
+@pytest.mark.parametrize("case", [case for case, _ in CASES], ids=str)
+def test_inference_agrees_with_plain_pytorch(poisoned_memory, cache, case, with_bn, dtype):
+    batch, height, width, prefix, channels, hidden, out, kernel_size = case
+    leff = make_leff(channels, hidden, out, kernel_size, dtype, prefix, with_bn=with_bn)
+    x = make_tokens(batch, prefix + height * width, channels, dtype)
+    residual = make_tokens(batch, prefix + height * width, out, dtype, seed=1)
+    for added in (None, residual):
+        wide = None if added is None else added.double()
+        exact = run("reference", copy.deepcopy(leff).double(), x.double(), (height, width), wide)
+        fused, plain = (run(backend, leff, x, (height, width), added) for backend in ("native", "reference"))
+        assert_as_accurate(["out"], [fused], [plain], [exact])
+
+
+def test_inference_follows_a_weight_that_changes():
+    leff, x = make_leff(8, 16, 8, 3, torch.float32), make_tokens(2, 10, 8, torch.float32)
+    before = leff(x)
+    with torch.no_grad():
+        leff.conv1.weight.mul_(2)
+    torch.testing.assert_close(leff(x), run("reference", leff, x))
+    assert not torch.equal(leff(x), before)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_activations_are_as_accurate_where_inputs_are_small_or_large(scale):
+    leff, x, grad_out, grid_size = make_call((2, 4, 4, 1, 16, 64, 16, 3), torch.float32, "nnn")
+    check(leff, x * scale, grad_out, grid_size)
+
+
+def test_statistics_survive_a_mean_of_ten_thousand_deviations():
+    leff, x, grad_out, grid_size = make_call((2, 4, 4, 1, 16, 16, 16, 3), torch.float32)
+    with torch.no_grad():
+        for convolution in (leff.conv1, leff.conv3):
+            convolution.weight.copy_(torch.eye(16)[:, :, None, None])
+        leff.conv2.weight.zero_()[:, :, 1, 1] = 1.0
+        for convolution in (leff.conv1, leff.conv2, leff.conv3):
+            convolution.bias.fill_(1e4)
+    for norm in (leff.bn1, leff.bn2, leff.bn3):
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)
+        norm.momentum = 1.0
+    exact = train_step("reference", copy.deepcopy(leff).double(), x.double(), grad_out.double(), grid_size)
+    fused = train_step("native", leff, x, grad_out, grid_size)
+    for name in ("bn1.running_var", "bn2.running_var", "bn3.running_var"):
+        torch.testing.assert_close(fused[name].double(), exact[name], rtol=2e-2, atol=0)
+
+
+def test_takes_strided_and_expanded_inputs_and_gradients():
+    leff, x, grad_out, grid_size = make_call((4, 3, 3, 1, 16, 24, 16, 3), torch.float64)
+    check_to_rounding(leff, x[:1].expand_as(x), grad_out[:, :, :1].expand_as(grad_out), grid_size)
+    check_to_rounding(leff, x.transpose(1, 2).contiguous().transpose(1, 2), grad_out, grid_size)
+
+
+@pytest.mark.parametrize("frozen", ["conv1", "conv2", "conv3", "bn1", "bn2", "bn3", "x"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen):
+    leff, x, grad_out, grid_size = make_call((2, 3, 3, 1, 8, 16, 8, 3), torch.float64)
+    expected = train_step("native", copy.deepcopy(leff), x, grad_out, grid_size)
+    if frozen != "x":
+        getattr(leff, frozen).requires_grad_(False)
+    else:
+        leff.requires_grad_(False)
+    found = train_step("native", leff, x, grad_out, grid_size)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+def test_gradients_are_those_of_finite_differences():
+    leff, x, _, grid_size = make_call((2, 2, 2, 1, 3, 4, 3, 3), torch.float64)
+    names, parameters = zip(*leff.named_parameters(), strict=True)
+
+    def call(x, *values):
+        return torch.func.functional_call(leff, dict(zip(names, values, strict=True)), (x, grid_size))
+
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *parameters))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_computes_in_bfloat16_and_adds_the_residual_in_float32(training):
+    leff, x, grad_out, grid_size = make_call((2, 3, 3, 1, 16, 24, 16, 3), torch.float32)
+    leff.train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = leff(x.requires_grad_(), grid_size, x)
+    assert out.dtype == torch.float32
+    out.backward(grad_out)
+    plain = copy.deepcopy(leff).bfloat16()
+    expected = run("reference", plain, x.detach().bfloat16(), grid_size, x.detach().bfloat16())
+    torch.testing.assert_close(out.detach(), expected.detach().float(), rtol=0.05, atol=0.05)
+    assert leff.conv1.weight.grad.dtype == torch.float32
+
+
+def test_compiles_without_a_break():
+    leff, x, grad_out, grid_size = make_call((2, 3, 3, 1, 8, 16, 8, 3), torch.float64)
+    expected = train_step("native", copy.deepcopy(leff), x, grad_out, grid_size)
+    compiled = torch.compile(leff, fullgraph=True, backend="aot_eager")
+    x.requires_grad_()
+    out = compiled(x, grid_size)
+    out.backward(grad_out)
+    torch.testing.assert_close(out.detach(), expected["out"])
+    torch.testing.assert_close(x.grad, expected["x.grad"])
+    with torch.no_grad():
+        leff.eval()
+        torch.testing.assert_close(compiled(x, grid_size), leff(x, grid_size))
+
+
+@pytest.mark.parametrize("norms", ["bbb", "fff", "nnn"])
+def test_registration_passes_pytorchs_own_checks(norms):
+    leff, x, _, grid_size = make_call((2, 3, 2, 1, 4, 6, 4, 3), torch.float32, norms)
+    calls = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "ceit" in str(func):
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Spy(), torch.no_grad():
+        leff(x, grid_size)
+        leff.eval()(x, grid_size)
+    assert calls
+    for func, args in calls:
+        leaves = [a.clone().requires_grad_() if isinstance(a, nn.Parameter) and norms != "fff" else a for a in args]
+        checks = ("test_schema", "test_faketensor") if "inference" in str(func) else torch.library.opcheck.__defaults__
+        names = checks if isinstance(checks, tuple) and isinstance(checks[0], str) else None
+        torch.library.opcheck(func, tuple(leaves), **({"test_utils": names} if names else {}))
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    leff, x, grad_out, grid_size = make_call((5, 7, 6, 1, 24, 100, 24, 3), torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(train_step("native", copy.deepcopy(leff), x, grad_out, grid_size))
+    finally:
+        torch.set_num_threads(threads)
+    # The products' own sums may depend on the number of threads; the statistics of one input may not.
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(value, other[name], rtol=0, atol=1e-5, msg=lambda m, n=name: n + m)
+    again = train_step("native", copy.deepcopy(leff), x, grad_out, grid_size)
+    same = train_step("native", copy.deepcopy(leff), x, grad_out, grid_size)
+    assert all(torch.equal(again[name], same[name]) for name in same)
+
+
+def test_several_threads_may_run_inference_at_once():
+    leff, x = make_leff(24, 96, 24, 3, torch.float32), make_tokens(4, 50, 24, torch.float32)
+    expected, results = leff(x), [None] * 4
+
+    def work(i):
+        for _ in range(10):
+            results[i] = leff(x)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_code_for_other_processors_agrees(capability, tmp_path):
+    leff, x, grad_out, grid_size = make_call((2, 5, 7, 1, 24, 100, 24, 3), torch.float32)
+    torch.save((x, grad_out, train_step("native", copy.deepcopy(leff), x, grad_out, grid_size)), tmp_path / "expected")
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from support.leff import make_training_leff, train_step\n"
+        "x, grad_out, expected = torch.load(sys.argv[2])\n"
+        "leff = make_training_leff(24, 100, 24, 3, torch.float32)\n"
+        "found = train_step('native', leff, x, grad_out, (5, 7))\n"
+        "for name, value in expected.items(): torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-4)"
+    )
+    tests = os.path.join(os.path.dirname(__file__), "..", "..")
+    command = [sys.executable, "-c", code, tests, str(tmp_path / "expected")]
+    done = subprocess.run(
+        command, env={**os.environ, "CEIT_KERNELS_CPU": capability}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_process_may_go_on():
+    leff, x = make_leff(24, 96, 24, 3, torch.float32), make_tokens(4, 50, 24, torch.float32)
+    leff(x)
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def work():
+        torch.set_num_threads(1)
+        queue.put(leff(x).sum().item())
+
+    process = context.Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert queue.get() == pytest.approx(leff(x).sum().item(), rel=1e-4, abs=1e-4)
