@@ -36,7 +36,10 @@ def _load() -> str | None:
 def has_kernel(operator: str, device_type: str) -> bool:
     """Whether compiled code serves ``ceit::<operator>`` on a kind of device."""
     _load()
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"ceit::{operator}", device_type.upper())
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"ceit::{operator}", device_type.upper())
+    except RuntimeError:  # neither the extension nor a call has made the operator known
+        return False
 
 
 def extension_problem(device_type: str) -> str:

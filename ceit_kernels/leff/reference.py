@@ -31,7 +31,8 @@ def leff_reference(
         (B, P + H*W, O).
     """
     prefix, tokens = x.split([num_prefix_tokens, grid_size[0] * grid_size[1]], dim=1)
-    image = tokens.transpose(1, 2).unflatten(2, grid_size)  # (B, C, H, W)
+    # No transposed view: of one image PyTorch takes that for another memory format, and the norms' gradients are wrong.
+    image = tokens.reshape(x.shape[0], *grid_size, x.shape[2]).permute(0, 3, 1, 2)  # (B, C, H, W)
     image = activations[0](norms[0](F.conv2d(image, weights[0], biases[0])))
     padding, groups = weights[1].shape[-1] // 2, weights[1].shape[0]
     image = activations[1](norms[1](F.conv2d(image, weights[1], biases[1], padding=padding, groups=groups)))

@@ -25,8 +25,7 @@ CASES = [
     ((2, 2, 3, 0, 5, 24, 136, 5), "nnn"),
     ((1, 4, 5, 1, 9, 18, 9, 3), "bfn"),
     ((2, 3, 2, 0, 8, 70, 20, 3), "nbf"),
-    # Not one image: of that, plain PyTorch 2.14 gives wrong gradients of a BatchNorm on this grid.
-    ((2, 14, 14, 1, 48, 192, 48, 3), "bbb"),
+    ((1, 14, 14, 1, 48, 192, 48, 3), "bbb"),
     ((2, 9, 37, 0, 16, 100, 16, 7), "fnb"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,11 +61,11 @@ def check(leff, x, grad_out, grid_size, residual=None):
     assert_as_accurate(names, *([results[name] for name in names] for results in (fused, plain, exact)))
 
 
-def check_to_rounding(leff, *inputs):
+def check_to_rounding(leff, *inputs, tolerance=1e-11):
     plain, fused = (train_step(backend, copy.deepcopy(leff), *inputs) for backend in ("reference", "native"))
     for name, expected in plain.items():
         scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
-        torch.testing.assert_close(fused[name], expected, rtol=0, atol=1e-11 * scale, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(fused[name], expected, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: n + m)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,14 +95,16 @@ def test_norms_of_each_kind_go_together(norms):
     batch=st.integers(1, 3),
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     prefix=st.integers(0, 2),
-    channels=st.integers(1, 40),
-    hidden=st.integers(1, 150),
+    # A map of one channel fits two memory formats, of which plain PyTorch's norms take the wrong one.
+    channels=st.integers(2, 40),
+    hidden=st.integers(2, 150),
     kernel_size=st.sampled_from([3, 5, 7]),
 )
 def test_agrees_at_any_size(batch, grid, prefix, channels, hidden, kernel_size):
-    # Statistics of a few values magnify any rounding; of a batch of one, plain PyTorch's norms can be wrong.
-    norms = "nnn" if batch == 1 else "bbb" if batch * grid[0] * grid[1] > 8 else "fff"
-    check_to_rounding(*make_call((batch, *grid, prefix, channels, hidden, channels, kernel_size), torch.float64, norms))
+    norms = "bbb" if batch * grid[0] * grid[1] > 8 else "fff"
+    case = (batch, *grid, prefix, channels, hidden, channels, kernel_size)
+    # Statistics of a few values magnify any rounding.
+    check_to_rounding(*make_call(case, torch.float64, norms), tolerance=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
