@@ -70,7 +70,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         say(f"{group.name} ({i} of {len(groups)})")
         seconds = 1.0 if options.quick else 4.0
         measured.append(measure_group(group, device, seconds=seconds, contenders=names, clock=clock).as_dict())
-    scaling = [] if options.quick else measure_scaling(device, say, clock=clock, left_out=left_out)
+    scaling, refused = [], []
+    if not options.quick:
+        scaling = measure_scaling(device, say, clock=clock, left_out=left_out, refused=refused)
     if left_out:
         say(f"left out, the time is used up: {', '.join(left_out)}")
     say("modelled: kernels counted for an H100")
@@ -83,6 +85,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "measured": measured,
         "left_out": left_out,
         "scaling": scaling,
+        "scaling_refused": refused,
         "modelled": modelled,
         "seconds": clock.spent,
     }

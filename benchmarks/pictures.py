@@ -81,10 +81,12 @@ def _bars(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     colors = [COLORS.get(entry["contender"], _OTHER) for entry in entries]
     axes.barh(names, values, color=colors, height=0.7)
     axes.errorbar(values, names, xerr=np.array(ends).T, fmt="none", ecolor="#0f172a", elinewidth=0.9, capsize=2)
-    limit = 1.35 * max([1.0, *values])
+    limit = 1.3 * max(
+        [1.0, *(value + above for value, (_, above) in zip(values, ends, strict=True) if above < 2 * value)]
+    )
     for i, (entry, value, (_, above)) in enumerate(zip(entries, values, ends, strict=True)):
         text = f"{value:.2f}" if entry["ratio"] else entry["status"]
-        axes.text(min(value + above, 0.86 * limit) + 0.015 * limit, i, text, va="center", fontsize=8)
+        axes.text(min(value + above, 0.88 * limit) + 0.015 * limit, i, text, va="center", fontsize=8)
     axes.axvline(1, color="#0f172a", linewidth=0.8, linestyle=":")
     axes.set_xlim(0, limit)
     axes.tick_params(labelsize=8)
@@ -169,9 +171,8 @@ def _roof(axes: Axes, memory: float, arithmetic: float, name: str, ends: tuple[f
     x = np.geomspace(*ends, 100)
     axes.plot(x, np.minimum(x * memory, arithmetic) / 1e12, color="#0f172a", linewidth=1.2)
     text = f"{name}: {memory / 1e9:,.0f} GB/s, {arithmetic / 1e12:,.2f} TFLOP/s"
-    axes.annotate(
-        text, (x[4], min(x[4] * memory, arithmetic) / 1e12), fontsize=8, xytext=(0, 6), textcoords="offset points"
-    )
+    lines = sum(artist.get_gid() == "roof" for artist in axes.texts)
+    axes.text(0.02, 0.97 - 0.05 * lines, text, transform=axes.transAxes, va="top", fontsize=8, gid="roof")
 
 
 def batch_curves(data: Mapping[str, Any]) -> Figure | None:

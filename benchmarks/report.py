@@ -33,7 +33,8 @@ def write_report(data: Report, folder: Path) -> list[str]:
     if data["scaling"]:
         (folder / "scaling.md").write_text(scaling_text(data))
     results = [to_result(result) for result in data["measured"]]
-    return [f"{r.name}: {e.contender}: {e.reason}" for r in results for e in r.entries if e.status == "refused"]
+    refused = [f"{r.name}: {e.contender}: {e.reason}" for r in results for e in r.entries if e.status == "refused"]
+    return refused + list(data.get("scaling_refused", []))
 
 
 def to_result(stored: Mapping[str, Any]) -> GroupResult:
@@ -116,8 +117,9 @@ def modelled_text(data: Report) -> str:
         "## Modelled for an H100, not measured\n\n"
         f"Batch {given['batch']}, {given['dtype']}: kernels counted without a GPU, each its bytes at "
         f"{given['bytes_per_second'] / 1e12:.1f} TB/s or its products at {given['flops_per_second'] / 1e12:.0f} "
-        f"TFLOP/s, whichever takes longer, and {1e6 * given['launch_seconds']:.0f} us a launch. Counted again by "
-        "`python -m ceit_kernels.traffic` and `python -m ceit traffic`.\n\n"
+        f"TFLOP/s, whichever takes longer, and {1e6 * given['launch_seconds']:.0f} us a launch. The stem's compiled "
+        "operators count as one launch each, and their products as plain PyTorch's, which is less than they do. "
+        "Counted again by `python -m ceit_kernels.traffic` and `python -m ceit traffic`.\n\n"
         + format_table(rows, markdown=True)
         + "".join(f"\n\n`torch.compile` is missing: {reason}" for reason in sorted(reasons))
     )
@@ -144,5 +146,8 @@ def scaling_text(data: Report) -> str:
         f"# Scaling of CeiT-T on {data['environment']['chip']}, measured\n\n"
         "float32; along the image's side and the depth, batch 2. An exponent p says that time or memory grows as the "
         "size to the power p. Doubling the side makes four times the tokens.\n\n"
-        "![time and memory by batch, image size and depth](scaling.png)\n\n" + format_table(rows, markdown=True) + "\n"
+        "![time and memory by batch, image size and depth](scaling.png)\n\n"
+        + format_table(rows, markdown=True)
+        + "".join(f"\n\nNo point: {line}." for line in data.get("scaling_refused", []))
+        + "\n"
     )

@@ -26,6 +26,7 @@ def measure_scaling(
     *,
     clock: Clock,
     left_out: list[str],
+    refused: list[str],
     seconds: float = 0.5,
     axes: dict[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
@@ -36,6 +37,7 @@ def measure_scaling(
         say: takes lines of progress.
         clock: what the run may spend; points are left out when it is used up.
         left_out: takes the names of those.
+        refused: takes a line for every contender that computed something wrong or failed, and so has no point.
         seconds: to time each point.
         axes: sizes by axis; unless given, by the device.
 
@@ -57,6 +59,9 @@ def measure_scaling(
                 for entry in result.entries:
                     if entry.median is not None:
                         points[entry.contender].append((size, entry.median, entry.peak_bytes))
+                    else:
+                        where = f"scaling, {axis} {size}, {phase}"
+                        refused.append(f"{where}: {entry.contender} {entry.status}: {entry.reason}")
             curves += [_curve(axis, phase, name, found) for name, found in points.items() if len(found) > 1]
     return curves
 

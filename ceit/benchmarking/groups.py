@@ -106,10 +106,10 @@ class Group:
 # Operator, sizes, and batches by phase, in the order of importance: what comes last is left out when time is up.
 _CPU_PLAN = (
     ("leff", ("tiny", "small"), {"inference": (1, 16), "training": (8,)}),
-    ("model", ("tiny",), {"inference": (1, 4, 16), "training": (8,)}),
     ("i2t", ("tiny",), {"inference": (1, 16), "training": (8,)}),
     ("lca", ("tiny", "small"), {"inference": (16,), "training": (16,)}),
     ("norm", ("tiny", "small"), {"inference": (16,), "training": (16,)}),
+    ("model", ("tiny",), {"inference": (1, 4, 16), "training": (8,)}),
     ("model", ("small",), {"inference": (1, 4), "training": (4,)}),
 )
 _GPU_BATCHES = {"inference": (1, 64, 256), "training": (256,)}
