@@ -35,8 +35,8 @@ def results_text(data: Mapping[str, Any]) -> str:
         rows.append([result.name, *cells, ratio or "-", backends])
     return (
         f"Measured on {environment['chip']}, {environment['threads']} threads, torch "
-        f"{environment['versions']['torch']}, commit {environment['commit']}, by `{data['command']}`. Medians, with the "
-        "99% interval of the ratio. Where fused ran by reference it is plain PyTorch: no gain is claimed.\n\n"
+        f"{environment['versions']['torch']}, commit {environment['commit']}, by `{data['command']}`. Medians, with "
+        "the 99% interval of the ratio. Where fused ran by reference it is plain PyTorch: no gain is claimed.\n\n"
         + format_table(rows, markdown=True)
     )
 
