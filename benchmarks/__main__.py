@@ -61,7 +61,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"[{clock.spent:5.0f} s of {60 * options.minutes:.0f}] {what}", flush=True)
 
     say("ceilings: a copy and a product")
-    ceilings = {name: measure_ceilings(device, getattr(torch, name)) for name in dict.fromkeys(g.dtype for g in groups)}
+    dtypes = list(dict.fromkeys(group.dtype for group in groups))
+    ceilings = [{name: measure_ceilings(device, getattr(torch, name)) for name in dtypes}]
     measured, left_out = [], []
     for i, group in enumerate(groups, 1):
         if clock.used(_GROUPS_SHARE):
@@ -75,13 +76,15 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         scaling = measure_scaling(device, say, clock=clock, left_out=left_out, refused=refused)
     if left_out:
         say(f"left out, the time is used up: {', '.join(left_out)}")
+    # Again, for whoever shares the machine may have slowed the first.
+    ceilings.append({name: measure_ceilings(device, getattr(torch, name)) for name in dtypes})
     say("modelled: kernels counted for an H100")
     modelled = model_gpu()
     say("pictures")
     return {
         "command": " ".join([_COMMAND, *_given(options)]),
         "environment": environment(device),
-        "ceilings": ceilings,
+        "ceilings": {n: {key: max(c[n][key] for c in ceilings) for key in ceilings[0][n]} for n in dtypes},
         "measured": measured,
         "left_out": left_out,
         "scaling": scaling,

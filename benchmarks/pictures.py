@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 COLORS = {"plain": "#64748b", "compile": "#2563eb", "fused": "#c2410c"}
 _OTHER = "#cbd5e1"
@@ -84,9 +85,9 @@ def _bars(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     limit = 1.3 * max(
         [1.0, *(value + above for value, (_, above) in zip(values, ends, strict=True) if above < 2 * value)]
     )
-    for i, (entry, value, (_, above)) in enumerate(zip(entries, values, ends, strict=True)):
+    for i, (entry, value) in enumerate(zip(entries, values, strict=True)):
         text = f"{value:.2f}" if entry["ratio"] else entry["status"]
-        axes.text(min(value + above, 0.88 * limit) + 0.015 * limit, i, text, va="center", fontsize=8)
+        axes.text(1.01, i, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.axvline(1, color="#0f172a", linewidth=0.8, linestyle=":")
     axes.set_xlim(0, limit)
     axes.tick_params(labelsize=8)
@@ -125,13 +126,24 @@ def rooflines(data: Mapping[str, Any]) -> Figure:
                 )[0]
     for dtype, ceilings in data["ceilings"].items():
         _roof(here, ceilings["bytes_per_second"], ceilings["flops_per_second"], dtype, _intensities(here))
-    here.legend(labels.values(), labels.keys(), frameon=False, fontsize=7, ncols=2, loc="lower right")
+    here.legend(
+        labels.values(),
+        labels.keys(),
+        frameon=False,
+        fontsize=7,
+        ncols=5,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+    )
     here.set_title(f"operators and models, {_subtitle(data)}", fontsize=10)
     here.set_xlabel("FLOP per byte of input, output and parameters")
     _modelled_roofline(there, data["modelled"])
     for axes in (here, there):
         axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
         axes.grid(alpha=0.25, which="major")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     return figure
 
 
@@ -170,7 +182,7 @@ def _intensities(axes: Axes) -> tuple[float, float]:
 def _roof(axes: Axes, memory: float, arithmetic: float, name: str, ends: tuple[float, float]) -> None:
     x = np.geomspace(*ends, 100)
     axes.plot(x, np.minimum(x * memory, arithmetic) / 1e12, color="#0f172a", linewidth=1.2)
-    text = f"{name}: {memory / 1e9:,.0f} GB/s, {arithmetic / 1e12:,.2f} TFLOP/s"
+    text = f"{name}: {memory / 1e9:,.0f} GB/s, {arithmetic / 1e12:,.3g} TFLOP/s"
     lines = sum(artist.get_gid() == "roof" for artist in axes.texts)
     axes.text(0.02, 0.97 - 0.05 * lines, text, transform=axes.transAxes, va="top", fontsize=8, gid="roof")
 

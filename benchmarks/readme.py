@@ -11,7 +11,7 @@ from typing import Any
 
 from ceit_kernels.traffic import format_table
 
-from .report import to_result
+from .report import disturbance_text, to_result
 
 _ROOT = Path(__file__).parents[1]
 README = _ROOT / "README.md"
@@ -24,6 +24,7 @@ _COLUMNS = ("plain", "compile", "rewrite", "openvino", "onnxruntime", "fused")
 def results_text(data: Mapping[str, Any]) -> str:
     """The section's text: the machine, and milliseconds by group for the contenders that matter most."""
     environment = data["environment"]
+    warning = disturbance_text(data)
     rows = [["group", *(f"{name}, ms" for name in _COLUMNS), "plain / fused", "fused ran by"]]
     for stored in data["measured"]:
         result = to_result(stored)
@@ -38,6 +39,7 @@ def results_text(data: Mapping[str, Any]) -> str:
         f"{environment['versions']['torch']}, commit {environment['commit']}, by `{data['command']}`. Medians, with "
         "the 99% interval of the ratio. Where fused ran by reference it is plain PyTorch: no gain is claimed.\n\n"
         + format_table(rows, markdown=True)
+        + (f"\n\n{warning}" if warning else "")
     )
 
 

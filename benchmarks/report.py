@@ -45,6 +45,7 @@ def to_result(stored: Mapping[str, Any]) -> GroupResult:
 def report_text(data: Report, pictures: Mapping[str, str]) -> str:
     """The report in Markdown; `pictures` has file names by title."""
     parts = ["# Benchmarks", f"Made by `{data['command']}` in {data['seconds'] / 60:.0f} minutes.", _environment(data)]
+    parts += filter(None, [disturbance_text(data)])
     parts += [f"![{title}]({name})" for title, name in pictures.items()]
     parts.append(f"## Measured on {data['environment']['chip']}\n\n{_legend()}")
     for stored in data["measured"]:
@@ -63,6 +64,31 @@ def report_text(data: Report, pictures: Mapping[str, str]) -> str:
         parts.append(f"Left out, because the run's time was used up: {', '.join(data['left_out'])}.")
     parts.append(modelled_text(data))
     return "\n\n".join(parts) + "\n"
+
+
+def disturbances(data: Report) -> list[str]:
+    """Signs that something else used the machine: the same code at another speed, or a rate beyond a ceiling."""
+    signs = []
+    for result in map(to_result, data["measured"]):
+        ceiling = data["ceilings"][result.group["dtype"]]["flops_per_second"]
+        for entry in result.entries:
+            if entry.median is None:
+                continue
+            # Other runtimes choose their own algorithms, a product of theirs may beat this one.
+            if result.flops / entry.median > 1.1 * ceiling and entry.contender in ("plain", "fused"):
+                signs.append(f"{result.name}: {entry.contender} is above the ceiling of a product")
+            same_code = {by["backend"] for by in entry.backends.values()} == {"reference"}
+            if same_code and abs(entry.ratio["value"] - 1) > 0.1:
+                signs.append(
+                    f"{result.name}: fused is plain PyTorch here, yet took 1/{entry.ratio['value']:.2f} of its time"
+                )
+    return signs
+
+
+def disturbance_text(data: Report) -> str:
+    """A warning, or nothing."""
+    signs = disturbances(data)
+    return f"**The machine was disturbed; do not rely on these times.** {'; '.join(signs)}." if signs else ""
 
 
 def _rounds(result: GroupResult) -> str:
