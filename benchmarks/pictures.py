@@ -184,7 +184,7 @@ def _roof(axes: Axes, memory: float, arithmetic: float, name: str, ends: tuple[f
     axes.plot(x, np.minimum(x * memory, arithmetic) / 1e12, color="#0f172a", linewidth=1.2)
     text = f"{name}: {memory / 1e9:,.0f} GB/s, {arithmetic / 1e12:,.3g} TFLOP/s"
     lines = sum(artist.get_gid() == "roof" for artist in axes.texts)
-    axes.text(0.02, 0.97 - 0.05 * lines, text, transform=axes.transAxes, va="top", fontsize=8, gid="roof")
+    axes.text(0.02, 0.03 + 0.05 * lines, text, transform=axes.transAxes, va="bottom", fontsize=8, gid="roof")
 
 
 def batch_curves(data: Mapping[str, Any]) -> Figure | None:

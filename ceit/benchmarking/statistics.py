@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["MARGIN", "Ratio", "fit_exponent", "median_ratio", "verdict"]
 
-# Two processes with the same code differ by this much on a quiet machine, through addresses and pages alone.
+# An allowance for what differs between two processes with the same code, such as addresses; chosen, not measured.
 MARGIN = 0.03
 _RESAMPLES = 2000
 
