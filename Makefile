@@ -29,8 +29,10 @@ lint: $(READY)
 prove: $(READY)
 	$(PYTEST) -n 2 -m prove
 
+# The report is runs/bench/report.md. ARGS passes options on, e.g. make bench ARGS=--quick
 bench: $(READY)
-	$(PYTEST) benchmarks --benchmark-only
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(RUN) -m benchmarks $(ARGS)
 
 # One wheel for every Python from 3.10 and PyTorch from 2.10, with code for every GPU that the kernels run on.
 wheel: export TORCH_CUDA_ARCH_LIST ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX

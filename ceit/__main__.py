@@ -1,4 +1,4 @@
-"""The command line: `python -m ceit {train,evaluate,demo,traffic,info}`."""
+"""The command line: `python -m ceit {train,evaluate,demo,bench,traffic,info}`."""
 
 import argparse
 import logging
@@ -11,6 +11,7 @@ from timm.utils import world_info_from_env
 
 import ceit_kernels
 
+from .benchmarking.command import BenchFailed, BenchOptions, bench
 from .demo import DemoFailed, DemoOptions, demo
 from .evaluate import evaluate_checkpoint
 from .running import training_state as disk
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", TrainOptions, "train a model on the digits or on a folder of images"),
         ("evaluate", EvaluateOptions, "accuracy of a checkpoint on test images"),
         ("demo", DemoOptions, "train on the digits with plain and with fused operators, and compare"),
+        ("bench", BenchOptions, "time plain and fused operators and models here, or this commit against another"),
         ("traffic", TrafficOptions, "count the bytes of device memory that a model moves; no GPU needed"),
     ):
         command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, ceit_kernels.BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingFailed, DemoFailed) as error:
+    except (TrainingFailed, DemoFailed, BenchFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -97,7 +99,7 @@ def _how_to_resume(arguments: list[str], options: object) -> str:
     return f"; to go on: python -m ceit {shlex.join(again)}"
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "demo": demo, "traffic": traffic, "info": _info}
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "demo": demo, "bench": bench, "traffic": traffic, "info": _info}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,101 @@
+"""What an H100 would take by its bandwidth, its tensor cores and its launches: modelled from counted kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ceit.traffic import TrafficOptions, count_model
+from ceit_kernels import use_backend
+from ceit_kernels.traffic import Call, CompiledTrafficError, Kernel, count_call, modelled_seconds
+from ceit_kernels.traffic.cases import Case, make_cases
+from ceit_kernels.traffic.modelled import BYTES_PER_SECOND, FLOPS_PER_SECOND, LAUNCH_SECONDS
+
+MODELS = {"tiny": 192, "small": 384}
+BATCH = 256
+
+
+def model_gpu() -> dict[str, Any]:
+    """Modelled times of the operators and of the whole models in bfloat16 at batch 256, plain, compiled and fused.
+
+    Returns:
+        {"rows": times with bytes and launches, "kernels": every fused kernel of the operators, "assumptions": what the
+        model takes}, as JSON has it. ``torch.compile`` is left out, with the reason, where it cannot be counted.
+    """
+    rows, kernels = [], []
+    for size, channels in MODELS.items():
+        for case in make_cases(BATCH, channels, 224, torch.bfloat16):
+            for training in (False, True):
+                phase = "training" if training else "inference"
+                calls = {"fused": _with_stem_products(case.count_fused(training=training), training)}
+                reason = ""
+                try:
+                    calls["compile"] = case.count_compiled(training=training)
+                except CompiledTrafficError as error:
+                    reason = str(error)
+                for contender, call in calls.items():
+                    rows.append(_row(case.operator, size, phase, contender, call.forward + call.backward, reason))
+                fused = calls["fused"]
+                kernels += [
+                    {"operator": case.operator, "size": size, "phase": phase, "name": k.name, **_figures([k])}
+                    for k in fused.forward + fused.backward
+                    if k.fused
+                ]
+        rows += _models(size)
+    return {
+        "rows": rows,
+        "kernels": kernels,
+        "assumptions": {
+            "bytes_per_second": BYTES_PER_SECOND,
+            "flops_per_second": FLOPS_PER_SECOND,
+            "launch_seconds": LAUNCH_SECONDS,
+            "batch": BATCH,
+            "dtype": "bfloat16",
+        },
+    }
+
+
+def _models(size: str) -> list[dict[str, Any]]:
+    options = TrafficOptions(model=f"ceit_{size}_patch16_224", batch_size=BATCH)
+    rows = []
+    for phase, counted in (("inference", "inference"), ("training", "training step")):
+        for contender in ("plain", "fused"):
+            call = _with_stem_products(count_model(options, contender, counted), phase == "training")
+            rows.append(_row("model", size, phase, contender, call.forward + call.backward, ""))
+    return rows
+
+
+def _with_stem_products(call: Call, training: bool) -> Call:
+    """Give the stem's compiled operators, whose products are not counted, those of the plain stem: they do no fewer."""
+    stem = _plain_stem(training)
+    sides = []
+    for kernels, plain in ((call.forward, stem.forward), (call.backward, stem.backward)):
+        products = sum(kernel.flops for kernel in plain)
+        sides.append([replace(k, flops=products) if k.fused and "i2t" in k.name else k for k in kernels])
+    return Call(*sides, call.saved_bytes)
+
+
+@functools.cache
+def _plain_stem(training: bool) -> Call:
+    case: Case = make_cases(BATCH, MODELS["small"], 224, torch.bfloat16)[-1]
+    with use_backend("reference"):
+        return count_call(case.make_plain, case.shape, case.dtype, training=training, input_gradient=False)
+
+
+def _row(
+    operator: str, size: str, phase: str, contender: str, kernels: Sequence[Kernel], reason: str
+) -> dict[str, Any]:
+    names = {"operator": operator, "size": size, "phase": phase, "contender": contender}
+    return {**names, "launches": len(kernels), "compile_reason": reason, **_figures(kernels)}
+
+
+def _figures(kernels: Sequence[Kernel]) -> dict[str, float]:
+    return {
+        "bytes": sum(kernel.bytes for kernel in kernels),
+        "flops": sum(kernel.flops for kernel in kernels),
+        "modelled_seconds": modelled_seconds(kernels),
+    }

@@ -1,0 +1,89 @@
+"""How time and memory of CeiT-T grow with batch, image size and depth, plain and fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ceit.benchmarking.groups import Group
+from ceit.benchmarking.measure import Clock, measure_group
+from ceit.benchmarking.statistics import fit_exponent
+
+CONTENDERS = ("plain", "fused")
+AXES: dict[str, Sequence[int]] = {
+    "batch": (1, 2, 4, 8),
+    "image side, pixels": (128, 192, 256, 320),
+    "depth, blocks": (3, 6, 9, 12),
+}
+_GPU_BATCHES = (1, 4, 16, 64, 256)
+
+
+def measure_scaling(
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    clock: Clock,
+    left_out: list[str],
+    refused: list[str],
+    seconds: float = 0.5,
+    axes: dict[str, Sequence[int]] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure along each axis, inference and training.
+
+    Args:
+        device: where.
+        say: takes lines of progress.
+        clock: what the run may spend; points are left out when it is used up.
+        left_out: takes the names of those.
+        refused: takes a line for every contender that computed something wrong or failed, and so has no point.
+        seconds: to time each point.
+        axes: sizes by axis; unless given, by the device.
+
+    Returns:
+        A curve for each axis, phase and contender: sizes, seconds, peak bytes, and the fitted exponents of both.
+    """
+    if axes is None:
+        axes = {**AXES, "batch": _GPU_BATCHES} if device.type == "cuda" else AXES
+    curves = []
+    for axis, sizes in axes.items():
+        for phase in ("inference", "training"):
+            points: dict[str, list[tuple[int, float, int | None]]] = {name: [] for name in CONTENDERS}
+            for size in sizes:
+                if clock.used(1.0):
+                    left_out.append(f"scaling, {axis} {size}, {phase}")
+                    continue
+                say(f"scaling, {axis} {size}, {phase}")
+                result = measure_group(_group(axis, size, phase), device, seconds=seconds, contenders=CONTENDERS)
+                for entry in result.entries:
+                    if entry.median is not None:
+                        points[entry.contender].append((size, entry.median, entry.peak_bytes))
+                    else:
+                        where = f"scaling, {axis} {size}, {phase}"
+                        refused.append(f"{where}: {entry.contender} {entry.status}: {entry.reason}")
+            curves += [_curve(axis, phase, name, found) for name, found in points.items() if len(found) > 1]
+    return curves
+
+
+def _group(axis: str, size: int, phase: str) -> Group:
+    if axis == "batch":
+        return Group("model", "tiny", phase, "float32", size)
+    if axis.startswith("image"):
+        return Group("model", "tiny", phase, "float32", 2, image_size=size)
+    return Group("model", "tiny", phase, "float32", 2, model_kwargs={"depth": size})
+
+
+def _curve(axis: str, phase: str, contender: str, points: Sequence[tuple[int, float, int | None]]) -> dict[str, Any]:
+    sizes, seconds, memory = (list(column) for column in zip(*points, strict=True))
+    known = all(memory)
+    return {
+        "axis": axis,
+        "phase": phase,
+        "contender": contender,
+        "sizes": sizes,
+        "seconds": seconds,
+        "peak_bytes": memory,
+        "time_exponent": fit_exponent(sizes, seconds),
+        "memory_exponent": fit_exponent(sizes, memory) if known else None,
+    }

@@ -1,0 +1,7 @@
+"""The image-to-tokens stem at 224x224."""
+
+OPERATOR = "i2t"
+
+
+def test_i2t(report_time, group, contender):
+    report_time(group, contender)

@@ -1,0 +1,160 @@
+"""The contenders: plain PyTorch, what can be had from it for free, the hand rewrite, other runtimes, and fused."""
+
+import copy
+import io
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ceit_kernels import fuse
+
+from .exported import EXPORTERS, missing_packages
+from .groups import Group
+from .rewrite import rewrite, with_mlp
+
+__all__ = ["CONTENDERS", "COSTLY", "DESCRIPTIONS", "FLOOR", "ContenderError", "Step", "absence", "build"]
+
+DESCRIPTIONS = {
+    "plain": "plain PyTorch as shipped",
+    "channels-last": "plain PyTorch, images and weights of convolutions in channels-last memory",
+    "compile": "torch.compile of plain, default settings",
+    "compile-freezing": "torch.compile of plain with freezing, which folds the norms",
+    "compile-max-autotune": "torch.compile of plain, max-autotune; graphs are the timer's",
+    "rewrite": "by hand: linear layers over tokens, folded norms, channels-last depthwise convolution",
+    "mlp": "floor: a GELU MLP of equal width in place of LeFF; computes something else, so it is not checked",
+    "openvino": "plain, converted to OpenVINO",
+    "onnxruntime": "plain, exported to ONNX Runtime",
+    "fused": "the fused operators of this project",
+}
+CONTENDERS = tuple(DESCRIPTIONS)
+FLOOR = "mlp"
+# Left out first when time is short: each costs as much compilation as the default does.
+COSTLY = ("compile-freezing", "compile-max-autotune")
+
+
+class ContenderError(RuntimeError):
+    """A contender could not be built or run."""
+
+
+@dataclass
+class Step:
+    """One call of a contender: inference, or forward and backward.
+
+    Attributes:
+        run: takes the input, returns the output; in training the gradients are then those of the call.
+        module: the PyTorch module behind it, None for another runtime.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    module: nn.Module | None
+
+    def gradients(self, x: Tensor) -> dict[str, Tensor]:
+        """Gradients of the last training call by the parameter's name, and of its input `x`."""
+        named = dict(self.module.named_parameters()) if self.module is not None else {}
+        grads = {name.removeprefix("_orig_mod."): p.grad for name, p in named.items() if p.grad is not None}
+        return grads if x.grad is None else {**grads, "input": x.grad}
+
+
+def absence(contender: str, group: Group, device: torch.device) -> str | None:
+    """Why a contender does not take part in a group on a device, None if it does."""
+    if contender in EXPORTERS:
+        if device.type != "cpu":
+            return "taken for the CPU only"
+        if group.phase != "inference":
+            return "it does not train"
+        if group.dtype != "float32":
+            return "taken in float32 only"
+        missing = missing_packages(contender)
+        return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
+    if contender == "compile-freezing" and group.phase != "inference":
+        return "freezing is for inference"
+    if contender == "compile-max-autotune" and device.type == "cpu" and group.operator == "model":
+        return "on the CPU taken for operators only: for a model it tunes for minutes"
+    if contender == "compile-freezing" and device.type == "cpu" and group.operator == "model" and group.batch > 1:
+        return "on the CPU a model is frozen at batch 1 only: every batch compiles for half a minute"
+    if contender in ("channels-last", "rewrite") and group.operator in ("lca", "norm"):
+        return "the plain operator has no convolution and no foldable norm"
+    if contender == FLOOR and group.operator not in ("leff", "model"):
+        return "there is no feed-forward layer in it"
+    return None
+
+
+def build(contender: str, group: Group, module: nn.Module, x: Tensor) -> Step:
+    """Make a contender ready to be called.
+
+    Args:
+        contender: one of `CONTENDERS`.
+        group: what it takes part in.
+        module: the plain module on its device, which stays as it is.
+        x: an input.
+
+    Raises:
+        ContenderError: it cannot be built or run; the message says why.
+    """
+    try:
+        step = _build(contender, group, copy.deepcopy(module), x)
+        # Compilers work at the first call.
+        with redirect_stdout(io.StringIO()):
+            step.run(x)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        raise ContenderError(f"{type(error).__name__}: {lines[0][:200]}") from error
+    return step
+
+
+def _build(contender: str, group: Group, module: nn.Module, x: Tensor) -> Step:
+    if contender in EXPORTERS:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return Step(EXPORTERS[contender](module, x), None)
+    if contender == "fused":
+        module = fuse(module)
+    elif contender == "rewrite":
+        module = rewrite(module)
+    elif contender == FLOOR:
+        module = with_mlp(module)
+    elif contender == "channels-last":
+        module = module.to(memory_format=torch.channels_last)
+    elif contender.startswith("compile"):
+        # Code compiled for earlier groups would count towards the limit of recompilations.
+        torch.compiler.reset()
+        module = torch.compile(module, dynamic=False, **_COMPILE[contender])
+    convert = _channels_last if contender == "channels-last" and x.ndim == 4 else None
+    return Step(_training(module, convert) if group.phase == "training" else _inference(module, convert), module)
+
+
+_COMPILE: dict[str, dict] = {
+    "compile": {},
+    "compile-freezing": {"options": {"freezing": True}},
+    "compile-max-autotune": {"mode": "max-autotune-no-cudagraphs"},
+}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _inference(module: nn.Module, convert: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return module(x if convert is None else convert(x))
+
+    return run
+
+
+def _training(module: nn.Module, convert: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    gradient: list[Tensor] = []
+
+    def run(x: Tensor) -> Tensor:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        out = module(x if convert is None else convert(x))
+        if not gradient:
+            generator = torch.Generator().manual_seed(2)
+            gradient.append(torch.randn(out.shape, generator=generator).to(out.device, out.dtype))
+        out.backward(gradient[0])
+        return out.detach()
+
+    return run

@@ -1,0 +1,145 @@
+"""The groups that are timed: an operator or a model at one size, phase, dtype and batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ceit.layers import AddNorm, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
+from ceit.registry import create_model
+
+__all__ = ["OPERATORS", "Group", "plan"]
+
+OPERATORS = ("leff", "i2t", "lca", "norm", "model")
+_CHANNELS = {"tiny": 192, "small": 384}
+_HEAD_DIM, _LAYERS, _TOKENS = 64, 12, 197
+
+
+class Residual(nn.Module):
+    """Both residual connections and norms of a block, with what is between left out."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.add_norm = AddNorm()
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) -> (B, 1 + 2 N, C)."""
+        x, y, class_token = self.add_norm(x, None, self.norm1, 1)
+        x, y = self.add_norm(x, y, self.norm2)
+        return torch.cat((x, y, class_token), dim=1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the contenders of one comparison compute.
+
+    Attributes:
+        operator: one of `OPERATORS`.
+        size: "tiny" or "small".
+        phase: "inference" or "training", which is forward and backward without an optimizer.
+        dtype: "float32", "bfloat16" or "float16", of parameters and activations.
+        batch: images.
+        image_size: side in pixels; for models and the stem.
+        model_kwargs: further arguments of the model.
+    """
+
+    operator: str
+    size: str
+    phase: str
+    dtype: str
+    batch: int
+    image_size: int = 224
+    model_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """The group's name, as `--only` takes it."""
+        return f"{self.operator}-{self.size}-{self.phase}-{self.dtype}-b{self.batch}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as PyTorch has it."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the input."""
+        if self.operator in ("model", "i2t"):
+            return self.batch, 3, self.image_size, self.image_size
+        return self.batch, _LAYERS if self.operator == "lca" else _TOKENS, _CHANNELS[self.size]
+
+    @property
+    def input_gradient(self) -> bool:
+        """Whether training computes the gradient of the input: images need none."""
+        return self.phase == "training" and len(self.shape) == 3
+
+    def make_module(self) -> nn.Module:
+        """The plain module on the CPU in float32, the same one in every process, in the phase's mode."""
+        torch.manual_seed(0)
+        channels = _CHANNELS[self.size]
+        make: dict[str, Callable[[], nn.Module]] = {
+            "leff": lambda: LocallyEnhancedFeedForward(channels, 4 * channels),
+            "i2t": Image2Tokens,
+            "lca": lambda: LCAAttention(channels, channels // _HEAD_DIM, qkv_bias=True),
+            "norm": lambda: Residual(channels),
+            "model": lambda: create_model(
+                f"ceit_{self.size}_patch16_224", fused=False, img_size=self.image_size, **self.model_kwargs
+            ),
+        }
+        module = make[self.operator]()
+        for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+            # Fresh statistics are those of no norm at all, which would hide a wrong folding.
+            nn.init.uniform_(norm.running_mean, -0.1, 0.1)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+        return module.train(self.phase == "training")
+
+    def make_inputs(self, count: int, device: torch.device) -> list[Tensor]:
+        """`count` inputs on a device, the same in every process."""
+        generator = torch.Generator().manual_seed(1)
+        inputs = (torch.randn(self.shape, generator=generator) for _ in range(count))
+        return [x.to(device, self.torch_dtype).requires_grad_(self.input_gradient) for x in inputs]
+
+
+# Operator, sizes, and batches by phase, in the order of importance: what comes last is left out when time is up.
+_CPU_PLAN = (
+    ("leff", ("tiny", "small"), {"inference": (1, 16), "training": (8,)}),
+    ("i2t", ("tiny",), {"inference": (1, 16), "training": (8,)}),
+    ("lca", ("tiny", "small"), {"inference": (16,), "training": (16,)}),
+    ("norm", ("tiny", "small"), {"inference": (16,), "training": (16,)}),
+    ("model", ("tiny",), {"inference": (1, 4, 16), "training": (8,)}),
+    ("model", ("small",), {"inference": (1, 4), "training": (4,)}),
+)
+_GPU_BATCHES = {"inference": (1, 64, 256), "training": (256,)}
+_GPU_PLAN = tuple(
+    (operator, ("tiny",) if operator == "i2t" else ("tiny", "small"), _GPU_BATCHES)
+    for operator in ("leff", "model", "i2t", "lca", "norm")
+)
+_QUICK_PLAN = (
+    ("leff", ("tiny",), {"inference": (4,), "training": (4,)}),
+    ("i2t", ("tiny",), {"inference": (4,)}),
+    ("lca", ("tiny",), {"inference": (16,)}),
+    ("norm", ("tiny",), {"inference": (16,)}),
+    ("model", ("tiny",), {"inference": (1,)}),
+)
+
+
+def plan(device: torch.device, *, quick: bool = False) -> list[Group]:
+    """The groups to time on a device.
+
+    Args:
+        device: where; a GPU also takes bfloat16 and larger batches.
+        quick: a few groups instead.
+    """
+    on_gpu = device.type == "cuda"
+    dtypes = ("bfloat16", "float32") if on_gpu else ("float32",)
+    groups = [
+        Group(operator, size, phase, "float32", batch)
+        for operator, sizes, batches in (_QUICK_PLAN if quick else _GPU_PLAN if on_gpu else _CPU_PLAN)
+        for size in sizes
+        for phase in batches
+        for batch in batches[phase]
+    ]
+    return [replace(group, dtype=dtype) for dtype in dtypes for group in groups]

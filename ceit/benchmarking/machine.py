@@ -1,0 +1,105 @@
+"""What the numbers were taken on: versions, chip, threads, commit, and the ceilings of memory and arithmetic."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ceit_kernels
+from ceit.running.machine import versions
+
+from .exported import EXPORTERS, missing_packages
+
+__all__ = ["commit", "environment", "measure_ceilings"]
+
+_ROOT = Path(__file__).parents[2]
+_CPU_SIZES = {"copy_bytes": 256 << 20, "product": 2048}
+_GPU_SIZES = {"copy_bytes": 4 << 30, "product": 8192}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, chip, threads, commit and the backends of the fused operators, as JSON has them."""
+    packages = {name: _version(name) for name in EXPORTERS}
+    status = [
+        {"operator": row.operator, "phase": row.phase, "backend": row.backend, "reason": row.reason}
+        for row in ceit_kernels.status()
+        if row.device == device.type
+    ]
+    return {
+        "device": device.type,
+        "chip": _chip(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "versions": {**versions(), **packages},
+        "commit": commit(),
+        "backends": status,
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with "+ changes" where files differ from it; "unknown" without git."""
+    try:
+        name, changes = (
+            subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name} + changes" if changes else name
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, sizes: dict[str, int] | None = None) -> dict[str, float]:
+    """The most that this machine reaches: bytes/s of a large copy, FLOP/s of a large product.
+
+    Args:
+        device: where.
+        dtype: of the product.
+        sizes: {"copy_bytes": of the copied tensor, "product": side of the matrices}; unless given, by the device.
+    """
+    sizes = sizes or (_GPU_SIZES if device.type == "cuda" else _CPU_SIZES)
+    source = torch.ones(sizes["copy_bytes"] // 4, device=device)
+    target = torch.empty_like(source)
+    side = sizes["product"]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return {
+        "bytes_per_second": 2 * sizes["copy_bytes"] / _best(lambda: target.copy_(source), device),
+        "flops_per_second": 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device),
+    }
+
+
+def _best(call: Callable[[], Any], device: torch.device, rounds: int = 7) -> float:
+    """Seconds of the fastest call: a ceiling is what the machine can do."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(rounds):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _version(package: str) -> str:
+    if missing_packages(package):
+        return "not installed"
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _chip(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

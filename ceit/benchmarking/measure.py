@@ -1,0 +1,208 @@
+"""Measuring a group: contenders are built, checked against the reference, and timed in turns."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ceit.running.machine import fused_operators
+from ceit_kernels.traffic import count_call
+
+from .checking import check_outputs
+from .contenders import CONTENDERS, COSTLY, FLOOR, ContenderError, Step, absence, build
+from .groups import Group
+from .statistics import median_ratio
+from .timing import interleave, make_timer
+from .usage import compulsory_bytes, count_launches, peak_memory, saved_bytes
+
+__all__ = ["Clock", "Entry", "GroupResult", "measure_group"]
+
+_MAX_INPUTS = 64
+
+
+class Clock:
+    """What a run may spend, and what it has spent.
+
+    Args:
+        seconds: of the whole run; None for no limit.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds, self._start = seconds, time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def used(self, share: float) -> bool:
+        """Whether a share of the limit is spent."""
+        return self._seconds is not None and self.spent > share * self._seconds
+
+
+@dataclass
+class Entry:
+    """A contender's result.
+
+    Attributes:
+        contender: its name.
+        status: "timed", "refused" (a wrong result), "failed" (it could not be built or run) or "absent".
+        reason: why it was not timed.
+        seconds: of a call, one for each round.
+        ratio: plain's time / this one's with its interval: above 1 is faster than plain.
+        method: how the calls were timed.
+        backends: what ran each fused operator, and why: {operator: {"backend": ..., "reason": ...}}.
+        peak_bytes: allocated during a call at its peak.
+        saved_bytes: kept for backward.
+        launches: kernels on a GPU.
+    """
+
+    contender: str
+    status: str
+    reason: str = ""
+    seconds: list[float] = field(default_factory=list)
+    ratio: dict[str, float] | None = None
+    method: str = ""
+    backends: dict[str, dict[str, str]] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    launches: int | None = None
+
+    @property
+    def median(self) -> float | None:
+        """Seconds of a call in the middle of the rounds."""
+        return median(self.seconds) if self.seconds else None
+
+
+@dataclass
+class GroupResult:
+    """A group's contenders and what is the same for all of them.
+
+    Attributes:
+        group: fields of the `Group`.
+        name: the group's.
+        entries: one for each contender.
+        flops: of the plain module's products in a call.
+        compulsory_bytes: see `usage.compulsory_bytes`.
+        rotating_inputs: inputs that the calls went through.
+    """
+
+    group: dict[str, Any]
+    name: str
+    entries: list[Entry]
+    flops: int
+    compulsory_bytes: int
+    rotating_inputs: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON has it."""
+        return asdict(self)
+
+
+def measure_group(
+    group: Group,
+    device: torch.device,
+    *,
+    seconds: float = 4.0,
+    contenders: Sequence[str] = CONTENDERS,
+    clock: Clock | None = None,
+    details: bool = True,
+) -> GroupResult:
+    """Build, check and time the contenders of a group.
+
+    The reference is the plain module in the same dtype. Nothing that fails, is refused or is absent leaves the result.
+
+    Args:
+        group: what is computed.
+        device: where.
+        seconds: to spend on timing, all contenders together.
+        contenders: who takes part; the plain module always does.
+        clock: what the run may spend: when 70% is used, costly compilations are left out.
+        details: also measure memory, launches and saved bytes.
+    """
+    clock = clock or Clock()
+    module = group.make_module().to(device, group.torch_dtype)
+    inputs = group.make_inputs(_num_inputs(group, device), device)
+    reference = build("plain", group, module, inputs[0])
+    expected = reference.run(inputs[0]).clone()
+    gradients = {name: grad.clone() for name, grad in reference.gradients(inputs[0]).items()}
+    entries, steps = [], {}
+    for name in dict.fromkeys(("plain", *contenders)):
+        reason = absence(name, group, device)
+        if reason is None and name in COSTLY and clock.used(0.7):
+            reason = f"the run's time was short; python -m ceit bench --only {group.name} times it"
+        if reason is not None:
+            entries.append(Entry(name, "absent", reason))
+            continue
+        entry, step = _build_checked(name, group, module, inputs[0], expected, gradients)
+        entries.append(entry)
+        if step is not None:
+            steps[name] = step
+    timed = {entry.contender: entry for entry in entries if entry.status == "timed"}
+    timer = make_timer(device)
+    samplers = {name: timer.prepare(_call(steps[name], inputs), len(inputs)) for name in timed}
+    times = interleave(samplers, seconds)
+    for name, entry in timed.items():
+        entry.seconds, entry.method = times[name], samplers[name].method
+        entry.ratio = median_ratio(times["plain"], times[name]).as_dict()
+        if details:
+            _add_usage(entry, steps[name], inputs[0], group, device)
+    call = count_call(
+        group.make_module,
+        group.shape,
+        group.torch_dtype,
+        training=group.phase == "training",
+        input_gradient=group.input_gradient,
+    )
+    return GroupResult(
+        asdict(group),
+        group.name,
+        entries,
+        sum(kernel.flops for kernel in call.forward + call.backward),
+        compulsory_bytes(module, inputs[0], expected, training=group.phase == "training"),
+        len(inputs),
+    )
+
+
+def _build_checked(
+    name: str, group: Group, module: nn.Module, x: Tensor, expected: Tensor, gradients: dict[str, Tensor]
+) -> tuple[Entry, Step | None]:
+    try:
+        step = build(name, group, module, x)
+        out = step.run(x)
+    except ContenderError as error:
+        return Entry(name, "failed", str(error)), None
+    wrong = None
+    if name != FLOOR:
+        wrong = check_outputs(out, expected, step.gradients(x) if gradients else {}, gradients, group.dtype)
+    if wrong is not None:
+        return Entry(name, "refused", wrong), None
+    entry = Entry(name, "timed")
+    if name == "fused":
+        entry.backends = fused_operators(step.module, x.device, group.torch_dtype, group.phase)
+    return entry, step
+
+
+def _call(step: Step, inputs: Sequence[Tensor]):
+    return lambda i: step.run(inputs[i])
+
+
+def _add_usage(entry: Entry, step: Step, x: Tensor, group: Group, device: torch.device) -> None:
+    if step.module is None:
+        return
+    entry.peak_bytes = peak_memory(lambda: step.run(x), device)
+    entry.launches = count_launches(lambda: step.run(x), device)
+    if group.phase == "training":
+        entry.saved_bytes = saved_bytes(lambda: step.run(x), step.module)
+
+
+def _num_inputs(group: Group, device: torch.device) -> int:
+    """Inputs that together exceed twice a GPU's L2 cache; on the CPU one, which is what serving has."""
+    if device.type != "cuda":
+        return 1
+    size = torch.Size(group.shape).numel() * group.torch_dtype.itemsize
+    return min(_MAX_INPUTS, max(2, -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // size)))

@@ -1,0 +1,135 @@
+"""Timing: a sample of a contender on the CPU or on a GPU, and rounds in which contenders take turns."""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["CpuTimer", "CudaTimer", "Sampler", "interleave", "make_timer"]
+
+_WARMUP_CALLS = 3
+# Shorter samples are lost in the clock and in the interpreter's jitter.
+_SAMPLE_SECONDS = 2e-3
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A prepared contender.
+
+    Attributes:
+        sample: runs it and returns the seconds of one call.
+        method: how a call was timed.
+    """
+
+    sample: Callable[[], float]
+    method: str
+
+
+class CpuTimer:
+    """Wall-clock time of calls one after another, as many as make a sample long enough."""
+
+    def prepare(self, call: Callable[[int], Any], num_inputs: int) -> Sampler:
+        """Warm up and return the sampler.
+
+        Args:
+            call: runs the contender on input i.
+            num_inputs: inputs to rotate through.
+        """
+        call(0)
+        start = time.perf_counter()
+        call(1 % num_inputs)
+        repeats = max(1, round(_SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
+
+        def sample() -> float:
+            start = time.perf_counter()
+            for i in range(repeats):
+                call(i % num_inputs)
+            return (time.perf_counter() - start) / repeats
+
+        return Sampler(sample, "wall clock")
+
+
+class CudaTimer:
+    """CUDA events around the replay of a graph that calls the contender once for each input.
+
+    The replay leaves the host's time out. What cannot be captured is launched call by call between the events, and the
+    sampler's method says so.
+
+    Args:
+        cuda: stands for `torch.cuda`.
+    """
+
+    def __init__(self, cuda: ModuleType | Any = torch.cuda) -> None:
+        self._cuda = cuda
+
+    def prepare(self, call: Callable[[int], Any], num_inputs: int) -> Sampler:
+        """Warm up, capture and return the sampler; arguments as of `CpuTimer.prepare`."""
+        cuda = self._cuda
+        stream = cuda.Stream()
+        stream.wait_stream(cuda.current_stream())
+        with cuda.stream(stream):
+            for i in range(_WARMUP_CALLS):
+                call(i % num_inputs)
+        cuda.current_stream().wait_stream(stream)
+        cuda.synchronize()
+
+        def run() -> None:
+            for i in range(num_inputs):
+                call(i)
+
+        replay, method = run, "CUDA events"
+        graph = cuda.CUDAGraph()
+        try:
+            with cuda.graph(graph):
+                run()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines() or ["no reason given"]
+            method = f"CUDA events, host included: no graph ({reason[0]})"
+        else:
+            replay, method = graph.replay, "CUDA events, graph replay"
+        replay()
+        cuda.synchronize()
+        return Sampler(lambda: self._elapsed(replay) / num_inputs, method)
+
+    def _elapsed(self, run: Callable[[], Any]) -> float:
+        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def make_timer(device: torch.device) -> CpuTimer | CudaTimer:
+    """The timer of a device."""
+    return CudaTimer() if device.type == "cuda" else CpuTimer()
+
+
+def interleave(
+    samplers: Mapping[str, Sampler], seconds: float, *, min_rounds: int = 5, max_rounds: int = 50
+) -> dict[str, list[float]]:
+    """Sample every contender once a round, in an order that is drawn anew for each round.
+
+    Args:
+        samplers: prepared contenders by name.
+        seconds: wall-clock time to spend; the smallest number of rounds is taken whatever it costs.
+        min_rounds: fewest rounds.
+        max_rounds: most rounds.
+
+    Returns:
+        Seconds of a call by name, in the order of the rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    order, generator = list(samplers), random.Random(0)
+    start = time.perf_counter()
+    for done in range(max_rounds if samplers else 0):
+        if done >= min_rounds and time.perf_counter() - start > seconds:
+            break
+        generator.shuffle(order)
+        for name in order:
+            times[name].append(samplers[name].sample())
+    return times

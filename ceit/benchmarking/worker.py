@@ -1,0 +1,89 @@
+"""Times groups for `ceit bench --compare` with the packages of one checkout; started as a file, with its folder first.
+
+It has nothing but the standard library, PyTorch and the public modules of both packages to go by, because the other
+commit may lack all else. Standard input has one JSON list a line: ["prepare", group] or ["sample"]; each is answered by
+one line of JSON on standard output.
+"""
+
+import json
+import sys
+import time
+
+import torch
+from torch import nn
+
+_SAMPLE_SECONDS = 0.05
+
+
+def _module(group):
+    from ceit.layers import Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
+    from ceit.registry import create_model
+
+    channels = {"tiny": 192, "small": 384}[group["size"]]
+    torch.manual_seed(0)
+    if group["operator"] == "leff":
+        return LocallyEnhancedFeedForward(channels, 4 * channels), (group["batch"], 197, channels)
+    if group["operator"] == "lca":
+        return LCAAttention(channels, channels // 64, qkv_bias=True), (group["batch"], 12, channels)
+    image = (group["batch"], 3, group["image_size"], group["image_size"])
+    if group["operator"] == "i2t":
+        return Image2Tokens(), image
+    return create_model(f"ceit_{group['size']}_patch16_224", fused=False), image
+
+
+def prepare(group):
+    """A function that returns the seconds of one call of the fused module."""
+    from ceit_kernels import fuse
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module, shape = _module(group)
+    training = group["phase"] == "training"
+    dtype = getattr(torch, group["dtype"])
+    module: nn.Module = fuse(module.to(device, dtype).train(training))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+    def call():
+        if not training:
+            with torch.no_grad():
+                return module(x)
+        module.zero_grad(set_to_none=True)
+        out = module(x)
+        out.float().square().mean().backward()
+        return out
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def timed(repeats):
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wait()
+        return (time.perf_counter() - start) / repeats
+
+    timed(2)
+    repeats = max(1, round(_SAMPLE_SECONDS / timed(1)))
+    return lambda: timed(repeats)
+
+
+def main():
+    """Answer requests until standard input ends."""
+    # What libraries print must not be taken for answers.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    sample = None
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        try:
+            if command == "prepare":
+                sample, answer = prepare(*arguments), {"ready": True}
+            else:
+                answer = {"seconds": sample()}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""A wrong fused operator is refused, a slowed one is caught, and nobody disappears."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ceit.benchmarking import compare, contenders, measure
+from ceit.benchmarking.checking import check_outputs
+from ceit.benchmarking.command import BenchFailed, BenchOptions, bench
+from ceit.benchmarking.groups import Group, plan
+from ceit.benchmarking.measure import Clock, measure_group
+from ceit.running.options import UsageError
+from ceit_kernels import FusedLCAAttention, FusedLeFF
+
+CPU = torch.device("cpu")
+LCA = Group("lca", "tiny", "training", "float32", 2)
+ROOT = Path(__file__).parents[2]
+
+
+def entry(group, contender, **kwargs):
+    result = measure_group(group, CPU, seconds=0.01, contenders=[contender], **kwargs)
+    return next(entry for entry in result.entries if entry.contender == contender)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.01 * grad
+
+
+def test_right_fused_operator_is_timed_and_its_backend_named():
+    found = entry(LCA, "fused")
+    assert found.status == "timed"
+    assert len(found.seconds) >= 5
+    assert found.backends["lca"]["backend"]
+    assert found.peak_bytes > 0
+    assert found.saved_bytes > 0
+
+
+@pytest.mark.parametrize(("wrong", "where"), [(lambda x: 1.01 * x, "output"), (_WrongGradient.apply, "gradient of")])
+def test_wrong_fused_operator_is_refused(monkeypatch, wrong, where):
+    right = FusedLCAAttention.forward
+    monkeypatch.setattr(FusedLCAAttention, "forward", lambda self, x: wrong(right(self, x)))
+    found = entry(LCA, "fused")
+    assert found.status == "refused"
+    assert where in found.reason
+    assert found.seconds == []
+    assert found.ratio is None
+
+
+def test_command_fails_for_a_wrong_operator(monkeypatch, capsys):
+    monkeypatch.setattr(FusedLeFF, "forward", lambda self, x, *_: 2 * x)
+    monkeypatch.setattr("ceit.benchmarking.command.CONTENDERS", ("plain", "fused"))
+    with pytest.raises(BenchFailed, match="leff-tiny-inference"):
+        bench(BenchOptions(quick=True, only="leff-tiny-inference", seconds=0.01, device="cpu"))
+    assert "refused: output" in capsys.readouterr().out
+
+
+def test_contender_that_cannot_run_is_listed(monkeypatch):
+    def fail(module):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(contenders, "rewrite", fail)
+    found = entry(Group("leff", "tiny", "inference", "float32", 1), "rewrite")
+    assert (found.status, found.reason) == ("failed", "RuntimeError: no compiler")
+
+
+def test_contender_that_is_not_installed_is_listed(monkeypatch):
+    monkeypatch.setattr(contenders, "missing_packages", lambda name: ["openvino"])
+    found = entry(Group("leff", "tiny", "inference", "float32", 1), "openvino")
+    assert found.status == "absent"
+    assert "not installed: openvino" in found.reason
+
+
+def test_costly_contenders_are_left_out_with_the_reason_when_time_is_short():
+    clock = Clock(1e-9)
+    found = entry(Group("leff", "tiny", "inference", "float32", 1), "compile-freezing", clock=clock)
+    assert found.status == "absent"
+    assert "--only leff-tiny-inference-float32-b1" in found.reason
+
+
+@pytest.mark.parametrize("operator", ["leff", "i2t"])
+@pytest.mark.parametrize("phase", ["inference", "training"])
+def test_rewrite_computes_the_same(operator, phase):
+    assert entry(Group(operator, "tiny", phase, "float32", 2, image_size=64), "rewrite").status == "timed"
+
+
+def test_missing_gradient_is_wrong_and_nan_is_wrong():
+    one = torch.ones(3)
+    assert check_outputs(one, one, {}, {"w": one}, "float32") == "gradient of w: there is none"
+    assert check_outputs(one, one, {}, {"w": 0 * one}, "float32") is None
+    assert "nan" in check_outputs(one * float("nan"), one, {}, {}, "float32")
+
+
+def test_inputs_rotate_through_more_than_a_gpus_cache(monkeypatch):
+    class Properties:
+        L2_cache_size = 50 << 20
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    group = Group("leff", "tiny", "inference", "bfloat16", 64)
+    count = measure._num_inputs(group, torch.device("cuda"))
+    assert count * 64 * 197 * 192 * 2 >= 2 * (50 << 20)
+
+
+def test_plan_of_a_gpu_has_both_dtypes_and_all_operators():
+    groups = plan(torch.device("cuda"))
+    assert {g.dtype for g in groups} == {"bfloat16", "float32"}
+    assert {g.operator for g in groups} == {"leff", "i2t", "lca", "norm", "model"}
+    assert len({g.name for g in groups}) == len(groups)
+
+
+def test_unknown_group():
+    with pytest.raises(UsageError, match="--only: no group"):
+        bench(BenchOptions(only="nothing", device="cpu"))
+
+
+def test_slowed_fused_operator_is_caught(tmp_path):
+    """Two copies of the packages, one of them with a fused attention that waits."""
+    for name in ("base", "head"):
+        for package in ("ceit", "ceit_kernels"):
+            shutil.copytree(ROOT / package, tmp_path / name / package, ignore=shutil.ignore_patterns("__pycache__"))
+    slowed = tmp_path / "head" / "ceit_kernels" / "lca" / "module.py"
+    slowed.write_text(
+        slowed.read_text()
+        + "\n_right = FusedLCAAttention.forward\n\n\ndef _slow(self, x):\n    import time\n\n"
+        + "    time.sleep(0.02)\n    return _right(self, x)\n\n\nFusedLCAAttention.forward = _slow\n"
+    )
+    said = []
+    group = Group("lca", "tiny", "inference", "float32", 2)
+    (result,) = compare.compare_groups(tmp_path / "base", tmp_path / "head", [group], seconds=0.0, say=said.append)
+    assert result.verdict == "slower"
+    assert len(result.base_seconds) == len(result.head_seconds) >= 9
+    assert "slower" in said[0]
+
+
+def test_unknown_base():
+    with pytest.raises(UsageError, match="--compare: cannot check out 'no-such-commit'"):
+        bench(BenchOptions(compare="no-such-commit", quick=True, device="cpu"))
+
+
+def test_suite_gives_the_measured_times_to_pytest_benchmark():
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-q", "-p", "no:xdist"]
+    chosen = "lca-tiny-inference and (plain or fused or rewrite)"
+    done = subprocess.run([*command, "-k", chosen], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed, 1 skipped" in done.stdout
+    assert "no convolution" in done.stdout

@@ -1,0 +1,112 @@
+"""The timers, with a GPU that is not there: events and graphs of a fake `torch.cuda`."""
+
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from ceit.benchmarking.timing import CpuTimer, CudaTimer, Sampler, interleave
+
+
+class FakeCuda:
+    """Events that read a clock which every call that is not captured, and every replay of one, moves by 1 ms."""
+
+    def __init__(self, capturable=True):
+        self.milliseconds, self.calls, self.capturing, self.capturable = 0.0, [], False, capturable
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = fake.milliseconds
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class CUDAGraph:
+            kernels = 0
+
+            def replay(self):
+                fake.milliseconds += self.kernels
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def current_stream(self):
+        return self.Stream()
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+
+    def synchronize(self):
+        assert not self.capturing
+
+    @contextmanager
+    def graph(self, graph):
+        self.capturing, before = True, len(self.calls)
+        try:
+            yield
+            if not self.capturable:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            graph.kernels = len(self.calls) - before
+        finally:
+            self.capturing = False
+
+    def call(self, i):
+        self.calls.append(i)
+        if not self.capturing:
+            self.milliseconds += 1
+
+
+def test_replays_a_graph_over_all_inputs():
+    cuda = FakeCuda()
+    sampler = CudaTimer(cuda).prepare(cuda.call, 5)
+    captured = cuda.calls[-5:]
+    assert captured == [0, 1, 2, 3, 4]
+    calls = len(cuda.calls)
+    assert sampler.sample() == pytest.approx(1e-3)
+    assert len(cuda.calls) == calls
+    assert "graph replay" in sampler.method
+
+
+def test_says_so_where_nothing_can_be_captured():
+    cuda = FakeCuda(capturable=False)
+    sampler = CudaTimer(cuda).prepare(cuda.call, 5)
+    assert sampler.sample() == pytest.approx(1e-3)
+    assert sampler.method == ("CUDA events, host included: no graph (operation not permitted when stream is capturing)")
+
+
+def test_contenders_take_turns():
+    order = []
+
+    def sampler(name):
+        return Sampler(lambda: order.append(name) or 1e-6, "")
+
+    times = interleave({name: sampler(name) for name in "abc"}, 0.0, min_rounds=6)
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 6, "b": 6, "c": 6}
+    rounds = [order[i : i + 3] for i in range(0, 18, 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+
+
+def test_wall_clock():
+    sampler = CpuTimer().prepare(lambda i: time.sleep(5e-3), 1)
+    assert 4e-3 < sampler.sample() < 1e-1
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu():
+    x = torch.randn(4096, 4096, device="cuda")
+    sampler = CudaTimer().prepare(lambda i: x @ x, 2)
+    assert "graph replay" in sampler.method
+    assert sampler.sample() > 0
