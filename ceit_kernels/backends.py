@@ -30,6 +30,7 @@ __all__ = [
     "choose",
     "current_backend",
     "fast_operators",
+    "native_operator",
     "require",
     "status",
     "use_backend",
@@ -49,17 +50,29 @@ IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 OPERATORS = tuple(IMPLEMENTED)
 
-# What the compiled extension has an operator's native implementation on, and the operator of its own behind it.
-_NATIVE_DEVICES = {"leff": ("cpu",), "i2t": ("cuda",), "linear": ("cpu",)}
-_NATIVE_OPERATOR = {"leff": "_leff_depthwise", "i2t": "_i2t_forward", "linear": "_transpose"}
+
+class _Native(NamedTuple):
+    """Compiled code for a kind of device: an operator of its own that tells whether it is there, and what it serves."""
+
+    operator: str
+    phases: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NATIVE = {
+    "leff": {"cpu": _Native("_leff_depthwise", PHASES, _CPU_DTYPES)},
+    "i2t": {
+        "cuda": _Native("_i2t_forward", PHASES, _CUDA_DTYPES),
+        "cpu": _Native("_i2t_pool", ("inference",), _CPU_DTYPES),
+    },
+    "linear": {"cpu": _Native("_transpose", PHASES, _CPU_DTYPES)},
+}
+_DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
 
 _ENVIRONMENT_VARIABLE = "CEIT_KERNELS_BACKEND"
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_NATIVE_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "cuda": (torch.float32, torch.float16, torch.bfloat16),
-}
-_DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is defined, so a later change has no effect.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -143,18 +156,22 @@ def _triton_refusal(device_type: str, device_index: int | None, dtype: torch.dty
     return None
 
 
-def _native_refusal(operator: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
-    if is_recording() and device_type in _NATIVE_DEVICES[operator]:
+def _native_refusal(
+    operator: str, phase: str, device_type: str, device_index: int | None, dtype: torch.dtype
+) -> str | None:
+    devices = _NATIVE[operator]
+    if is_recording() and device_type in devices:
         return None
-    if not has_kernel(_NATIVE_OPERATOR[operator], device_type):
-        if device_type not in _NATIVE_DEVICES[operator]:
-            needed = " or ".join(_DEVICE_NAMES[device] for device in _NATIVE_DEVICES[operator])
-            return f"the tensor is on the {device_type.upper()}, {operator}'s compiled kernels need {needed}"
+    if device_type not in devices:
+        needed = " or ".join(_DEVICE_NAMES[device] for device in devices)
+        return f"the tensor is on the {device_type.upper()}, {operator}'s compiled kernels need {needed}"
+    native = devices[device_type]
+    if not has_kernel(native.operator, device_type):
         return extension_problem(device_type)
-    # Kernels that tests run on another device than they are for take every type.
-    dtypes = _NATIVE_DTYPES[device_type] if device_type in _NATIVE_DEVICES[operator] else (dtype,)
-    if dtype not in dtypes:
-        names = [str(name).removeprefix("torch.") for name in dtypes]
+    if phase not in native.phases:
+        return f"{operator} has no native implementation of {phase} on the {device_type.upper()}"
+    if dtype not in native.dtypes:
+        names = [str(name).removeprefix("torch.") for name in native.dtypes]
         return f"the kernels compute in {', '.join(names[:-1])} and {names[-1]}, not in {dtype}"
     return _old_gpu(device_index) if device_type == "cuda" else None
 
@@ -177,7 +194,7 @@ def _refusal(
     if limit is not None:
         return limit
     if backend == "native":
-        return _native_refusal(operator, device_type, device_index, dtype)
+        return _native_refusal(operator, phase, device_type, device_index, dtype)
     return _triton_refusal(device_type, device_index, dtype)
 
 
@@ -192,7 +209,7 @@ def _decide(
         return Choice(wanted, "asked for")
     refusals = []
     for backend in IMPLEMENTED[operator]:
-        devices = _NATIVE_DEVICES[operator] if backend == "native" else ("cuda",)
+        devices = _NATIVE[operator] if backend == "native" else ("cuda",)
         if device_type == "cpu" and "cpu" not in devices:
             refusals.append(f"{backend}: the tensor is on the CPU")
             continue
@@ -231,6 +248,12 @@ def require(operator: str, backend: str, x: Tensor, dtype: torch.dtype, limit: s
     refusal = refusal or _refusal(operator, "inference", backend, *_place(x), dtype, limit)
     if refusal is not None:
         raise BackendError(f"ceit::{operator}: backend {backend!r} cannot run: {refusal}")
+
+
+def native_operator(operator: str, x: Tensor) -> str | None:
+    """The compiled operator behind an operator's native implementation on the device of a tensor, if there is one."""
+    native = _NATIVE.get(operator, {}).get(_place(x)[0])
+    return None if native is None else native.operator
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.registration import refuse_gradient, register_autocast
 from .launch import OUT_CHANNELS, i2t_backward_native, i2t_forward_native, pooled_size
+from .native_cpu import i2t_inference_cpu
 
 __all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "size_limit"]
 
@@ -33,9 +34,10 @@ torch.library.define(
 
 def size_limit(x: Tensor, out_channels: int) -> str | None:
     """Why sizes are beyond the kernels, if they are."""
-    if x.shape[1] > MAX_IN_CHANNELS:
+    kernels = backends.native_operator("i2t", x) == "_i2t_forward"
+    if kernels and x.shape[1] > MAX_IN_CHANNELS:
         return f"the kernels take images of up to {MAX_IN_CHANNELS} channels, x has {x.shape[1]}"
-    if out_channels not in OUT_CHANNELS:
+    if kernels and out_channels not in OUT_CHANNELS:
         return f"the kernels give {OUT_CHANNELS} channels, not {out_channels}"
     if x.shape[0] == 0:
         return "the batch is empty"
@@ -69,6 +71,11 @@ def _check(
         raise ValueError("variance: expected with mean, or neither")
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What statistics are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend) -> torch.dtype:
     """Check a direct call of an operator; the dtype that it computes in."""
     _check(x, weight, gamma, beta, mean, variance, compute_dtype)
@@ -80,6 +87,13 @@ def _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend) -> 
 @torch.library.impl("ceit::i2t", "default")
 def _forward(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
     dtype = _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend)
+    if backends.native_operator("i2t", x) == "_i2t_pool":
+        if mean is None or need_indices:
+            raise backends.BackendError(
+                "ceit::i2t: the code for the CPU is for inference, without statistics or gradients"
+            )
+        out = i2t_inference_cpu(x, weight, gamma, beta, mean, variance, eps, dtype)
+        return out, x.new_empty(0, dtype=torch.uint8), *(mean.new_empty(0, dtype=_wide(dtype)) for _ in range(2))
     out, indices, new_mean, new_variance = i2t_forward_native(
         x, weight, gamma, beta, mean, variance, eps, need_indices, dtype
     )
@@ -92,7 +106,7 @@ def _forward(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_
 def _forward_fake(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
     _check(x, weight, gamma, beta, mean, variance, compute_dtype)
     dtype, training = compute_dtype or x.dtype, mean is None
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    statistics = _wide(dtype)
     size = (x.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3]), weight.shape[0])
     indices = x.new_empty(size, dtype=torch.uint8).permute(0, 3, 1, 2) if training or need_indices else None
     mean, variance = (x.new_empty(weight.shape[0] if training else 0, dtype=statistics) for _ in range(2))

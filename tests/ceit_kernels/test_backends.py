@@ -62,7 +62,7 @@ def test_a_backend_that_cannot_run_is_an_error_with_the_reason(monkeypatch, oper
     monkeypatch.setattr(backends, "has_kernel", lambda operator, device_type: False)
     reason = f"{operator} has no {backend} implementation"
     if backend in backends.IMPLEMENTED[operator]:
-        on_cpu = backend == "native" and "cpu" in backends._NATIVE_DEVICES[operator]
+        on_cpu = backend == "native" and "cpu" in backends._NATIVE[operator]
         reason = "the compiled extension" if on_cpu else "the tensor is on the CPU"
     message = f"{operator}: backend '{backend}' was asked for but cannot run: {reason}"
     with use_backend(backend), pytest.raises(BackendError, match=message):

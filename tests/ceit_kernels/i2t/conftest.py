@@ -1,7 +1,8 @@
 import pytest
+import torch
 from support.where import ON_GPU
 
-from ceit_kernels import use_backend
+from ceit_kernels import backends, use_backend
 
 
 @pytest.fixture(scope="session")
@@ -12,6 +13,13 @@ def stem_kernels():
     from support.host_kernels import load_stem_kernels
 
     return load_stem_kernels()
+
+
+@pytest.fixture(autouse=True)
+def host_code(monkeypatch):
+    """Let the GPU's code, where it runs on the host, serve CPU tensors in the place of the code for the CPU."""
+    code = backends._NATIVE["i2t"]["cuda"]
+    monkeypatch.setitem(backends._NATIVE["i2t"], "cpu", code._replace(dtypes=(*code.dtypes, torch.float64)))
 
 
 @pytest.fixture
