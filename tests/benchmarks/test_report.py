@@ -10,6 +10,7 @@ from benchmarks import readme
 from benchmarks.pictures import ratio_bars
 from benchmarks.report import write_report
 from ceit.benchmarking.machine import environment, measure_ceilings
+from ceit_kernels.backends import OPERATORS
 
 
 @pytest.fixture
@@ -78,6 +79,6 @@ def test_environment_and_ceilings():
     found = environment(torch.device("cpu"))
     assert found["threads"] >= 1
     assert {"torch", "openvino", "onnxruntime"} <= found["versions"].keys()
-    assert {row["operator"] for row in found["backends"]} == {"leff", "lca", "i2t", "norm"}
+    assert {row["operator"] for row in found["backends"]} == set(OPERATORS)
     ceilings = measure_ceilings(torch.device("cpu"), torch.float32, {"copy_bytes": 1 << 20, "product": 64})
     assert all(math.isfinite(value) and value > 0 for value in ceilings.values())
