@@ -1,7 +1,7 @@
 """A wrong fused operator is refused, a slowed one is caught, and nobody disappears."""
 
-import shutil
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
