@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
-from support.leff import first_layer_factored, make_tokens, make_training_leff, run, train_step
+from support.leff import first_layer_factored, make_tokens, make_training_leff, pass_through_with_means, run, train_step
 from support.where import DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
 from torch import nn
 
@@ -128,16 +128,7 @@ def test_a_residual_gets_the_gradient_of_the_result_in_its_own_type(dtype):
 
 def test_statistics_survive_a_mean_of_ten_thousand_deviations():
     leff, x, grad_out, grid_size = make_call((2, 4, 4, 1, 16, 16, 16, 3), torch.float32)
-    with torch.no_grad():
-        for convolution in (leff.conv1, leff.conv3):
-            convolution.weight.copy_(torch.eye(16)[:, :, None, None])
-        leff.conv2.weight.zero_()[:, :, 1, 1] = 1.0
-        for convolution in (leff.conv1, leff.conv2, leff.conv3):
-            convolution.bias.fill_(1e4)
-    for norm in (leff.bn1, leff.bn2, leff.bn3):
-        nn.init.ones_(norm.weight)
-        nn.init.zeros_(norm.bias)
-        norm.momentum = 1.0
+    pass_through_with_means(leff, 1e4)
     exact = train_step("reference", copy.deepcopy(leff).double(), x.double(), grad_out.double(), grid_size)
     fused = train_step("triton", leff, x, grad_out, grid_size)
     # A float32 at 1e4 is 1e-3 away from the next, which limits everything; the mean of squares would be off by 6.
