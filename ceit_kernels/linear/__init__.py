@@ -1,4 +1,4 @@
-"""Linear layers on the CPU, by oneDNN with weights packed once; elsewhere PyTorch's own is the fastest already."""
+"""Linear layers at inference on the CPU, by oneDNN with weights packed once; elsewhere PyTorch's own is as fast."""
 
 from .module import FusedLinear
 

@@ -16,7 +16,7 @@ __all__ = ["FusedLinear"]
 
 
 class FusedLinear(nn.Linear):
-    """A linear layer. Where its weight stays as it is (inference), the CPU keeps a packed copy of it beside it.
+    """A linear layer, at inference by oneDNN on the CPU, which keeps a packed copy of the weight beside it.
 
     Constructor, parameters and state_dict are those of ``torch.nn.Linear``.
     """
@@ -40,5 +40,4 @@ class FusedLinear(nn.Linear):
         choice = backends.choose("linear", x, dtype or x.dtype, phase=phase)
         if choice.backend == "reference":
             return F.linear(x, self.weight, self.bias)
-        constant = phase == "inference" and not self.training
-        return torch.ops.ceit.linear(x, self.weight, self.bias, constant, None, choice.backend)
+        return torch.ops.ceit.linear(x, self.weight, self.bias, not self.training, None, choice.backend)

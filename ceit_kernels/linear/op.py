@@ -1,4 +1,4 @@
-"""``ceit::linear`` and its backward: schema, checks, autograd, autocast."""
+"""``ceit::linear``: schema, checks, autocast. It has no gradient, for which PyTorch's own is as fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.products import linear, packed, product, transposed
+from ..common.products import linear, packed
 from ..common.registration import refuse_gradient, register_autocast
 
 __all__: list[str] = []
@@ -16,12 +16,6 @@ __all__: list[str] = []
 torch.library.define(
     "ceit::linear",
     "(Tensor x, Tensor weight, Tensor? bias, bool constant, ScalarType? compute_dtype, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.define(
-    "ceit::linear_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, ScalarType? compute_dtype, "
-    "str backend) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -67,57 +61,9 @@ def _forward_fake(x, weight, bias, constant, compute_dtype, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype or x.dtype)
 
 
-@torch.library.impl("ceit::linear_backward", "default")
-def _backward(grad_out, x, weight, need_x, need_weight, compute_dtype, backend):
-    dtype = _prepare(x, weight, None, compute_dtype, backend)
-    matrix, gradient = _matrix(x, dtype), _matrix(grad_out, dtype)
-    grad_x = grad_weight = x.new_empty(0)
-    if matrix.numel() == 0:
-        return torch.zeros_like(x) if need_x else grad_x, torch.zeros_like(weight) if need_weight else grad_weight
-    if need_x:
-        grad_x = product(gradient, weight.to(dtype)).view(x.shape).to(x.dtype)
-    if need_weight:
-        # The narrower of the two is the one to transpose.
-        if gradient.shape[1] <= matrix.shape[1]:
-            grad_weight = product(transposed(gradient), matrix)
-        else:
-            grad_weight = transposed(product(transposed(matrix), gradient))
-        grad_weight = grad_weight.to(weight.dtype)
-    return grad_x, grad_weight
-
-
-@torch.library.register_fake("ceit::linear_backward")
-def _backward_fake(grad_out, x, weight, need_x, need_weight, compute_dtype, backend):
-    def like(tensor, needed):
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
-
-    return like(x, need_x), like(weight, need_weight)
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, ctx.compute_dtype, ctx.backend = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight)
-
-
-def _autograd_backward(ctx, grad_out):
-    x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    grad_x = grad_weight = grad_bias = None
-    if need_x or need_weight:
-        found = torch.ops.ceit.linear_backward(grad_out, x, weight, need_x, need_weight, ctx.compute_dtype, ctx.backend)
-        grad_x, grad_weight = (grad if need else None for grad, need in zip(found, (need_x, need_weight), strict=True))
-    if need_bias:
-        grad_bias = grad_out.flatten(0, -2).sum(0) if grad_out.dim() > 1 else grad_out
-        grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_x, grad_weight, grad_bias, None, None, None
-
-
-torch.library.register_autograd("ceit::linear", _autograd_backward, setup_context=_setup_context)
 refuse_gradient(
-    "ceit::linear_backward",
-    "ceit_kernels.FusedLinear is differentiable once; for second derivatives run it under "
-    'ceit_kernels.use_backend("reference")',
+    "ceit::linear",
+    "ceit::linear has no gradient; ceit_kernels.FusedLinear calls torch.nn.functional.linear where one is needed",
 )
 
 
