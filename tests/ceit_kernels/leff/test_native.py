@@ -219,13 +219,12 @@ def test_registration_passes_pytorchs_own_checks(norms):
         leff.eval()(x, grid_size)
     assert calls
     for func, args in calls:
-        leaves = [a.clone().requires_grad_() if isinstance(a, nn.Parameter) and norms != "fff" else a for a in args]
-        checks = ("test_schema", "test_faketensor") if "inference" in str(func) else torch.library.opcheck.__defaults__
-        names = checks if isinstance(checks, tuple) and isinstance(checks[0], str) else None
-        torch.library.opcheck(func, tuple(leaves), **({"test_utils": names} if names else {}))
+        if "inference" in str(func):  # which has no gradient
+            args = tuple(a.detach() if isinstance(a, nn.Parameter) else a for a in args)
+        torch.library.opcheck(func, args)
 
 
-def test_any_number_of_threads_gives_the_same_bits():
+def test_the_number_of_threads_changes_only_rounding_and_two_runs_nothing():
     leff, x, grad_out, grid_size = make_call((5, 7, 6, 1, 24, 100, 24, 3), torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
@@ -234,7 +233,7 @@ def test_any_number_of_threads_gives_the_same_bits():
             results.append(train_step("native", copy.deepcopy(leff), x, grad_out, grid_size))
     finally:
         torch.set_num_threads(threads)
-    # The products' own sums may depend on the number of threads; the statistics of one input may not.
+    # The products' sums may depend on the number of threads.
     for other in results[1:]:
         for name, value in results[0].items():
             torch.testing.assert_close(value, other[name], rtol=0, atol=1e-5, msg=lambda m, n=name: n + m)
