@@ -25,6 +25,30 @@ CEIT_INLINE void for_vectors(int64_t channels, Body body) {
   for (int64_t c = 0; c < channels; c += lanes) body(c, int(channels - c < lanes ? channels - c : lanes));
 }
 
+// Adds up pairs of vectors of an image's tokens, kRows at a time: one chain of additions would lose digits.
+template <class Real>
+class PairSum {
+ public:
+  // Calls add(row, first, second) for every token, which adds to the two vectors.
+  template <class Add>
+  CEIT_INLINE PairSum(int64_t tokens, Add add) {
+    for (int64_t start = 0; start < tokens; start += kRows) {
+      const int64_t end = start + kRows < tokens ? start + kRows : tokens;
+      auto first = splat(Real(0)), second = splat(Real(0));
+      for (int64_t row = start; row < end; ++row) add(row, first, second);
+      first_ += first;
+      second_ += second;
+    }
+  }
+  CEIT_INLINE void write(void* sums, const Shape& shape, const Task& task, const Slice<Real>& s) const {
+    store(sum_row<Real>(sums, shape, task, 2, 0) + s.start, first_, s.count);
+    store(sum_row<Real>(sums, shape, task, 2, 1) + s.start, second_, s.count);
+  }
+
+ private:
+  Vec<Real> first_ = splat(Real(0)), second_ = splat(Real(0));
+};
+
 template <class T>
 void zero_prefix(const Map& map, const Shape& shape, const RowTask& task) {
   if (task.first != 0) return;
@@ -89,8 +113,7 @@ void activate_backward(const ActivateBackwardCall& call, int64_t begin, int64_t 
       for (int v = 0; v < vectors_of<Real>(task); ++v) {
         const Slice<Real> s(task, v);
         const Norm<Real> norm(call.norm, channels, task.channel + s.start, s.count);
-        auto sum = splat(Real(0)), centred = splat(Real(0));
-        for (int64_t row = 0; row < call.shape.tokens; ++row) {
+        const PairSum<Real> sums(call.shape.tokens, [&](int64_t row, auto& sum, auto& centred) {
           const int64_t at = row * channels + s.start;
           const auto value = load(z + at, s.count);
           const auto both = activate_with_slope<decltype(kind)::value, Real>(norm(value));
@@ -99,9 +122,8 @@ void activate_backward(const ActivateBackwardCall& call, int64_t begin, int64_t 
           if (out) store(out + at, both.value, s.count);
           sum += result;
           centred += result * (value - norm.mean);
-        }
-        store(sum_row<Real>(call.sums, call.shape, task, 2, 0) + s.start, sum, s.count);
-        store(sum_row<Real>(call.sums, call.shape, task, 2, 1) + s.start, centred, s.count);
+        });
+        sums.write(call.sums, call.shape, task, s);
       }
     });
   }
@@ -118,15 +140,13 @@ void sums(const SumsCall& call, int64_t begin, int64_t end) {
     for (int v = 0; v < vectors_of<Real>(task); ++v) {
       const Slice<Real> s(task, v);
       const Norm<Real> norm(call.norm, channels, task.channel + s.start, s.count);
-      auto sum = splat(Real(0)), centred = splat(Real(0));
-      for (int64_t row = 0; row < call.shape.tokens; ++row) {
+      const PairSum<Real> sums(call.shape.tokens, [&](int64_t row, auto& sum, auto& centred) {
         const int64_t at = row * channels + s.start;
         const auto value = load(g + at, s.count);
         sum += value;
         if (z) centred += value * (load(z + at, s.count) - norm.mean);
-      }
-      store(sum_row<Real>(call.sums, call.shape, task, 2, 0) + s.start, sum, s.count);
-      store(sum_row<Real>(call.sums, call.shape, task, 2, 1) + s.start, centred, s.count);
+      });
+      sums.write(call.sums, call.shape, task, s);
     }
   }
 }
