@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...common.products import linear, product, transposed
+from ...common.products import linear, transposed
 from ..problem import Forward, Needs, Problem
-from .inference import images_at_a_time
 from .norms import gradient_array, norm_array
-from .stages import activation_index, stages
+from .stages import activation_index, images_at_a_time, stages
 
 __all__ = ["leff_backward_native", "leff_forward_native"]
 
+# Of hidden tokens for each thread. They come from memory and go there, so what counts is that the products are large.
+bytes_in_cache = 4 << 20
 
-def _parts(problem: Problem) -> Iterator[slice]:
-    """The batch, a few images at a time, whose hidden tokens stay in cache."""
-    batch = problem.x.shape[0]
-    images = images_at_a_time(problem.tokens // batch * problem.hidden_features * problem.dtype.itemsize)
-    return (slice(start, min(start + images, batch)) for start in range(0, batch, images))
+
+def _images(problem: Problem) -> int:
+    """How many images are worked on together, so that their hidden tokens stay in cache."""
+    hidden_bytes = problem.tokens // problem.x.shape[0] * problem.hidden_features * problem.dtype.itemsize
+    return images_at_a_time(hidden_bytes, bytes_in_cache)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def leff_forward_native(problem: Problem, residual: Tensor | None, out_dtype: to
         return problem.empty(batch, 2, channels) if problem.norms[layer] == "batch" else None
 
     x = problem.x.to(problem.dtype)
-    z1 = linear(_rows(x), problem.weight(0), problem.bias(0)).view(batch, rows, hidden)
+    z1 = linear(_rows(x), transposed(problem.weight(0)).t(), problem.bias(0)).view(batch, rows, hidden)
     moments1, moments2, moments3 = moments(0, hidden), moments(1, hidden), moments(2, outputs)
     if moments1 is not None:
         stages._leff_moments(z1, tokens, moments1)
@@ -56,11 +57,7 @@ def leff_forward_native(problem: Problem, residual: Tensor | None, out_dtype: to
     stages._leff_depthwise(z1, norm1, first, problem.taps(), bias2, identity, side, *problem.grid_size, z2, moments2)
     norm2 = norm_array(problem, 1, moments2, count)
 
-    z3 = problem.empty(batch, tokens, outputs, dtype=problem.dtype)
-    for part in _parts(problem):
-        a2 = torch.empty_like(z2[part])
-        stages._leff_activate(z2[part], norm2, second, tokens, a2)
-        _rows(z3[part]).copy_(linear(_rows(a2), problem.weight(2), problem.bias(2)))
+    z3 = stages._leff_contract(z2, norm2, second, problem.weight(2), problem.bias(2), _images(problem))
     if moments3 is not None:
         stages._leff_moments(z3, tokens, moments3)
     norm3 = norm_array(problem, 2, moments3, count)
@@ -98,7 +95,7 @@ class _Backward:
         self.z1, self.z2 = (z.view(batch, -1, problem.hidden_features) for z in (saved.z1, saved.z2))
         self.z3 = saved.z3.view(batch, -1, problem.out_features) if saved.z3.numel() else None
         self.norms = [_array(norm) for norm in (saved.norm1, saved.norm2, saved.norm3)]
-        self.need_x = need_x
+        self.need_x, self.images = need_x, _images(problem)
         self.below1 = need_x or needs[0].weight
         self.below2 = need_x or any(needs[0]) or needs[1].weight
         self.below3 = self.below2 or any(needs[1])
@@ -123,9 +120,7 @@ class _Backward:
         gradient, vectors = gradient_array(self.problem, layer, sums, self.norms[layer], self.count)
         _, bias, norm_weight, norm_bias, _, _ = self.problem.layers[layer]
         targets = zip(self.needs[layer][1:], (bias, norm_weight, norm_bias), vectors, strict=True)
-        self.gradients[layer][1:] = [
-            vector.to(like.dtype, copy=True) if need else None for need, like, vector in targets
-        ]
+        self.gradients[layer][1:] = [vector.to(like.dtype) if need else None for need, like, vector in targets]
         return gradient
 
     def _weight(self, layer: int, gradient: Tensor) -> None:
@@ -147,57 +142,47 @@ class _Backward:
         stages._leff_gradient(self.dout, self.z3, gradient, self.tokens, dz3)
         return dz3
 
-    def _contraction(self, dz3: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """The gradient of the second norm's result in parts, and that norm's gradient array."""
+    def _contraction(self, dz3: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradient of the second norm's result, and that norm's gradient array."""
         problem, need_weight = self.problem, self.needs[2].weight
-        weight, second = problem.weight(2), activation_index(problem.activations[1])
-        sums, parts = self._sums(problem.hidden_features), []
-        dweight = torch.zeros_like(weight, dtype=problem.wide) if need_weight else None
-        for part in _parts(problem):
-            g2 = product(_rows(dz3[part]), weight).view_as(self.z2[part])
-            a2 = torch.empty_like(g2) if need_weight else None
-            stages._leff_activate_backward(g2, self.z2[part], self.norms[1], second, self.tokens, a2, sums[part])
-            if need_weight:
-                dweight += product(transposed(_rows(dz3[part])), _rows(a2))
-            parts.append(g2)
+        # In a tensor with rows for prefix tokens, for the gradient of the first norm's result takes its place.
+        sums, g2 = self._sums(problem.hidden_features), torch.empty_like(self.z1)
+        dweight = stages._leff_contract_backward(
+            dz3, problem.weight(2), self.z2, self.norms[1], activation_index(problem.activations[1]), self.images,
+            need_weight, g2, sums,
+        )  # fmt: skip
         if need_weight:
             self._weight(2, dweight)
         wanted = self.below2 or self.needs[1].sums
-        return parts, self._coefficients(1, sums) if wanted else None
+        return g2, self._coefficients(1, sums) if wanted else None
 
-    def _depthwise(self, g2: list[Tensor], gradient2: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The gradient of the first norm's result, and that norm's gradient array. Empties the list ``g2``."""
+    def _depthwise(self, g2: Tensor, gradient2: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The gradient of the first norm's result, in the place of ``g2``, and that norm's gradient array."""
         problem, taps = self.problem, self.problem.taps()
-        batch, need_weight = problem.x.shape[0], self.needs[1].weight
-        g1, sums = torch.empty_like(self.z1), self._sums(problem.hidden_features)
-        dtaps = problem.empty(batch, *taps.shape) if need_weight else None
+        need_weight = self.needs[1].weight
+        sums = self._sums(problem.hidden_features)
+        dtaps = problem.empty(problem.x.shape[0], *taps.shape) if need_weight else None
         first, where = activation_index(problem.activations[0]), (problem.kernel_size, *problem.grid_size)
-        for part in _parts(problem):
-            stages._leff_depthwise_backward(
-                g2.pop(0), self.z2[part], gradient2, taps, self.z1[part], self.norms[0], first, *where,
-                g1[part], sums[part], None if dtaps is None else dtaps[part],
-            )  # fmt: skip
+        stages._leff_depthwise_backward(
+            g2, self.z2, gradient2, taps, self.z1, self.norms[0], first, *where, sums, dtaps
+        )
         if need_weight:
             self._weight(1, transposed(dtaps.sum(0)))
         wanted = self.below1 or self.needs[0].sums
-        return g1, self._coefficients(0, sums) if wanted else None
+        return g2, self._coefficients(0, sums) if wanted else None
 
     def _first_layer(self, g1: Tensor, gradient1: Tensor | None) -> Tensor | None:
         """The gradient of x. Overwrites ``g1``."""
-        problem, weight = self.problem, self.problem.weight(0)
-        x = problem.x.to(problem.dtype)
-        dx = torch.empty_like(problem.x) if self.need_x else None
-        dweight = weight.new_zeros(weight.shape[::-1], dtype=problem.wide) if self.needs[0].weight else None
-        for part in _parts(problem):
-            dz1 = g1[part]
-            if gradient1 is not None:
-                stages._leff_gradient(dz1, self.z1[part], gradient1, self.tokens, dz1)
-            if dx is not None:
-                _rows(dx[part]).copy_(product(_rows(dz1), weight))
-            if dweight is not None:
-                dweight += product(transposed(_rows(x[part])), _rows(dz1))
-        if dweight is not None:
-            self._weight(0, transposed(dweight))
-        if dx is not None and problem.num_prefix_tokens:
+        problem, need_weight = self.problem, self.needs[0].weight
+        x, weight = problem.x.to(problem.dtype), problem.weight(0)
+        dx, dweight = stages._leff_expand_backward(
+            g1, self.z1, gradient1, x, weight, self.tokens, self.images, self.need_x, need_weight
+        )
+        if need_weight:
+            self._weight(0, dweight)
+        if not self.need_x:
+            return None
+        dx = dx.to(problem.x.dtype)
+        if problem.num_prefix_tokens:
             dx[:, : problem.num_prefix_tokens] = self.prefix_gradient
         return dx

@@ -26,6 +26,8 @@ struct Map {
 constexpr int kBlock = 64;
 // Rows of a task where there is nothing to sum down the rows.
 constexpr int kRows = 32;
+// Tokens that are fetched ahead: a task's channels of two tokens are too far apart for the processor to see a stream.
+constexpr int kPrefetch = 16;
 
 // out = second(taps * first(norm in) + bias), and the mean and centred sum of squares of each image and channel.
 struct DepthwiseCall {
@@ -42,17 +44,16 @@ struct DepthwiseCall {
 };
 
 // From the gradient g2 of the second norm's result: that of z2, of the taps, and g1 = (taps transposed * dz2) times the
-// slope of the activation at norm1 z1, with the sums of g1 and of g1 (z1 - mean).
+// slope of the activation at norm1 z1, with the sums of g1 and of g1 (z1 - mean). g1 takes the place of g2.
 struct DepthwiseBackwardCall {
   Shape shape;
   int height, width, side;
-  Map g2, z2;
+  Map g, z2;  // the prefix tokens of g are set to zero
   const void* gradient2;
   const void* taps;
   Map z1;
   const void* norm1;
   Activation first;
-  Map g1;           // its prefix tokens are set to zero
   void* sums1;      // (B, 2, channels)
   void* grad_taps;  // (B, side * side, channels)
 };
@@ -72,13 +73,13 @@ struct ActivateCall {
   Map out;
 };
 
-// g *= slope of the activation at norm z, in place, with the sums of g and g (z - mean); out = activation(norm z).
+// dz = g times the slope of the activation at norm z, with the sums of dz and dz (z - mean); out = activation(norm z).
 struct ActivateBackwardCall {
   Shape shape;
   Map g, z;
   const void* norm;
   Activation activation;
-  Map out;
+  Map dz, out;
   void* sums;
 };
 

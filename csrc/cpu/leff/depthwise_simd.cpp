@@ -51,8 +51,10 @@ CEIT_INLINE void convolve(const Real* const* rows, const Vec<Real>* taps, Vec<Re
 template <class T, Activation kind>
 void load_activated(const T* from, int64_t stride, const Norm<RealOf<T>>& norm, RealOf<T>* to, int width, int count) {
   using Real = RealOf<T>;
-  for (int x = 0; x < width; ++x)
+  for (int x = 0; x < width; ++x) {
+    __builtin_prefetch(from + (x + kPrefetch) * stride);
     store(to + x * kBlock, activate<kind, Real>(norm(load(from + x * stride, count))));
+  }
 }
 
 template <class T, Activation kind>
@@ -136,6 +138,7 @@ void load_with_slope(const T* from, int64_t stride, const Norm<RealOf<T>>& norm,
                      int width, int count) {
   using Real = RealOf<T>;
   for (int x = 0; x < width; ++x) {
+    __builtin_prefetch(from + (x + kPrefetch) * stride);
     const auto both = activate_with_slope<kind, Real>(norm(load(from + x * stride, count)));
     store(to + x * kBlock, both.value);
     store(slopes + x * kBlock, both.slope);
@@ -147,7 +150,7 @@ void backward_load(const DepthwiseBackwardCall& call, const Task& task, const Ba
   using Real = RealOf<T>;
   const Shape& shape = call.shape;
   const int64_t channels = shape.channels, row = int64_t(y) * call.width * channels + task.channel;
-  const T* g2 = tokens_of<const T>(call.g2, shape, task.image) + row;
+  const T* g2 = tokens_of<const T>(call.g, shape, task.image) + row;
   const T* z2 = tokens_of<const T>(call.z2, shape, task.image) + row;
   const T* z1 = tokens_of<const T>(call.z1, shape, task.image) + row;
   for (int v = 0; v < vectors_of<Real>(task); ++v) {
@@ -156,6 +159,8 @@ void backward_load(const DepthwiseBackwardCall& call, const Task& task, const Ba
     Real* dz = rings.dz.write(y) + s.start;
     for (int x = 0; x < call.width; ++x) {
       const int64_t at = x * channels + s.start;
+      __builtin_prefetch(g2 + at + kPrefetch * channels);
+      __builtin_prefetch(z2 + at + kPrefetch * channels);
       store(dz + x * kBlock, gradient(load(g2 + at, s.count), load(z2 + at, s.count)));
     }
     const Norm<Real> norm(call.norm1, channels, task.channel + s.start, s.count);
@@ -180,7 +185,7 @@ void backward_task(const DepthwiseBackwardCall& call, const Task& task, const Ba
     if (y < 0) continue;
     const int64_t row = int64_t(y) * width * channels + task.channel;
     const T* z1 = tokens_of<const T>(call.z1, shape, task.image) + row;
-    T* g1 = tokens_of<T>(call.g1, shape, task.image) + row;
+    T* g1 = tokens_of<T>(call.g, shape, task.image) + row;
     for (int v = 0; v < vectors; ++v) {
       const Slice<Real> s(task, v);
       BackwardSums<side, Real>& sum = sums[v];
@@ -216,8 +221,8 @@ void backward_task(const DepthwiseBackwardCall& call, const Task& task, const Ba
     for (int i = 0; call.grad_taps && i < side * side; ++i)
       store(sum_row<Real>(call.grad_taps, shape, task, side * side, i) + s.start, sums[v].taps[i], s.count);
   }
-  for (int64_t row = shape.tokens - call.g1.rows; row < 0; ++row)  // the prefix tokens
-    std::memset(static_cast<void*>(tokens_of<T>(call.g1, shape, task.image) + row * channels + task.channel), 0,
+  for (int64_t row = shape.tokens - call.g.rows; row < 0; ++row)  // the prefix tokens
+    std::memset(static_cast<void*>(tokens_of<T>(call.g, shape, task.image) + row * channels + task.channel), 0,
                 sizeof(T) * size_t(task.channels));
 }
 

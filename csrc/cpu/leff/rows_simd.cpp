@@ -106,8 +106,9 @@ void activate_backward(const ActivateBackwardCall& call, int64_t begin, int64_t 
   const int64_t channels = call.shape.channels;
   for (int64_t index = begin; index < end; ++index) {
     const Task task(call.shape, index);
-    T* g = tokens_of<T>(call.g, call.shape, task.image) + task.channel;
+    const T* g = tokens_of<const T>(call.g, call.shape, task.image) + task.channel;
     const T* z = tokens_of<const T>(call.z, call.shape, task.image) + task.channel;
+    T* dz = tokens_of<T>(call.dz, call.shape, task.image) + task.channel;
     T* out = call.out.data ? tokens_of<T>(call.out, call.shape, task.image) + task.channel : nullptr;
     with_activation(call.activation, [&](auto kind) {
       for (int v = 0; v < vectors_of<Real>(task); ++v) {
@@ -118,7 +119,9 @@ void activate_backward(const ActivateBackwardCall& call, int64_t begin, int64_t 
           const auto value = load(z + at, s.count);
           const auto both = activate_with_slope<decltype(kind)::value, Real>(norm(value));
           const auto result = load(g + at, s.count) * both.slope;
-          store(g + at, result, s.count);
+          __builtin_prefetch(z + at + kPrefetch * channels);
+          __builtin_prefetch(g + at + kPrefetch * channels);
+          store(dz + at, result, s.count);
           if (out) store(out + at, both.value, s.count);
           sum += result;
           centred += result * (value - norm.mean);

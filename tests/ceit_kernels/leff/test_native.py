@@ -16,7 +16,7 @@ from support.leff import make_leff, make_tokens, make_training_leff, pass_throug
 from torch import nn
 
 from ceit_kernels import use_backend
-from ceit_kernels.leff.native import inference
+from ceit_kernels.leff.native import inference, training
 
 # batch, height, width, prefix tokens, channels in, hidden and out, kernel size; norms
 CASES = [
@@ -40,7 +40,8 @@ def on_the_cpu():
 @pytest.fixture(params=[1 << 40, 1], ids=["whole batch", "image by image"])
 def cache(request, monkeypatch):
     """How many images pass the stages together."""
-    monkeypatch.setattr(inference, "bytes_in_cache", request.param)
+    for module in (inference, training):
+        monkeypatch.setattr(module, "bytes_in_cache", request.param)
 
 
 def make_call(case, dtype, norms="bbb", **options):

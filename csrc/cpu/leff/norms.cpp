@@ -1,0 +1,135 @@
+// The arrays of LeFF's norms, of what the stages summed up. A few thousand numbers: one thread, in the order of the parts.
+#include <cmath>
+#include <vector>
+
+#include "stages.h"
+
+namespace ceit::leff {
+namespace {
+
+template <class Real>
+const Real* data(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const Real*>(tensor->data_ptr()) : nullptr;
+}
+
+void check(const char* name, const OptionalTensor& tensor, int64_t elements, ScalarType type) {
+  if (!tensor) return;
+  STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->is_contiguous() && tensor->numel() == elements, name,
+                  ": expected ", elements, " contiguous elements of the type of the sums, got ", tensor->numel());
+}
+
+// Mean and centred sum of squares of parts together, about the mean of the first: a mean far from zero costs no digits.
+template <class Real>
+Real merge(const Real* moments, const Real* counts, int64_t parts, int64_t channels, Real* mean, Real* squares) {
+  Real total = 0;
+  for (int64_t i = 0; i < parts; ++i) total += counts[i];
+  std::vector<Real> offset(size_t(channels), Real(0));
+  for (int64_t i = 0; i < parts; ++i) {
+    const Real* at = moments + i * 2 * channels;
+    for (int64_t c = 0; c < channels; ++c) offset[size_t(c)] += (at[c] - moments[c]) * counts[i];
+  }
+  for (int64_t c = 0; c < channels; ++c) mean[c] = moments[c] + offset[size_t(c)] / total, squares[c] = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    const Real* at = moments + i * 2 * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      const Real difference = at[c] - mean[c];
+      squares[c] += at[channels + c] + difference * difference * counts[i];
+    }
+  }
+  return total;
+}
+
+template <class Real>
+void norm_array_of(const OptionalTensor& moments, const OptionalTensor& counts, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_variance, const OptionalTensor& weight, const OptionalTensor& bias,
+                   double eps, const Tensor& out, const OptionalTensor& total) {
+  const int64_t channels = out.size(1);
+  Real* mean = static_cast<Real*>(out.data_ptr());
+  Real *variance = mean + channels, *rstd = variance + channels, *scale = rstd + channels, *shift = scale + channels;
+  if (moments) {
+    const Real count =
+        merge(data<Real>(moments), data<Real>(counts), moments->size(0), channels, mean, variance);
+    for (int64_t c = 0; c < channels; ++c) variance[c] /= count;
+    if (total) *static_cast<Real*>(total->data_ptr()) = count;
+  } else {
+    std::memcpy(mean, data<Real>(running_mean), size_t(channels) * sizeof(Real));
+    std::memcpy(variance, data<Real>(running_variance), size_t(channels) * sizeof(Real));
+  }
+  const Real *weights = data<Real>(weight), *biases = data<Real>(bias);
+  for (int64_t c = 0; c < channels; ++c) {
+    rstd[c] = Real(1) / std::sqrt(variance[c] + Real(eps));
+    scale[c] = weights ? rstd[c] * weights[c] : rstd[c];
+    shift[c] = biases ? biases[c] : Real(0);
+  }
+}
+
+template <class Real>
+void gradient_array_of(const Tensor& sums, const OptionalTensor& norm, const OptionalTensor& count,
+                       const OptionalTensor& vectors, const OptionalTensor& gradient) {
+  const int64_t channels = sums.size(2);
+  std::vector<Real> added(size_t(2 * channels), Real(0));
+  for (int64_t i = 0; i < sums.size(0); ++i) {
+    const Real* at = static_cast<const Real*>(sums.data_ptr()) + i * 2 * channels;
+    for (int64_t c = 0; c < 2 * channels; ++c) added[size_t(c)] += at[c];
+  }
+  const Real *of_g = added.data(), *centred = of_g + channels, *array = data<Real>(norm);
+  const Real *mean = array, *rstd = array ? array + 2 * channels : nullptr, *scale = array ? rstd + channels : nullptr;
+  if (vectors) {
+    Real* at = static_cast<Real*>(vectors->data_ptr());
+    for (int64_t c = 0; c < channels; ++c) {
+      // A norm of batch statistics takes the bias ahead of it away.
+      at[c] = !array ? of_g[c] : count ? Real(0) : scale[c] * of_g[c];
+      at[channels + c] = array ? centred[c] * rstd[c] : centred[c];
+      at[2 * channels + c] = of_g[c];
+    }
+  }
+  if (gradient) {
+    Real* at = static_cast<Real*>(gradient->data_ptr());
+    const Real share = count ? Real(1) / *data<Real>(count) : Real(0);
+    for (int64_t c = 0; c < channels; ++c) {
+      at[c] = mean[c];
+      at[channels + c] = scale[c];
+      at[2 * channels + c] = -scale[c] * rstd[c] * rstd[c] * (centred[c] * share);
+      at[3 * channels + c] = -scale[c] * (of_g[c] * share);
+    }
+  }
+}
+
+}  // namespace
+
+void norm_array(OptionalTensor moments, OptionalTensor counts, OptionalTensor running_mean,
+                OptionalTensor running_variance, OptionalTensor weight, OptionalTensor bias, double eps, Tensor out,
+                OptionalTensor total) {
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == 5 && out.is_contiguous(), "out: expected a contiguous (5, channels)");
+  const ScalarType type = real_type(out);
+  const int64_t channels = out.size(1);
+  STD_TORCH_CHECK(moments.has_value() ? counts.has_value() : running_mean.has_value() && running_variance.has_value(),
+                  "moments: expected with counts, or running statistics");
+  if (moments) {
+    check("moments", moments, moments->size(0) * 2 * channels, type);
+    check("counts", counts, moments->size(0), type);
+  }
+  for (const auto& [name, tensor] : {std::pair<const char*, const OptionalTensor&>{"running_mean", running_mean},
+                                     {"running_variance", running_variance}, {"weight", weight}, {"bias", bias}})
+    check(name, tensor, channels, type);
+  check("total", total, 1, type);
+  (type == ScalarType::Double ? norm_array_of<double> : norm_array_of<float>)(
+      moments, counts, running_mean, running_variance, weight, bias, eps, out, total);
+}
+
+void gradient_array(Tensor sums, OptionalTensor norm, OptionalTensor count, OptionalTensor vectors,
+                    OptionalTensor gradient) {
+  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(1) == 2 && sums.is_contiguous(),
+                  "sums: expected a contiguous (P, 2, channels)");
+  STD_TORCH_CHECK(norm.has_value() || !gradient.has_value(), "gradient: expected with a norm");
+  const ScalarType type = real_type(sums);
+  const int64_t channels = sums.size(2);
+  check("norm", norm, 5 * channels, type);
+  check("count", count, 1, type);
+  check("vectors", vectors, 3 * channels, type);
+  check("gradient", gradient, 4 * channels, type);
+  (type == ScalarType::Double ? gradient_array_of<double> : gradient_array_of<float>)(sums, norm, count, vectors,
+                                                                                      gradient);
+}
+
+}  // namespace ceit::leff
