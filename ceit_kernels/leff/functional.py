@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from . import op, op_training  # noqa: F401, which register the operators
+from ..common.registration import is_plain_call
+from . import op, op_training  # noqa: F401, op registers its operator
 from .arguments import Settings, check, check_weights, kernel_size_limit
 from .folding import parameters_per_layer
 from .grid import from_tokens, residual_to_tokens, to_tokens
@@ -154,7 +155,9 @@ def leff_fused(
         None if i % parameters_per_layer > 3 and settings.norms[i // parameters_per_layer] == "batch" else parameter
         for i, parameter in enumerate(parameters)
     ]
-    out, _, _, _, *statistics, count = torch.ops.ceit.leff_forward(x, *inputs, residual, *settings)
+    eager = settings.backend == "native" and is_plain_call(x)
+    forward = op_training.leff_eagerly if eager else torch.ops.ceit.leff_forward
+    out, _, _, _, *statistics, count = forward(x, *inputs, residual, *settings)
     update_running_statistics(norms, statistics, count, x.shape[0] * settings.height * settings.width)
     return out
 

@@ -1,8 +1,9 @@
-"""``ceit::leff_forward`` and ``ceit::leff_backward``: schema, checks, autograd, autocast."""
+"""``ceit::leff_forward`` and its backward: schema, checks, autograd, autocast; and a call outside any graph."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .arguments import PARAMETER_NAMES, PARAMETER_SCHEMA, Settings, check, out_d
 from .folding import parameters_per_layer
 from .kernels import NORM_ROWS
 
-__all__: list[str] = []
+__all__ = ["leff_eagerly"]
 
 _SETTINGS_SCHEMA = (
     "float[] eps, str[] norms, SymInt height, SymInt width, int num_prefix_tokens, str[] activations, str? group, "
@@ -101,7 +102,6 @@ def _outputs(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.impl("ceit::leff_forward", "default")
 def _forward(x, *arguments):
     parameters, residual, settings = arguments[:_PARAMETERS], arguments[_PARAMETERS], Settings(*arguments[-9:])
     _check_forward(x, parameters, residual, settings)
@@ -114,6 +114,9 @@ def _forward(x, *arguments):
         from .forward import leff_forward_triton as run
     residual = None if residual is None else residual.contiguous()
     return tuple(run(_problem(x, parameters, settings), residual, out_dtype(x, residual, settings)))
+
+
+torch.library.impl("ceit::leff_forward", "default", _forward)
 
 
 @torch.library.register_fake("ceit::leff_forward")
@@ -135,7 +138,6 @@ def _wanted(x, parameters, need_x, needs) -> list[Tensor]:
     return [tensor for tensor, need in zip((x, *differentiable), (need_x, *needs), strict=True) if need]
 
 
-@torch.library.impl("ceit::leff_backward", "default")
 def _backward(grad_out, x, *arguments):
     parameters, saved, settings, need_x, needs = _unpack_backward(arguments)
     _check_backward(grad_out, x, parameters, settings, needs)
@@ -155,6 +157,9 @@ def _backward(grad_out, x, *arguments):
     layers = [Needs(*needs[i : i + 4]) for i in (0, 4, 8)]
     grad_x, gradients = run(problem, forward, grad_out.contiguous(), need_x, layers)
     return [gradient for gradient in (grad_x, *gradients) if gradient is not None]
+
+
+torch.library.impl("ceit::leff_backward", "default", _backward)
 
 
 @torch.library.register_fake("ceit::leff_backward")
@@ -177,18 +182,23 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx, grad_out, *no_grads):
+def _gradients(backward, ctx, grad_out):
+    """The gradients of the forward operator's arguments, by the backward operator or its implementation."""
     need_x, need_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[1 + _PARAMETERS]
     places = [1 + i for i in _DIFFERENTIABLE]
     needs = [ctx.needs_input_grad[place] for place in places]
     found: dict[int, Tensor] = {}
     if grad_out is not None and (need_x or any(needs)):
-        gradients = torch.ops.ceit.leff_backward(grad_out, *ctx.saved_tensors, *ctx.settings, need_x, needs)
+        gradients = backward(grad_out, *ctx.saved_tensors, *ctx.settings, need_x, needs)
         wanted = [place for place, need in zip((0, *places), (need_x, *needs), strict=True) if need]
         found = dict(zip(wanted, gradients, strict=True))
     if grad_out is not None and need_residual:
         found[1 + _PARAMETERS] = grad_out.to(ctx.residual_dtype)
     return tuple(found.get(place) for place in range(len(ctx.needs_input_grad)))
+
+
+def _autograd_backward(ctx, grad_out, *no_grads):
+    return _gradients(torch.ops.ceit.leff_backward, ctx, grad_out)
 
 
 torch.library.register_autograd("ceit::leff_forward", _autograd_backward, setup_context=_setup_context)
@@ -205,3 +215,26 @@ def _autocast(dtype, x, *arguments):
     *arguments, compute_dtype, backend = arguments
     compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
     return torch.ops.ceit.leff_forward(x, *arguments, compute_dtype, backend)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *arguments):
+        results = _forward(x, *arguments)
+        _setup_context(ctx, (x, *arguments), results)
+        return results
+
+    @staticmethod
+    def backward(ctx, grad_out, *no_grads):
+        # The registered operator where the gradient of this gradient is to be refused.
+        backward = torch.ops.ceit.leff_backward if torch.is_grad_enabled() else _backward
+        return _gradients(backward, ctx, grad_out)
+
+
+def leff_eagerly(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """``ceit::leff_forward`` outside any graph, without the millisecond that a registered operator costs on the CPU.
+
+    Args:
+        x, arguments: of the operator, with autocast's dtype as ``compute_dtype``.
+    """
+    return _Eager.apply(x, *arguments)
