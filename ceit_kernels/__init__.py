@@ -1,8 +1,8 @@
 """Fused operators for CeiT and its relatives.
 
 ``FusedLeFF``, ``FusedLCAAttention``, ``FusedImage2Tokens``, ``FusedAddNorm``, ``FusedLinear`` and ``FusedAttention``
-are modules to drop into a model; ``fuse`` puts them into a model that has the plain ones. ``status`` says what would run
-them here and why.
+are modules to drop into a model; ``fuse`` puts them into a model that has the plain ones. ``status`` says what would
+run them here and why.
 """
 
 from .add_norm import FusedAddNorm, add_layer_norm
