@@ -23,9 +23,42 @@ struct Rows {
   CEIT_INLINE T* row(int64_t index) const { return data + index * stride; }
 };
 
+// A block of queries of one head of one image.
+struct Block {
+  int64_t task, index, first, count;
+  Block(const Shape& shape, int64_t number)
+      : task(number / shape.blocks()), index(number % shape.blocks()), first(index * kQueries) {
+    count = shape.queries - first < kQueries ? shape.queries - first : kQueries;
+  }
+};
+
 template <class T>
 Rows<const T> part_of(const void* qkv, const Shape& shape, int64_t part, int64_t task) {
   return Rows<const T>(const_cast<void*>(qkv), shape, shape.tokens, 3, part, task);
+}
+
+template <class T>
+Rows<const T> gradient_of(const void* grad_out, const Shape& shape, int64_t task) {
+  return Rows<const T>(const_cast<void*>(grad_out), shape, shape.queries, 1, 0, task);
+}
+
+// Packed queries carry it and the scale, so that scores are exponents of two.
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Asks for rows that are going to be read, or written, while others are computed.
+template <bool written = false, class T>
+CEIT_INLINE void prefetch(const Rows<T>& rows, int64_t first, int64_t count, int64_t channels) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t row = first; row < first + count; ++row)
+    for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(rows.row(row) + c, written, 2);
+}
+
+// Asks for a block's share of the keys and values of its head.
+template <class T>
+CEIT_INLINE void prefetch_share(const void* qkv, const Shape& shape, const Block& block) {
+  const int64_t first = shape.tokens * block.index / shape.blocks();
+  const int64_t count = shape.tokens * (block.index + 1) / shape.blocks() - first;
+  for (int part = 1; part < 3; ++part) prefetch(part_of<T>(qkv, shape, part, block.task), first, count, shape.channels);
 }
 
 // Strides of a head's packed matrices.
@@ -95,13 +128,6 @@ class Tail {
   alignas(64) Real added_[Lanes<Real>::count];
 };
 
-// e^x, which `exponential` alone does not tell from a number where x is none.
-template <class Real>
-CEIT_INLINE Vec<Real> exponential_or_nan(Vec<Real> x) {
-  const auto e = exponential(x);
-  return x == x ? e : x;
-}
-
 template <class Real>
 CEIT_INLINE Real largest_of(const Real* row, int64_t count) {
   auto largest = load(row);
@@ -109,11 +135,10 @@ CEIT_INLINE Real largest_of(const Real* row, int64_t count) {
   return largest_lane<Real>(largest);
 }
 
-// row = e^(row - shift) * factor
+// row = visit(index, 2^(row - largest))
 template <class Real, class Visit>
-CEIT_INLINE void exponentials(Real* row, int64_t count, Real shift, Visit visit) {
-  for (int64_t i = 0; i < count; i += Lanes<Real>::count)
-    store(row + i, visit(i, exponential_or_nan<Real>(load(row + i) - shift)));
+CEIT_INLINE void powers_of_two(Real* row, int64_t count, Real largest, Visit visit) {
+  for (int64_t i = 0; i < count; i += Lanes<Real>::count) store(row + i, visit(i, power_of_two(load(row + i) - largest)));
 }
 
 }  // namespace
@@ -122,7 +147,7 @@ template <class T>
 void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   using Real = RealOf<T>;
   const Shape& shape = call.shape;
-  const int64_t channels = shape.channels, blocks = shape.blocks();
+  const int64_t channels = shape.channels;
   const Layout<Real> layout(shape);
   const Tail<Real> tail(shape.tokens);
   const Scratch<Real> keys(layout.channels_by_tokens()), values(layout.tokens_by_channels());
@@ -131,16 +156,20 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   Real largest[kQueries], sums[kQueries];
   int64_t packed = -1;
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t task = index / blocks, first = index % blocks * kQueries;
-    const int64_t count = shape.queries - first < kQueries ? shape.queries - first : kQueries;
+    const Block block(shape, index), next(shape, index + 1), below(shape, index + shape.blocks());
+    const int64_t task = block.task, first = block.first, count = block.count;
     if (task != packed) {
       pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels, {keys.get(), layout.tokens});
       pack<T, Real>(part_of<T>(call.qkv, shape, 2, task), 0, shape.tokens, channels, Real(1),
                     {values.get(), layout.channels});
       packed = task;
     }
-    pack<T, Real>(part_of<T>(call.qkv, shape, 0, task), first, count, channels, Real(call.scale),
+    pack<T, Real>(part_of<T>(call.qkv, shape, 0, task), first, count, channels, Real(call.scale * kLog2E),
                   {queries.get(), layout.channels});
+    const Rows<T> out(call.out, shape, shape.queries, 1, 0, task);
+    prefetch<true>(out, first, count, channels);
+    if (index + 1 < end) prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
+    if (below.task * shape.blocks() < end) prefetch_share<T>(call.qkv, shape, below);
     multiply<Real>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens}, count,
                    channels, shape.tokens, false);
     for (int64_t i = 0; i < count; ++i) {
@@ -149,7 +178,7 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     }
     for (int64_t i = 0; i < count; ++i) {
       auto sum = splat(Real(0));
-      exponentials(scores.get() + i * layout.tokens, shape.tokens, largest[i], [&](int64_t, Vec<Real> e) {
+      powers_of_two(scores.get() + i * layout.tokens, shape.tokens, largest[i], [&](int64_t, Vec<Real> e) {
         sum += e;
         return e;
       });
@@ -157,7 +186,6 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     }
     multiply<Real>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
                    count, shape.tokens, channels, false);
-    const Rows<T> out(call.out, shape, shape.queries, 1, 0, task);
     unpack<T, Real>({results.get(), layout.channels}, out, first, count, channels,
                     [&](int64_t row) { return Real(1) / sums[row]; });
     if (call.statistics) {
@@ -182,16 +210,23 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
   const Scratch<Real> p(layout.queries_by_tokens()), grad_p(layout.queries_by_tokens());
   for (int64_t task = begin; task < end; ++task) {
     const auto q = part_of<T>(call.qkv, shape, 0, task), k = part_of<T>(call.qkv, shape, 1, task);
-    const Rows<const T> dout(const_cast<void*>(call.grad_out), shape, shape.queries, 1, 0, task);
+    const auto dout = gradient_of<T>(call.grad_out, shape, task);
     const Rows<T> dq(call.grad_qkv, shape, tokens, 3, 0, task);
     pack_transposed<T, Real>(k, tokens, channels, {keys_t.get(), layout.tokens});
     pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 2, task), tokens, channels, {values_t.get(), layout.tokens});
     pack<T, Real>(k, 0, tokens, channels, Real(1), {keys.get(), layout.channels});
     const Real* statistics = static_cast<const Real*>(call.statistics) + task * shape.queries * 2;
-    for (int64_t first = 0; first < shape.queries; first += kQueries) {
-      const int64_t count = shape.queries - first < kQueries ? shape.queries - first : kQueries;
-      pack<T, Real>(q, first, count, channels, Real(call.scale), {queries.get(), layout.channels});
+    for (int64_t index = task * shape.blocks(); index < (task + 1) * shape.blocks(); ++index) {
+      const Block block(shape, index), next(shape, index + 1), below(shape, index + shape.blocks());
+      const int64_t first = block.first, count = block.count;
+      pack<T, Real>(q, first, count, channels, Real(call.scale * kLog2E), {queries.get(), layout.channels});
       pack<T, Real>(dout, first, count, channels, Real(1), {grad_out.get(), layout.channels});
+      prefetch<true>(dq, first, count, channels);
+      if (next.task < end) {
+        prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
+        prefetch(gradient_of<T>(call.grad_out, shape, next.task), next.first, next.count, channels);
+      }
+      if (below.task < end) prefetch_share<T>(call.qkv, shape, below);
       multiply<Real>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens}, count,
                      channels, tokens, false);
       multiply<Real>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens}, {grad_p.get(), layout.tokens},
@@ -201,7 +236,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
         const Real largest = statistics[2 * (first + i)], share = Real(1) / statistics[2 * (first + i) + 1];
         auto sum = splat(Real(0));
         tail.mask(row);
-        exponentials(row, tokens, largest, [&](int64_t at, Vec<Real> e) {
+        powers_of_two(row, tokens, largest, [&](int64_t at, Vec<Real> e) {
           const auto value = e * share;
           sum += value * load(grad_row + at);
           return value;
@@ -210,7 +245,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
         for (int64_t at = 0; at < tokens; at += Lanes<Real>::count)
           store(grad_row + at, load(row + at) * (load(grad_row + at) - mean));
       }
-      // The scores' gradients without the scale, which the queries carry.
+      // The scores' gradients without the factors that the queries carry.
       multiply<Real>({grad_p.get(), layout.tokens, 1}, {keys.get(), layout.channels}, {grad_queries.get(), layout.channels},
                      count, tokens, channels, false);
       multiply<Real>({grad_p.get(), 1, layout.tokens}, {queries.get(), layout.channels}, {grad_keys.get(), layout.channels},
@@ -222,11 +257,10 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
     }
     for (int64_t row = shape.queries; row < tokens; ++row)
       std::memset(static_cast<void*>(dq.row(row)), 0, sizeof(T) * size_t(channels));
-    const auto one = [](int64_t) { return Real(1); };
     unpack<T, Real>({grad_keys.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 1, task), 0, tokens,
-                    channels, one);
+                    channels, [](int64_t) { return Real(kLn2); });
     unpack<T, Real>({grad_values.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 2, task), 0, tokens,
-                    channels, one);
+                    channels, [](int64_t) { return Real(1); });
   }
 }
 
