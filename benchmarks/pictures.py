@@ -14,7 +14,14 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 COLORS = {"plain": "#64748b", "compile": "#2563eb", "fused": "#c2410c"}
 _OTHER = "#cbd5e1"
-_OPERATORS = {"leff": "#c2410c", "i2t": "#0f766e", "lca": "#7c3aed", "norm": "#a16207", "model": "#334155"}
+_OPERATORS = {
+    "leff": "#c2410c",
+    "i2t": "#0f766e",
+    "lca": "#7c3aed",
+    "attention": "#be185d",
+    "norm": "#a16207",
+    "model": "#334155",
+}
 _MARKERS = {"plain": "s", "compile": "^", "fused": "o"}
 
 

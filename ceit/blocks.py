@@ -7,7 +7,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ceit_kernels import FusedAddNorm, FusedLeFF
+from ceit_kernels import FusedAddNorm, FusedAttention, FusedLeFF
 
 from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
 
@@ -97,7 +97,8 @@ class Block(nn.Module):
         It may not where a hook or someone else's module would miss the other tokens. Gradients in evaluation mode are
         left to `forward` as well, for the shorter way would round them otherwise.
         """
-        own_parts = type(self.attn) is Attention and type(self.leff) in (LocallyEnhancedFeedForward, FusedLeFF)
+        own_attention = type(self.attn) in (Attention, FusedAttention)
+        own_parts = own_attention and type(self.leff) in (LocallyEnhancedFeedForward, FusedLeFF)
         watched = any(_watched(module) for module in self.modules())
         return own_parts and not watched and (self.training or not torch.is_grad_enabled())
 

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ceit_kernels import FusedAddNorm, FusedImage2Tokens, FusedLCAAttention, FusedLeFF, FusedLinear, register_fusion
+from ceit_kernels import (
+    FusedAddNorm,
+    FusedAttention,
+    FusedImage2Tokens,
+    FusedLCAAttention,
+    FusedLeFF,
+    FusedLinear,
+    register_fusion,
+)
 from ceit_kernels.leff import token_grid
 
 
@@ -218,3 +226,4 @@ register_fusion("lca", LCAAttention, FusedLCAAttention.from_plain)
 register_fusion("i2t", Image2Tokens, FusedImage2Tokens.from_plain)
 register_fusion("norm", AddNorm, FusedAddNorm.from_plain)
 register_fusion("linear", nn.Linear, FusedLinear.from_plain)
+register_fusion("attention", Attention, FusedAttention.from_plain)

@@ -1,10 +1,12 @@
 """Fused operators for CeiT and its relatives.
 
-``FusedLeFF``, ``FusedLCAAttention``, ``FusedImage2Tokens``, ``FusedAddNorm`` and ``FusedLinear`` are modules to drop
-into a model; ``fuse`` puts them into a model that has the plain ones. ``status`` says what would run them here and why.
+``FusedLeFF``, ``FusedLCAAttention``, ``FusedImage2Tokens``, ``FusedAddNorm``, ``FusedLinear`` and ``FusedAttention``
+are modules to drop into a model; ``fuse`` puts them into a model that has the plain ones. ``status`` says what would
+run them here and why.
 """
 
 from .add_norm import FusedAddNorm, add_layer_norm
+from .attention import FusedAttention, self_attention
 from .backends import BackendError, fast_operators, status, use_backend
 from .fuse import fuse, register_fusion, unfuse
 from .i2t import FusedImage2Tokens
@@ -16,6 +18,7 @@ __all__ = [
     "BackendError",
     "BatchNorm",
     "FusedAddNorm",
+    "FusedAttention",
     "FusedImage2Tokens",
     "FusedLCAAttention",
     "FusedLeFF",
@@ -26,6 +29,7 @@ __all__ = [
     "lca_attention",
     "leff_block",
     "register_fusion",
+    "self_attention",
     "status",
     "unfuse",
     "use_backend",

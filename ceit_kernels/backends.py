@@ -47,6 +47,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
     "i2t": {"native": PHASES},
     "norm": {"triton": PHASES},
     "linear": {"native": ("inference",)},
+    "attention": {"native": PHASES},
 }
 OPERATORS = tuple(IMPLEMENTED)
 
@@ -68,6 +69,7 @@ _NATIVE = {
         "cpu": _Native("_i2t_pool", ("inference",), _CPU_DTYPES),
     },
     "linear": {"cpu": _Native("_transpose", ("inference",), _CPU_DTYPES)},
+    "attention": {"cpu": _Native("_attention", PHASES, _CPU_DTYPES)},
 }
 _DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
 

@@ -22,7 +22,8 @@ def register_fusion(operator: str, plain_class: type[nn.Module], fuse_one: FuseO
     """Tell ``fuse`` how to replace the modules of a class.
 
     Args:
-        operator: ``"leff"``, ``"lca"``, ``"i2t"``, ``"norm"`` or ``"linear"``, whose flag of ``fuse`` covers the class.
+        operator: ``"leff"``, ``"lca"``, ``"i2t"``, ``"norm"``, ``"linear"`` or ``"attention"``, whose flag of ``fuse``
+            covers the class.
         plain_class: the class; instances of a subclass, which may compute something else, are left alone.
         fuse_one: makes a fused module that shares the state of a plain one, such as ``FusedLeFF.from_plain``.
 
@@ -35,7 +36,13 @@ def register_fusion(operator: str, plain_class: type[nn.Module], fuse_one: FuseO
 
 
 def fuse(
-    model: Model, leff: bool = True, lca: bool = True, i2t: bool = True, norm: bool = True, linear: bool = True
+    model: Model,
+    leff: bool = True,
+    lca: bool = True,
+    i2t: bool = True,
+    norm: bool = True,
+    linear: bool = True,
+    attention: bool = True,
 ) -> Model:
     """Replace plain modules by fused ones that share their parameters, buffers and hooks, in place.
 
@@ -49,6 +56,7 @@ def fuse(
         i2t: fuse the image-to-tokens stem.
         norm: fuse the residual connections with the norms behind them.
         linear: let the linear layers take their products from oneDNN on the CPU.
+        attention: fuse the self-attention of the encoder.
 
     Returns:
         The model; a fused module in its place if ``model`` itself is a plain one.
@@ -56,7 +64,8 @@ def fuse(
     Raises:
         TypeError: a plain module has been altered in a way that the fused one would not honour.
     """
-    wanted = {name for name, flag in zip(OPERATORS, (leff, lca, i2t, norm, linear), strict=True) if flag}
+    flags = (leff, lca, i2t, norm, linear, attention)
+    wanted = {name for name, flag in zip(OPERATORS, flags, strict=True) if flag}
 
     def replacement(module: nn.Module) -> nn.Module:
         operator, fuse_one = _fusions.get(type(module), (None, None))

@@ -75,7 +75,7 @@ def absence(contender: str, group: Group, device: torch.device) -> str | None:
         return "on the CPU taken for operators only: for a model it tunes for minutes"
     if contender == "compile-freezing" and device.type == "cpu" and group.operator == "model" and group.batch > 1:
         return "on the CPU a model is frozen at batch 1 only: every batch compiles for half a minute"
-    if contender in ("channels-last", "rewrite") and group.operator in ("lca", "norm"):
+    if contender in ("channels-last", "rewrite") and group.operator in ("lca", "attention", "norm"):
         return "the plain operator has no convolution and no foldable norm"
     if contender == FLOOR and group.operator not in ("leff", "model"):
         return "there is no feed-forward layer in it"

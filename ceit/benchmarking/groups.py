@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ceit.layers import AddNorm, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
+from ceit.layers import AddNorm, Attention, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
 from ceit.registry import create_model
 
 __all__ = ["OPERATORS", "Group", "plan"]
 
-OPERATORS = ("leff", "i2t", "lca", "norm", "model")
+OPERATORS = ("leff", "i2t", "lca", "attention", "norm", "model")
 _CHANNELS = {"tiny": 192, "small": 384}
 _HEAD_DIM, _LAYERS, _TOKENS = 64, 12, 197
 
@@ -84,6 +84,7 @@ class Group:
             "leff": lambda: LocallyEnhancedFeedForward(channels, 4 * channels),
             "i2t": Image2Tokens,
             "lca": lambda: LCAAttention(channels, channels // _HEAD_DIM, qkv_bias=True),
+            "attention": lambda: Attention(channels, channels // _HEAD_DIM, qkv_bias=True),
             "norm": lambda: Residual(channels),
             "model": lambda: create_model(
                 f"ceit_{self.size}_patch16_224", fused=False, img_size=self.image_size, **self.model_kwargs
@@ -108,6 +109,7 @@ _CPU_PLAN = (
     ("leff", ("tiny", "small"), {"inference": (1, 16), "training": (8,)}),
     ("i2t", ("tiny",), {"inference": (1, 16), "training": (8,)}),
     ("lca", ("tiny", "small"), {"inference": (16,), "training": (16,)}),
+    ("attention", ("tiny",), {"inference": (16,), "training": (8,)}),
     ("norm", ("tiny", "small"), {"inference": (16,), "training": (16,)}),
     ("model", ("tiny",), {"inference": (1, 4, 16), "training": (8,)}),
     ("model", ("small",), {"inference": (1, 4), "training": (4,)}),

@@ -16,7 +16,7 @@ _SAMPLE_SECONDS = 0.05
 
 
 def _module(group):
-    from ceit.layers import Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
+    from ceit.layers import Attention, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
     from ceit.registry import create_model
 
     channels = {"tiny": 192, "small": 384}[group["size"]]
@@ -25,6 +25,8 @@ def _module(group):
         return LocallyEnhancedFeedForward(channels, 4 * channels), (group["batch"], 197, channels)
     if group["operator"] == "lca":
         return LCAAttention(channels, channels // 64, qkv_bias=True), (group["batch"], 12, channels)
+    if group["operator"] == "attention":
+        return Attention(channels, channels // 64, qkv_bias=True), (group["batch"], 197, channels)
     image = (group["batch"], 3, group["image_size"], group["image_size"])
     if group["operator"] == "i2t":
         return Image2Tokens(), image

@@ -21,6 +21,7 @@ _FUSED_CLASSES = {
     "i2t": ceit_kernels.FusedImage2Tokens,
     "norm": ceit_kernels.FusedAddNorm,
     "linear": ceit_kernels.FusedLinear,
+    "attention": ceit_kernels.FusedAttention,
 }
 
 

@@ -132,5 +132,16 @@ def test_info_says_what_would_run_and_with_what(capsys):
     text = capsys.readouterr().out
     assert all(
         name in text
-        for name in ("leff", "lca", "i2t", "norm", "linear", f"torch {torch.__version__}", "triton", "python", "cpu ")
+        for name in (
+            "leff",
+            "lca",
+            "i2t",
+            "norm",
+            "linear",
+            "attention",
+            f"torch {torch.__version__}",
+            "triton",
+            "python",
+            "cpu ",
+        )
     )

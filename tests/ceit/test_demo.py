@@ -43,7 +43,7 @@ def test_the_demo_trains_twice_replaces_its_earlier_runs_and_saves_the_compariso
     assert "fell back on plain PyTorch" in printed.out
     comparison = json.loads((output / "comparison.json").read_text())
     assert comparison["plain"]["fused_operators"] == {}
-    assert set(comparison["fused"]["fused_operators"]) == {"leff", "lca", "i2t", "norm", "linear"}
+    assert set(comparison["fused"]["fused_operators"]) == {"leff", "lca", "i2t", "norm", "linear", "attention"}
     assert comparison["early_loss_difference"] <= comparison["largest_loss_difference"] < 0.1
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (output / "notes.txt").read_text() == "mine"

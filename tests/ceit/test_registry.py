@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 import ceit
-from ceit.layers import AddNorm, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
+from ceit.layers import AddNorm, Attention, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
 from ceit_kernels import (
     FusedAddNorm,
+    FusedAttention,
     FusedImage2Tokens,
     FusedLCAAttention,
     FusedLeFF,
@@ -24,6 +25,7 @@ PLAIN = {
     "i2t": Image2Tokens,
     "norm": AddNorm,
     "linear": nn.Linear,
+    "attention": Attention,
 }
 FUSED = {
     "leff": FusedLeFF,
@@ -31,12 +33,13 @@ FUSED = {
     "i2t": FusedImage2Tokens,
     "norm": FusedAddNorm,
     "linear": FusedLinear,
+    "attention": FusedAttention,
 }
 
 
 def kinds(model):
     """The operators whose modules are fused; those of one operator must be of one kind."""
-    found = {name: {type(m) for m in model.modules() if isinstance(m, (PLAIN[name], FUSED[name]))} for name in PLAIN}
+    found = {name: {type(m) for m in model.modules() if type(m) in (PLAIN[name], FUSED[name])} for name in PLAIN}
     assert all(len(types) == 1 for types in found.values())
     return {name for name, types in found.items() if types == {FUSED[name]}}
 
@@ -56,7 +59,7 @@ def test_the_five_models_are_listed_here_and_by_timm():
 @pytest.mark.parametrize(
     ("fused", "expected"),
     [
-        (True, {"leff", "lca", "i2t", "norm", "linear"}),
+        (True, {"leff", "lca", "i2t", "norm", "linear", "attention"}),
         (False, set()),
         ("auto", fast_operators()),
         (["lca"], {"lca"}),
@@ -78,7 +81,8 @@ def test_fused_is_auto_here_and_off_in_timm():
 @pytest.mark.parametrize("fused", ["all", "lca", ["lca", "ffn"], 1, 0.5], ids=str)
 @pytest.mark.parametrize("create", [ceit.create_model, timm.create_model])
 def test_another_fused_is_refused(create, fused):
-    with pytest.raises(ValueError, match=r"fused: expected True, .* a collection of leff, lca, i2t, norm, linear, got"):
+    message = "fused: expected True, .* a collection of leff, lca, i2t, norm, linear, attention, got"
+    with pytest.raises(ValueError, match=message):
         create(NAME, fused=fused, **SMALL)
 
 

@@ -10,6 +10,7 @@ import ceit_kernels
 from ceit_kernels import (
     BackendError,
     FusedAddNorm,
+    FusedAttention,
     FusedImage2Tokens,
     FusedLCAAttention,
     FusedLeFF,
@@ -23,6 +24,7 @@ CALLS = {
     "lca": lambda: FusedLCAAttention(16)(torch.randn(1, 5, 16)),
     "i2t": lambda: FusedImage2Tokens()(torch.randn(1, 3, 16, 16)),
     "linear": lambda: FusedLinear(16, 8).requires_grad_(False)(torch.randn(5, 16)),
+    "attention": lambda: FusedAttention(16)(torch.randn(1, 5, 16)),
     "norm": lambda: FusedAddNorm()(torch.randn(1, 5, 16), None, nn.LayerNorm(16)),
 }
 
@@ -46,7 +48,7 @@ def test_a_setting_lasts_as_long_as_its_block_even_when_that_fails():
     [
         ("cuda", "backend: unknown backend 'cuda' in 'cuda', expected one of .*'reference'"),
         ("lca=fast", "unknown backend 'fast' in 'lca=fast'"),
-        ("attention=triton", "unknown operator 'attention' in 'attention=triton', expected one of .*'lca'"),
+        ("mlp=triton", "unknown operator 'mlp' in 'mlp=triton', expected one of .*'lca'"),
         ("", "unknown backend ''"),
     ],
 )

@@ -1,0 +1,7 @@
+"""The self-attention of CeiT-T at 224x224, with its two projections."""
+
+OPERATOR = "attention"
+
+
+def test_attention(report_time, group, contender):
+    report_time(group, contender)

@@ -1,0 +1,272 @@
+// Self-attention a block of queries at a time: scores, softmax and weighted sum while they are in cache.
+#include "../scratch.h"
+#include "../tile.h"
+#include "calls.h"
+
+namespace ceit::attention {
+namespace CEIT_CAPABILITY {
+
+using namespace ceit::CEIT_CAPABILITY;
+
+namespace {
+
+// Rows of one head of one image, in a tensor (B, tokens, parts, heads, channels).
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  CEIT_INLINE Rows(void* tensor, const Shape& shape, int64_t tokens, int64_t parts, int64_t part, int64_t task)
+      : stride(parts * shape.heads * shape.channels) {
+    const int64_t image = task / shape.heads, head = task % shape.heads;
+    data = static_cast<T*>(tensor) + image * tokens * stride + (part * shape.heads + head) * shape.channels;
+  }
+  CEIT_INLINE T* row(int64_t index) const { return data + index * stride; }
+};
+
+// A block of queries of one head of one image.
+struct Block {
+  int64_t task, index, first, count;
+  Block(const Shape& shape, int64_t number)
+      : task(number / shape.blocks()), index(number % shape.blocks()), first(index * kQueries) {
+    count = shape.queries - first < kQueries ? shape.queries - first : kQueries;
+  }
+};
+
+template <class T>
+Rows<const T> part_of(const void* qkv, const Shape& shape, int64_t part, int64_t task) {
+  return Rows<const T>(const_cast<void*>(qkv), shape, shape.tokens, 3, part, task);
+}
+
+template <class T>
+Rows<const T> gradient_of(const void* grad_out, const Shape& shape, int64_t task) {
+  return Rows<const T>(const_cast<void*>(grad_out), shape, shape.queries, 1, 0, task);
+}
+
+// Packed queries carry it and the scale, so that scores are exponents of two.
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Asks for rows that are going to be read, or written, while others are computed.
+template <bool written = false, class T>
+CEIT_INLINE void prefetch(const Rows<T>& rows, int64_t first, int64_t count, int64_t channels) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t row = first; row < first + count; ++row)
+    for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(rows.row(row) + c, written, 2);
+}
+
+// Asks for a block's share of the keys and values of its head.
+template <class T>
+CEIT_INLINE void prefetch_share(const void* qkv, const Shape& shape, const Block& block) {
+  const int64_t first = shape.tokens * block.index / shape.blocks();
+  const int64_t count = shape.tokens * (block.index + 1) / shape.blocks() - first;
+  for (int part = 1; part < 3; ++part) prefetch(part_of<T>(qkv, shape, part, block.task), first, count, shape.channels);
+}
+
+// Strides of a head's packed matrices.
+template <class Real>
+struct Layout {
+  int64_t channels, tokens;  // from row to row of matrices with so many columns
+  int64_t padded_channels, padded_tokens;  // rows
+  explicit Layout(const Shape& shape)
+      : channels(row_stride<Real>(shape.channels)),
+        tokens(row_stride<Real>(shape.tokens)),
+        padded_channels(round_up(shape.channels, Lanes<Real>::count)),
+        padded_tokens(round_up(shape.tokens, kRowMultiple)) {}
+  // Elements of a matrix with a row for each channel and a column for each token, and so on. Rows of scores are read
+  // as columns of the last tile, so beyond their end.
+  int64_t channels_by_tokens() const { return padded_channels * tokens; }
+  int64_t tokens_by_channels() const { return padded_tokens * channels; }
+  int64_t queries_by_channels() const { return kQueries * channels; }
+  int64_t queries_by_tokens() const { return kQueries * tokens + kRowMultiple; }
+};
+
+// to = factor * rows, in the type that is computed in.
+template <class T, class Real>
+void pack(const Rows<const T>& from, int64_t first, int64_t count, int64_t channels, Real factor, Matrix<Real> to) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t c = 0; c < channels; c += Lanes<Real>::count)
+      store(to.data + row * to.stride + c, factor * load(from.row(first + row) + c, int(channels - c)));
+}
+
+// The transposed rows; columns beyond `count` become zero up to a whole vector.
+template <class T, class Real>
+void pack_transposed(const Rows<const T>& from, int64_t count, int64_t channels, Matrix<Real> to) {
+  constexpr int lanes = Lanes<Real>::count;
+  for (int64_t row = 0; row < count; row += lanes)
+    for (int64_t c = 0; c < channels; c += lanes) {
+      Square<Real> square;
+      for (int i = 0; i < lanes; ++i)
+        square.rows[i] = row + i < count ? load(from.row(row + i) + c, int(channels - c)) : splat(Real(0));
+      square.transpose();
+      for (int i = 0; i < lanes; ++i) store(to.data + (c + i) * to.stride + row, square.rows[i]);
+    }
+}
+
+// rows = factor * from, in the type of the tensor; the factor may differ between rows.
+template <class T, class Real, class Factor>
+void unpack(Matrix<const Real> from, const Rows<T>& to, int64_t first, int64_t count, int64_t channels, Factor factor) {
+  for (int64_t row = 0; row < count; ++row) {
+    const Real by = factor(row);
+    for (int64_t c = 0; c < channels; c += Lanes<Real>::count)
+      store(to.row(first + row) + c, by * load(from.data + row * from.stride + c), int(channels - c));
+  }
+}
+
+// Takes columns beyond the last token out of the softmax.
+template <class Real>
+class Tail {
+ public:
+  explicit Tail(int64_t tokens) : start_(tokens / Lanes<Real>::count * Lanes<Real>::count) {
+    for (int i = 0; i < Lanes<Real>::count; ++i) added_[i] = start_ + i < tokens ? Real(0) : -Real(INFINITY);
+    if (start_ == tokens) start_ = -1;
+  }
+  CEIT_INLINE void mask(Real* row) const {
+    if (start_ >= 0) store(row + start_, load(row + start_) + load(added_));
+  }
+
+ private:
+  int64_t start_;
+  alignas(64) Real added_[Lanes<Real>::count];
+};
+
+template <class Real>
+CEIT_INLINE Real largest_of(const Real* row, int64_t count) {
+  auto largest = load(row);
+  for (int64_t i = Lanes<Real>::count; i < count; i += Lanes<Real>::count) largest = larger<Real>(largest, load(row + i));
+  return largest_lane<Real>(largest);
+}
+
+// row = visit(index, 2^(row - largest))
+template <class Real, class Visit>
+CEIT_INLINE void powers_of_two(Real* row, int64_t count, Real largest, Visit visit) {
+  for (int64_t i = 0; i < count; i += Lanes<Real>::count) store(row + i, visit(i, power_of_two(load(row + i) - largest)));
+}
+
+}  // namespace
+
+template <class T>
+void forward(const ForwardCall& call, int64_t begin, int64_t end) {
+  using Real = RealOf<T>;
+  const Shape& shape = call.shape;
+  const int64_t channels = shape.channels;
+  const Layout<Real> layout(shape);
+  const Tail<Real> tail(shape.tokens);
+  const Scratch<Real> keys(layout.channels_by_tokens()), values(layout.tokens_by_channels());
+  const Scratch<Real> queries(layout.queries_by_channels()), results(layout.queries_by_channels());
+  const Scratch<Real> scores(layout.queries_by_tokens());
+  Real largest[kQueries], sums[kQueries];
+  int64_t packed = -1;
+  for (int64_t index = begin; index < end; ++index) {
+    const Block block(shape, index), next(shape, index + 1), below(shape, index + shape.blocks());
+    const int64_t task = block.task, first = block.first, count = block.count;
+    if (task != packed) {
+      pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels, {keys.get(), layout.tokens});
+      pack<T, Real>(part_of<T>(call.qkv, shape, 2, task), 0, shape.tokens, channels, Real(1),
+                    {values.get(), layout.channels});
+      packed = task;
+    }
+    pack<T, Real>(part_of<T>(call.qkv, shape, 0, task), first, count, channels, Real(call.scale * kLog2E),
+                  {queries.get(), layout.channels});
+    const Rows<T> out(call.out, shape, shape.queries, 1, 0, task);
+    prefetch<true>(out, first, count, channels);
+    if (index + 1 < end) prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
+    if (below.task * shape.blocks() < end) prefetch_share<T>(call.qkv, shape, below);
+    multiply<Real>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens}, count,
+                   channels, shape.tokens, false);
+    for (int64_t i = 0; i < count; ++i) {
+      tail.mask(scores.get() + i * layout.tokens);
+      largest[i] = largest_of(scores.get() + i * layout.tokens, shape.tokens);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      auto sum = splat(Real(0));
+      powers_of_two(scores.get() + i * layout.tokens, shape.tokens, largest[i], [&](int64_t, Vec<Real> e) {
+        sum += e;
+        return e;
+      });
+      sums[i] = sum_of_lanes<Real>(sum);
+    }
+    multiply<Real>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
+                   count, shape.tokens, channels, false);
+    unpack<T, Real>({results.get(), layout.channels}, out, first, count, channels,
+                    [&](int64_t row) { return Real(1) / sums[row]; });
+    if (call.statistics) {
+      Real* to = static_cast<Real*>(call.statistics) + (task * shape.queries + first) * 2;
+      for (int64_t i = 0; i < count; ++i) to[2 * i] = largest[i], to[2 * i + 1] = sums[i];
+    }
+  }
+}
+
+template <class T>
+void backward(const BackwardCall& call, int64_t begin, int64_t end) {
+  using Real = RealOf<T>;
+  const Shape& shape = call.shape;
+  const int64_t channels = shape.channels, tokens = shape.tokens;
+  const Layout<Real> layout(shape);
+  const Tail<Real> tail(tokens);
+  const Scratch<Real> keys_t(layout.channels_by_tokens()), values_t(layout.channels_by_tokens());
+  const Scratch<Real> keys(layout.tokens_by_channels());
+  const Scratch<Real> grad_keys(layout.tokens_by_channels()), grad_values(layout.tokens_by_channels());
+  const Scratch<Real> queries(layout.queries_by_channels()), grad_out(layout.queries_by_channels());
+  const Scratch<Real> grad_queries(layout.queries_by_channels());
+  const Scratch<Real> p(layout.queries_by_tokens()), grad_p(layout.queries_by_tokens());
+  for (int64_t task = begin; task < end; ++task) {
+    const auto q = part_of<T>(call.qkv, shape, 0, task), k = part_of<T>(call.qkv, shape, 1, task);
+    const auto dout = gradient_of<T>(call.grad_out, shape, task);
+    const Rows<T> dq(call.grad_qkv, shape, tokens, 3, 0, task);
+    pack_transposed<T, Real>(k, tokens, channels, {keys_t.get(), layout.tokens});
+    pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 2, task), tokens, channels, {values_t.get(), layout.tokens});
+    pack<T, Real>(k, 0, tokens, channels, Real(1), {keys.get(), layout.channels});
+    const Real* statistics = static_cast<const Real*>(call.statistics) + task * shape.queries * 2;
+    for (int64_t index = task * shape.blocks(); index < (task + 1) * shape.blocks(); ++index) {
+      const Block block(shape, index), next(shape, index + 1), below(shape, index + shape.blocks());
+      const int64_t first = block.first, count = block.count;
+      pack<T, Real>(q, first, count, channels, Real(call.scale * kLog2E), {queries.get(), layout.channels});
+      pack<T, Real>(dout, first, count, channels, Real(1), {grad_out.get(), layout.channels});
+      prefetch<true>(dq, first, count, channels);
+      if (next.task < end) {
+        prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
+        prefetch(gradient_of<T>(call.grad_out, shape, next.task), next.first, next.count, channels);
+      }
+      if (below.task < end) prefetch_share<T>(call.qkv, shape, below);
+      multiply<Real>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens}, count,
+                     channels, tokens, false);
+      multiply<Real>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens}, {grad_p.get(), layout.tokens},
+                     count, channels, tokens, false);
+      for (int64_t i = 0; i < count; ++i) {
+        Real *row = p.get() + i * layout.tokens, *grad_row = grad_p.get() + i * layout.tokens;
+        const Real largest = statistics[2 * (first + i)], share = Real(1) / statistics[2 * (first + i) + 1];
+        auto sum = splat(Real(0));
+        tail.mask(row);
+        powers_of_two(row, tokens, largest, [&](int64_t at, Vec<Real> e) {
+          const auto value = e * share;
+          sum += value * load(grad_row + at);
+          return value;
+        });
+        const Real mean = sum_of_lanes<Real>(sum);
+        for (int64_t at = 0; at < tokens; at += Lanes<Real>::count)
+          store(grad_row + at, load(row + at) * (load(grad_row + at) - mean));
+      }
+      // The scores' gradients without the factors that the queries carry.
+      multiply<Real>({grad_p.get(), layout.tokens, 1}, {keys.get(), layout.channels}, {grad_queries.get(), layout.channels},
+                     count, tokens, channels, false);
+      multiply<Real>({grad_p.get(), 1, layout.tokens}, {queries.get(), layout.channels}, {grad_keys.get(), layout.channels},
+                     tokens, count, channels, first > 0);
+      multiply<Real>({p.get(), 1, layout.tokens}, {grad_out.get(), layout.channels}, {grad_values.get(), layout.channels},
+                     tokens, count, channels, first > 0);
+      unpack<T, Real>({grad_queries.get(), layout.channels}, dq, first, count, channels,
+                      [&](int64_t) { return Real(call.scale); });
+    }
+    for (int64_t row = shape.queries; row < tokens; ++row)
+      std::memset(static_cast<void*>(dq.row(row)), 0, sizeof(T) * size_t(channels));
+    unpack<T, Real>({grad_keys.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 1, task), 0, tokens,
+                    channels, [](int64_t) { return Real(kLn2); });
+    unpack<T, Real>({grad_values.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 2, task), 0, tokens,
+                    channels, [](int64_t) { return Real(1); });
+  }
+}
+
+extern const Kernels kernels[3];
+const Kernels kernels[3] = {
+    {forward<float>, backward<float>}, {forward<Bf16>, backward<Bf16>}, {forward<double>, backward<double>}};
+
+}  // namespace CEIT_CAPABILITY
+}  // namespace ceit::attention

@@ -1,0 +1,41 @@
+// What self-attention takes on the CPU, and the table of its implementations.
+#pragma once
+
+#include <cstdint>
+
+namespace ceit::attention {
+
+// Queries that are worked on together: a multiple of the rows of every tile. Their scores stay in cache.
+constexpr int kQueries = 48;
+
+struct Shape {
+  int64_t images, tokens, heads, channels;  // channels of a head
+  int64_t queries;                          // the first tokens
+  int64_t blocks() const { return (queries + kQueries - 1) / kQueries; }
+};
+
+// out = softmax(scale * q k^T) v. Statistics are, for each query, the largest of its scores times log2(e), and the sum of
+// the exponentials of all relative to it, from which backward gets its weights again without a rounding more.
+struct ForwardCall {
+  Shape shape;
+  double scale;
+  const void* qkv;   // (B, tokens, 3, heads, channels)
+  void* out;         // (B, queries, heads, channels)
+  void* statistics;  // (B, heads, queries, 2), of the type that is computed in; or null
+};
+
+struct BackwardCall {
+  Shape shape;
+  double scale;
+  const void* grad_out;  // (B, queries, heads, channels)
+  const void* qkv;
+  const void* statistics;
+  void* grad_qkv;  // (B, tokens, 3, heads, channels)
+};
+
+struct Kernels {
+  void (*forward)(const ForwardCall&, int64_t begin, int64_t end);    // tasks: blocks of queries of all heads of all images
+  void (*backward)(const BackwardCall&, int64_t begin, int64_t end);  // tasks: heads of all images
+};
+
+}  // namespace ceit::attention
