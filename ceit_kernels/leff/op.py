@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..common.registration import refuse_gradient, register_autocast
 from .arguments import PARAMETER_NAMES, PARAMETER_SCHEMA, Settings, check, out_dtype, require
-from .folding import fold, parameters_per_layer
+from .folding import fold, folded_before, parameters_per_layer
 
-__all__: list[str] = []
+__all__ = ["leff_inference_eagerly"]
 
 torch.library.define(
     "ceit::leff_inference",
@@ -71,3 +73,34 @@ def _autocast(dtype, x, *arguments):
     *arguments, compute_dtype, backend = arguments
     compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
     return torch.ops.ceit.leff_inference(x, *arguments, compute_dtype, backend)
+
+
+def leff_inference_eagerly(
+    x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings
+) -> Tensor:
+    """``ceit::leff_inference`` on the CPU outside any graph, for weights in use: checked and folded before.
+
+    Args:
+        x, residual: tokens, checked.
+        parameters: as of the operator.
+        settings: with autocast's dtype as ``compute_dtype``.
+    """
+    dtype = settings.compute_dtype or x.dtype
+    folded = folded_before(parameters, settings.eps, dtype)
+    if folded is None or x.shape[0] == 0:
+        where = (settings.height, settings.width, settings.num_prefix_tokens, settings.activations)
+        return torch.ops.ceit.leff_inference(
+            x, *parameters, residual, settings.eps, *where, settings.compute_dtype, settings.backend
+        )
+    from .native.inference import leff_inference_native
+
+    return leff_inference_native(
+        x.contiguous(),
+        folded,
+        None if residual is None else residual.contiguous(),
+        (settings.height, settings.width),
+        settings.num_prefix_tokens,
+        settings.activations,
+        dtype,
+        out_dtype(x, residual, settings),
+    )
