@@ -46,7 +46,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
     "lca": {"triton": PHASES},
     "i2t": {"native": PHASES},
     "norm": {"triton": PHASES},
-    "linear": {"native": ("inference",)},
+    "linear": {"native": PHASES},
 }
 OPERATORS = tuple(IMPLEMENTED)
 
@@ -67,7 +67,7 @@ _NATIVE = {
         "cuda": _Native("_i2t_forward", PHASES, _CUDA_DTYPES),
         "cpu": _Native("_i2t_pool", ("inference",), _CPU_DTYPES),
     },
-    "linear": {"cpu": _Native("_transpose", ("inference",), _CPU_DTYPES)},
+    "linear": {"cpu": _Native("_transpose", PHASES, _CPU_DTYPES)},
 }
 _DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
 

@@ -22,7 +22,7 @@ CALLS = {
     "leff": lambda: FusedLeFF(16).eval().requires_grad_(False)(torch.randn(1, 5, 16)),
     "lca": lambda: FusedLCAAttention(16)(torch.randn(1, 5, 16)),
     "i2t": lambda: FusedImage2Tokens()(torch.randn(1, 3, 16, 16)),
-    "linear": lambda: FusedLinear(16, 8).requires_grad_(False)(torch.randn(5, 16)),
+    "linear": lambda: FusedLinear(16, 8)(torch.randn(5, 16)),
     "norm": lambda: FusedAddNorm()(torch.randn(1, 5, 16), None, nn.LayerNorm(16)),
 }
 
