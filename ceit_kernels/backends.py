@@ -45,7 +45,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
     "leff": {"triton": PHASES, "native": PHASES},
     "lca": {"triton": PHASES},
     "i2t": {"native": PHASES},
-    "norm": {"triton": PHASES},
+    "norm": {"triton": PHASES, "native": PHASES},
     "linear": {"native": PHASES},
 }
 OPERATORS = tuple(IMPLEMENTED)
@@ -67,6 +67,7 @@ _NATIVE = {
         "cuda": _Native("_i2t_forward", PHASES, _CUDA_DTYPES),
         "cpu": _Native("_i2t_pool", ("inference",), _CPU_DTYPES),
     },
+    "norm": {"cpu": _Native("_add_norm_forward", PHASES, _CPU_DTYPES)},
     "linear": {"cpu": _Native("_transpose", PHASES, _CPU_DTYPES)},
 }
 _DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
@@ -104,6 +105,9 @@ def _parse(setting: str, source: str) -> dict[str, str]:
 
 _setting = {**_parse("auto", ""), **_parse(os.environ.get(_ENVIRONMENT_VARIABLE) or "auto", _ENVIRONMENT_VARIABLE)}
 
+# What the setting has chosen so far: deciding again would cost a small call more than its arithmetic.
+_chosen: dict[tuple[object, ...], Choice] = {}
+
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
@@ -121,10 +125,12 @@ def use_backend(backend: str) -> Iterator[None]:
     """
     global _setting
     outer, _setting = _setting, {**_setting, **_parse(backend, "backend")}
+    _chosen.clear()
     try:
         yield
     finally:
         _setting = outer
+        _chosen.clear()
 
 
 def current_backend(operator: str) -> str:
@@ -239,7 +245,13 @@ def choose(operator: str, x: Tensor, dtype: torch.dtype, limit: str | None = Non
     Raises:
         BackendError: the backend that was asked for cannot serve the call.
     """
-    return _decide(operator, phase, *_place(x), dtype, limit)
+    if torch.compiler.is_compiling() or is_recording():
+        return _decide(operator, phase, *_place(x), dtype, limit)
+    call = operator, phase, x.device, x.is_cuda, dtype, limit
+    choice = _chosen.get(call)
+    if choice is None:
+        choice = _chosen[call] = _decide(operator, phase, *_place(x), dtype, limit)
+    return choice
 
 
 def require(operator: str, backend: str, x: Tensor, dtype: torch.dtype, limit: str | None = None) -> None:

@@ -39,7 +39,9 @@ class FusedLinear(nn.Linear):
             BackendError: the backend that was asked for cannot serve the call.
         """
         weight, bias, in_graph = self.weight, self.bias, torch.compiler.is_compiling()
-        check_input("x", x, weight, "weight", *x.shape[:-1], self.in_features)
+        # What an input mostly is, which is quicker to tell than whether it is allowed.
+        if x.shape[-1:] != weight.shape[1:] or x.dtype != weight.dtype or x.device != weight.device:
+            check_input("x", x, weight, "weight", *x.shape[:-1], self.in_features)
         # In a graph the number of rows may be any.
         if not in_graph and x.numel() * self.out_features < _FEW and backends.current_backend("linear") == "auto":
             return F.linear(x, weight, bias)
