@@ -43,19 +43,19 @@ PHASES = ("inference", "training")
 # What each operator is implemented in beside plain PyTorch, the best first, and for which phases.
 IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
     "leff": {"triton": PHASES, "native": PHASES},
-    "lca": {"triton": PHASES},
+    "lca": {"triton": PHASES, "native": PHASES},
     "i2t": {"native": PHASES},
-    "norm": {"triton": PHASES},
-    "linear": {"native": ("inference",)},
+    "norm": {"triton": PHASES, "native": PHASES},
+    "linear": {"native": PHASES},
     "attention": {"native": PHASES},
 }
 OPERATORS = tuple(IMPLEMENTED)
 
 
 class _Native(NamedTuple):
-    """Compiled code for a kind of device: an operator of its own that tells whether it is there, and what it serves."""
+    """Code for a kind of device, and what it serves; a compiled operator tells whether it is there, if there is one."""
 
-    operator: str
+    operator: str | None
     phases: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -68,7 +68,9 @@ _NATIVE = {
         "cuda": _Native("_i2t_forward", PHASES, _CUDA_DTYPES),
         "cpu": _Native("_i2t_pool", ("inference",), _CPU_DTYPES),
     },
-    "linear": {"cpu": _Native("_transpose", ("inference",), _CPU_DTYPES)},
+    "lca": {"cpu": _Native(None, PHASES, _CPU_DTYPES)},
+    "norm": {"cpu": _Native("_add_norm_forward", PHASES, _CPU_DTYPES)},
+    "linear": {"cpu": _Native("_transpose", PHASES, _CPU_DTYPES)},
     "attention": {"cpu": _Native("_attention", PHASES, _CPU_DTYPES)},
 }
 _DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
@@ -106,6 +108,9 @@ def _parse(setting: str, source: str) -> dict[str, str]:
 
 _setting = {**_parse("auto", ""), **_parse(os.environ.get(_ENVIRONMENT_VARIABLE) or "auto", _ENVIRONMENT_VARIABLE)}
 
+# What the setting has chosen so far: deciding again would cost a small call more than its arithmetic.
+_chosen: dict[tuple[object, ...], Choice] = {}
+
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
@@ -123,10 +128,12 @@ def use_backend(backend: str) -> Iterator[None]:
     """
     global _setting
     outer, _setting = _setting, {**_setting, **_parse(backend, "backend")}
+    _chosen.clear()
     try:
         yield
     finally:
         _setting = outer
+        _chosen.clear()
 
 
 def current_backend(operator: str) -> str:
@@ -168,7 +175,7 @@ def _native_refusal(
         needed = " or ".join(_DEVICE_NAMES[device] for device in devices)
         return f"the tensor is on the {device_type.upper()}, {operator}'s compiled kernels need {needed}"
     native = devices[device_type]
-    if not has_kernel(native.operator, device_type):
+    if native.operator is not None and not has_kernel(native.operator, device_type):
         return extension_problem(device_type)
     if phase not in native.phases:
         return f"{operator} has no native implementation of {phase} on the {device_type.upper()}"
@@ -241,13 +248,21 @@ def choose(operator: str, x: Tensor, dtype: torch.dtype, limit: str | None = Non
     Raises:
         BackendError: the backend that was asked for cannot serve the call.
     """
-    return _decide(operator, phase, *_place(x), dtype, limit)
+    if torch.compiler.is_compiling() or is_recording():
+        return _decide(operator, phase, *_place(x), dtype, limit)
+    call = operator, phase, x.device, x.is_cuda, dtype, limit
+    choice = _chosen.get(call)
+    if choice is None:
+        choice = _chosen[call] = _decide(operator, phase, *_place(x), dtype, limit)
+    return choice
 
 
 def require(operator: str, backend: str, x: Tensor, dtype: torch.dtype, limit: str | None = None) -> None:
     """Raise ``BackendError`` unless ``backend`` has a registered operator that can serve the call in some phase."""
     refusal = "it is plain PyTorch, call the function in ceit_kernels instead" if backend == "reference" else None
     refusal = refusal or _refusal(operator, "inference", backend, *_place(x), dtype, limit)
+    if refusal is None and backend == "native" and native_operator(operator, x) is None:
+        refusal = "it is made of PyTorch's operators, call the function in ceit_kernels instead"
     if refusal is not None:
         raise BackendError(f"ceit::{operator}: backend {backend!r} cannot run: {refusal}")
 

@@ -2,6 +2,8 @@ import pytest
 import torch
 from support import where
 
+from ceit_kernels import backends
+
 
 def pytest_collection_modifyitems(config, items):
     """Leave out, visibly, what this run cannot execute; ``make test`` runs each group where it can."""
@@ -18,6 +20,12 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if runs_here(item)]
+
+
+@pytest.fixture(autouse=True)
+def decide_on_backends_again():
+    """What a test made the machine look like does not choose the backends of the next."""
+    backends._chosen.clear()
 
 
 @pytest.fixture

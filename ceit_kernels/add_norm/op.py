@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.registration import refuse_gradient, register_autocast
+from .native import add_norm_backward_native, add_norm_forward_native
 from .reference import add_layer_norm_reference
 
 __all__ = ["add_layer_norm"]
@@ -64,28 +65,39 @@ def add_layer_norm(
     prefix_tokens = num_prefix_tokens or 0
     total_dtype = _total_dtype(x, branch)
     out_dtype = _autocast_dtype(x, total_dtype)
-    _check(x, branch, weight, bias, prefix_tokens, out_dtype)
+    some_prefix = x.dim() == 3 and 0 < prefix_tokens <= x.shape[1]
+    if not (_all_alike(x, branch, weight, bias) and (some_prefix or not prefix_tokens)):
+        _check(x, branch, weight, bias, prefix_tokens, out_dtype)
     choice = backends.choose("norm", x, total_dtype, _limit(x), "training")
     if choice.backend == "reference":
         total, out = add_layer_norm_reference(x, branch, weight, bias, eps)
         prefix = total[:, :prefix_tokens] if prefix_tokens else None
-    elif branch is None:
-        settings = (weight, bias, eps, prefix_tokens, out_dtype, choice.backend)
-        if torch.is_grad_enabled() and x.requires_grad:
-            total, out, prefix, _, _ = _PassOn.apply(x, *settings)
-        else:
-            total = x
-            _, out, prefix, _, _ = torch.ops.ceit.add_layer_norm(x, None, *settings)
     else:
         settings = (weight, bias, eps, prefix_tokens, out_dtype, choice.backend)
-        total, out, prefix, _, _ = torch.ops.ceit.add_layer_norm(x, branch, *settings)
+        total, out, prefix = _call(x, branch, *settings)
     if num_prefix_tokens is None:
         return total, out
     return total, out, prefix if prefix_tokens else total[:, :0]
 
 
+def _call(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend) -> tuple[Tensor | None, ...]:
+    """The sum, which is x without a branch, its LayerNorm and its prefix tokens; the arguments are checked."""
+    arguments = (x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend)
+    eager = backend == "native" and not torch.compiler.is_compiling()
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
+    if training and (eager or branch is None):
+        return _AddNorm.apply(*arguments)
+    if eager:
+        total, out, prefix, _, _ = _forward_checked(*arguments, with_statistics=False)
+    else:
+        total, out, prefix, _, _ = torch.ops.ceit.add_layer_norm(*arguments)
+    return x if branch is None else total, out, prefix
+
+
 def _total_dtype(x: Tensor, branch: Tensor | None) -> torch.dtype:
-    return x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    if branch is None or branch.dtype == x.dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, branch.dtype)
 
 
 def _autocast_dtype(x: Tensor, total_dtype: torch.dtype) -> torch.dtype | None:
@@ -94,6 +106,17 @@ def _autocast_dtype(x: Tensor, total_dtype: torch.dtype) -> torch.dtype | None:
         return None
     # On CUDA it is one of the operators that run in float32; on a CPU it takes what it is given.
     return torch.float32 if x.is_cuda and total_dtype != torch.float64 else total_dtype
+
+
+def _all_alike(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the arguments are what they mostly are, which is quicker to tell than whether they are allowed."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if not shape or not shape[-1] or not dtype.is_floating_point:
+        return False
+    if branch is not None and (branch.shape != shape or branch.dtype != dtype or branch.device != device):
+        return False
+    row = shape[-1:]
+    return all(p is None or (p.shape == row and p.dtype == dtype and p.device == device) for p in (weight, bias))
 
 
 def _check(
@@ -128,10 +151,12 @@ def _check(
 
 
 def _limit(x: Tensor) -> str | None:
-    if x.shape[-1] > _MAX_CHANNELS:
-        return f"the kernels take up to {_MAX_CHANNELS} channels, x has {x.shape[-1]}"
-    if x.numel() // x.shape[-1] > _MAX_ROWS:
-        return f"the kernels take up to {_MAX_ROWS} rows, x has {x.numel() // x.shape[-1]}"
+    channels = x.shape[-1]
+    if channels > _MAX_CHANNELS:
+        return f"the kernels take up to {_MAX_CHANNELS} channels, x has {channels}"
+    rows = x.numel() // channels
+    if rows > _MAX_ROWS:
+        return f"the kernels take up to {_MAX_ROWS} rows, x has {rows}"
     return None
 
 
@@ -152,17 +177,28 @@ def _outputs(make, x, branch, num_prefix_tokens, out_dtype) -> tuple[Tensor, ...
     )
 
 
+def _forward_checked(
+    x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend, with_statistics=True
+) -> tuple[Tensor | None, ...]:
+    dtype = _total_dtype(x, branch)
+    if x.numel() == 0:
+        return _outputs(x.new_zeros, x, branch, num_prefix_tokens, out_dtype)
+    if backend == "native":
+        dtypes = (dtype, out_dtype or dtype)
+        return add_norm_forward_native(x, branch, weight, bias, eps, num_prefix_tokens, *dtypes, with_statistics)
+    from .launch import add_norm_forward_triton
+
+    tensors = _contiguous(x, branch, weight, bias)
+    return add_norm_forward_triton(*tensors, eps, num_prefix_tokens, out_dtype or dtype)
+
+
 @torch.library.impl("ceit::add_layer_norm", "default")
 def _forward(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend):
     _check(x, branch, weight, bias, num_prefix_tokens, out_dtype)
     dtype = _total_dtype(x, branch)
     backends.require("norm", backend, x, dtype, _limit(x))
-    if x.numel() == 0:
-        return _outputs(x.new_zeros, x, branch, num_prefix_tokens, out_dtype)
-    from .launch import add_norm_forward_triton
-
-    tensors = _contiguous(x, branch, weight, bias)
-    results = add_norm_forward_triton(*tensors, eps, num_prefix_tokens, out_dtype or dtype)
+    results = _forward_checked(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend)
+    # An operator must return tensors.
     return tuple(x.new_empty(0, dtype=dtype) if result is None else result for result in results)
 
 
@@ -180,6 +216,20 @@ def _empty_gradients(make, total, weight, bias, needs) -> tuple[Tensor, ...]:
     )
 
 
+def _backward_checked(
+    grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *rest
+) -> tuple[Tensor | None, ...]:
+    *needs, backend = rest
+    if total.numel() == 0:
+        return _empty_gradients(torch.zeros_like, total, weight, bias, needs)
+    tensors = (grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd)
+    if backend == "native":
+        return add_norm_backward_native(*tensors, *needs)
+    from .launch import add_norm_backward_triton
+
+    return add_norm_backward_triton(*_contiguous(*tensors), *needs)
+
+
 @torch.library.impl("ceit::add_layer_norm_backward", "default")
 def _backward(grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *rest):
     *needs, backend = rest
@@ -192,12 +242,7 @@ def _backward(grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd
     for name, parameter, need in (("weight", weight, needs[1]), ("bias", bias, needs[2])):
         if need and parameter is None:
             raise ValueError(f"need_{name}: expected False where {name} is None, got True")
-    if total.numel() == 0:
-        return _empty_gradients(torch.zeros_like, total, weight, bias, needs)
-    from .launch import add_norm_backward_triton
-
-    tensors = _contiguous(grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd)
-    grads = add_norm_backward_triton(*tensors, *needs)
+    grads = _backward_checked(grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *rest)
     return tuple(total.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -211,9 +256,11 @@ def _gradients(ctx, grad_total, grad_out, grad_prefix, needs) -> tuple[Tensor | 
     total, weight, bias, mean, rstd = ctx.saved_tensors
     if grad_out is None:
         return _gradient_beside_norm(total, grad_total, grad_prefix) if needs[0] else None, None, None
-    found = torch.ops.ceit.add_layer_norm_backward(
-        grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *needs, ctx.backend
-    )
+    eager = ctx.backend == "native" and not torch.compiler.is_compiling()
+    # With gradients on, the operator refuses that of its own.
+    run = _backward_checked if eager and not torch.is_grad_enabled() else torch.ops.ceit.add_layer_norm_backward
+    arguments = (grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *needs, ctx.backend)
+    found = run(*arguments)
     return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
 
@@ -229,7 +276,6 @@ def _gradient_beside_norm(total: Tensor, grad_total: Tensor | None, grad_prefix:
 def _save(ctx, total, weight, bias, mean, rstd, backend) -> None:
     ctx.save_for_backward(total, weight, bias, mean, rstd)
     ctx.backend = backend
-    ctx.mark_non_differentiable(mean, rstd)
     # Or backward would get, and add, zeros for a sum that nothing else uses.
     ctx.set_materialize_grads(False)
 
@@ -238,20 +284,22 @@ def _setup_context(ctx, inputs, output):
     x, branch, weight, bias, _, num_prefix_tokens, _, backend = inputs
     total, _, _, mean, rstd = output
     _save(ctx, x if branch is None else total, weight, bias, mean, rstd, backend)
+    ctx.mark_non_differentiable(mean, rstd)
     ctx.dtypes = x.dtype, None if branch is None else branch.dtype
     ctx.has_prefix = num_prefix_tokens > 0
 
 
 def _autograd_backward(ctx, grad_total, grad_out, grad_prefix, *no_grads):
+    return _input_gradients(
+        ctx, None if ctx.dtypes[1] is None else grad_total, grad_out, grad_prefix if ctx.has_prefix else None
+    )
+
+
+def _input_gradients(ctx, grad_total, grad_out, grad_prefix) -> tuple[Tensor | None, ...]:
     need_x, need_branch, *need_parameters = ctx.needs_input_grad[:4]
     dtype, branch_dtype = ctx.dtypes
-    grad, grad_weight, grad_bias = _gradients(
-        ctx,
-        None if branch_dtype is None else grad_total,
-        grad_out,
-        grad_prefix if ctx.has_prefix else None,
-        (need_x or need_branch, *need_parameters),
-    )
+    needs = (need_x or need_branch, *need_parameters)
+    grad, grad_weight, grad_bias = _gradients(ctx, grad_total, grad_out, grad_prefix, needs)
     return (
         grad.to(dtype) if need_x and grad is not None else None,
         grad.to(branch_dtype) if need_branch and grad is not None else None,
@@ -269,25 +317,25 @@ refuse_gradient(
 )
 
 
-class _PassOn(torch.autograd.Function):
-    """The operator without a branch, with x itself as the sum: a registered operator may not return its input."""
+class _AddNorm(torch.autograd.Function):
+    """The operator with x itself as the sum where there is no branch: a registered operator may not return its input.
+
+    Outside a graph the native backend spares itself what a registered operator costs a call.
+    """
 
     @staticmethod
-    def forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
-        _, out, prefix, mean, rstd = torch.ops.ceit.add_layer_norm(x, None, *arguments)
-        return x.view_as(x), out, prefix, mean, rstd
+    def forward(ctx, x: Tensor, branch: Tensor | None, *settings) -> tuple[Tensor | None, ...]:
+        weight, bias, _, num_prefix_tokens, _, backend = settings
+        eager = backend == "native" and not torch.compiler.is_compiling()
+        run = _forward_checked if eager else torch.ops.ceit.add_layer_norm
+        total, out, prefix, mean, rstd = run(x, branch, *settings)
+        _save(ctx, x if branch is None else total, weight, bias, mean, rstd, backend)
+        ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+        return x.view_as(x) if branch is None else total, out, prefix if num_prefix_tokens else None
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, bias, _, num_prefix_tokens, _, backend = inputs
-        *_, mean, rstd = output
-        _save(ctx, x, weight, bias, mean, rstd, backend)
-        ctx.has_prefix = num_prefix_tokens > 0
-
-    @staticmethod
-    def backward(ctx, grad_total, grad_out, grad_prefix, *no_grads) -> tuple[Tensor | None, ...]:
-        grads = _gradients(ctx, grad_total, grad_out, grad_prefix if ctx.has_prefix else None, ctx.needs_input_grad[:3])
-        return *grads, *(None,) * 4  # eps, num_prefix_tokens, out_dtype, backend
+    def backward(ctx, grad_total, grad_out, grad_prefix) -> tuple[Tensor | None, ...]:
+        return _input_gradients(ctx, grad_total, grad_out, grad_prefix)
 
 
 @register_autocast("ceit::add_layer_norm")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["linear", "packed", "packed_convolution", "product", "transposed"]
+__all__ = ["linear", "packed", "packed_convolution", "product", "transposed", "weight_gradient"]
 
 torch.library.define("ceit::_transpose", "(Tensor x, Tensor(a!) out) -> ()")
 
@@ -75,3 +75,13 @@ def transposed(x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[1], x.shape[0])
     torch.ops.ceit._transpose(x, out)
     return out
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad^T x`` for contiguous matrices (M, N) and (M, K): what a linear layer's weight (N, K) gets.
+
+    Of the two the narrower is copied transposed, the wider read as it lies.
+    """
+    if grad.shape[1] <= x.shape[1]:
+        return product(transposed(grad), x)
+    return transposed(product(transposed(x), grad))

@@ -9,6 +9,7 @@ from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.registration import refuse_gradient, register_autocast
+from .native import lca_attention_native
 from .reference import lca_attention_reference
 
 __all__ = ["lca_attention"]
@@ -43,7 +44,7 @@ def lca_attention(
     """Attention of the last layer's class token to the class tokens of all layers (CeiT, section 3.4).
 
     Computes ``softmax(scale * q k^T) v`` with one query, ``q = x[:, -1] W_q^T + b_q``, and ``k``, ``v`` from all of x,
-    by the backend that ``use_backend`` set. Differentiable once (any number of times by the reference).
+    by the backend that ``use_backend`` set. Differentiable once (any number of times without Triton).
 
     Args:
         x: class tokens (B, L, C), one for each of L layers, the asking one last.
@@ -69,6 +70,8 @@ def lca_attention(
     choice = backends.choose("lca", x, autocast_dtype(x) or x.dtype, _limit(x, num_heads))
     if choice.backend == "reference":
         return lca_attention_reference(x, qkv_weight, qkv_bias, num_heads, scale, dropout_p, seed)
+    if choice.backend == "native":
+        return lca_attention_native(x, qkv_weight, qkv_bias, num_heads, scale, dropout_p, seed)
     return torch.ops.ceit.lca_attention(
         x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, None, choice.backend
     )

@@ -1,4 +1,4 @@
-"""Linear layers at inference on the CPU, by oneDNN with weights packed once; elsewhere PyTorch's own is as fast."""
+"""Linear layers on the CPU, by oneDNN, at inference with weights packed once; elsewhere PyTorch's own is as fast."""
 
 from .module import FusedLinear
 

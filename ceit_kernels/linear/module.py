@@ -10,15 +10,20 @@ from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_input
 from ..common.module import adopt
-from . import op  # noqa: F401, which registers the operator
+from .op import linear_eagerly
 
 __all__ = ["FusedLinear"]
 
 
-class FusedLinear(nn.Linear):
-    """A linear layer, at inference by oneDNN on the CPU, which keeps a packed copy of the weight beside it.
+# Multiply-adds of a product below which PyTorch's own is as fast, for its calls cost less.
+_FEW = 2 << 20
 
-    Constructor, parameters and state_dict are those of ``torch.nn.Linear``.
+
+class FusedLinear(nn.Linear):
+    """A linear layer, by oneDNN on the CPU, where at inference a packed copy of the weight is kept beside it.
+
+    Constructor, parameters and state_dict are those of ``torch.nn.Linear``. Differentiable once (any number of times
+    by the reference).
     """
 
     @classmethod
@@ -33,11 +38,21 @@ class FusedLinear(nn.Linear):
             ValueError, TypeError: x is not of the layer's width, dtype or device.
             BackendError: the backend that was asked for cannot serve the call.
         """
-        check_input("x", x, self.weight, "weight", *x.shape[:-1], self.in_features)
-        dtype = autocast_dtype(x)
-        differentiable = any(t is not None and t.requires_grad for t in (x, self.weight, self.bias))
-        phase = "training" if differentiable and torch.is_grad_enabled() else "inference"
-        choice = backends.choose("linear", x, dtype or x.dtype, phase=phase)
-        if choice.backend == "reference":
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.ceit.linear(x, self.weight, self.bias, not self.training, None, choice.backend)
+        weight, bias, in_graph = self.weight, self.bias, torch.compiler.is_compiling()
+        # What an input mostly is, which is quicker to tell than whether it is allowed.
+        if x.shape[-1:] != weight.shape[1:] or x.dtype != weight.dtype or x.device != weight.device:
+            check_input("x", x, weight, "weight", *x.shape[:-1], self.in_features)
+        # In a graph the number of rows may be any.
+        if not in_graph and x.numel() * self.out_features < _FEW and backends.current_backend("linear") == "auto":
+            return F.linear(x, weight, bias)
+        dtype = autocast_dtype(x) or x.dtype
+        training = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        backend = backends.choose("linear", x, dtype, phase="training" if training else "inference").backend
+        if backend == "reference":
+            return F.linear(x, weight, bias)
+        constant = not (training or self.training)
+        if in_graph:
+            return torch.ops.ceit.linear(x, weight, bias, constant, None, backend)
+        return linear_eagerly(x, weight, bias, constant, dtype, backend, training)

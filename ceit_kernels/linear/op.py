@@ -1,16 +1,18 @@
-"""``ceit::linear``: schema, checks, autocast. It has no gradient, for which PyTorch's own is as fast."""
+"""``ceit::linear`` and its backward: schema, checks, autograd, autocast; and the same for a call outside any graph."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.products import linear, packed
+from ..common.products import linear, packed, product, weight_gradient
 from ..common.registration import refuse_gradient, register_autocast
 
-__all__: list[str] = []
+__all__ = ["linear_eagerly"]
 
 # `constant` promises that the weight is used again before it changes, so that packing it pays.
 torch.library.define(
@@ -18,12 +20,18 @@ torch.library.define(
     "(Tensor x, Tensor weight, Tensor? bias, bool constant, ScalarType? compute_dtype, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+torch.library.define(
+    "ceit::linear_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias, "
+    "ScalarType? compute_dtype, str backend) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def _prepare(
     x: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None, backend: str
 ) -> torch.dtype:
-    """Check a call of an operator; the dtype that it computes in."""
+    """Check a direct call of an operator; the dtype that it computes in."""
     if x.dim() < 1:
         raise ValueError("x: expected at least one dimension, got a scalar")
     check_floating("x", x)
@@ -46,14 +54,20 @@ def _matrix(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
-@torch.library.impl("ceit::linear", "default")
-def _forward(x, weight, bias, constant, compute_dtype, backend):
-    dtype = _prepare(x, weight, bias, compute_dtype, backend)
-    matrix, bias = _matrix(x, dtype), None if bias is None else bias.to(dtype)
+def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None, constant: bool, dtype: torch.dtype) -> Tensor:
+    """``ceit::linear``'s result in ``dtype``, its arguments checked; has no gradient."""
+    matrix = _matrix(x, dtype)
+    if bias is not None:
+        bias = bias.to(dtype)
     if matrix.numel() == 0:
         return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
     ready = packed(weight, matrix.shape[0]) if constant and weight.dtype == dtype else weight.to(dtype)
     return linear(matrix, ready, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.impl("ceit::linear", "default")
+def _forward(x, weight, bias, constant, compute_dtype, backend):
+    return _linear_native(x, weight, bias, constant, _prepare(x, weight, bias, compute_dtype, backend))
 
 
 @torch.library.register_fake("ceit::linear")
@@ -61,9 +75,62 @@ def _forward_fake(x, weight, bias, constant, compute_dtype, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype or x.dtype)
 
 
+def _linear_backward_native(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``ceit::linear_backward``'s results, its arguments checked; None for those that are not needed."""
+    need_x, need_weight, need_bias = needs
+    gradient = _matrix(grad_out, dtype)
+    grad_x = grad_weight = None
+    if need_x:
+        grad_x = product(gradient, weight.to(dtype)) if gradient.numel() else torch.zeros_like(x)
+        grad_x = grad_x.view(x.shape).to(x.dtype)
+    if need_weight:
+        matrix = _matrix(x, dtype)
+        empty = matrix.numel() == 0 or gradient.numel() == 0
+        grad_weight = torch.zeros_like(weight) if empty else weight_gradient(gradient, matrix).to(weight.dtype)
+    return grad_x, grad_weight, gradient.sum(0, dtype=weight.dtype) if need_bias else None
+
+
+@torch.library.impl("ceit::linear_backward", "default")
+def _backward(grad_out, x, weight, need_x, need_weight, need_bias, compute_dtype, backend):
+    dtype = _prepare(x, weight, None, compute_dtype, backend)
+    check_shape("grad_out", grad_out, *x.shape[:-1], weight.shape[0])
+    grads = _linear_backward_native(grad_out, x, weight, (need_x, need_weight, need_bias), dtype)
+    # An operator must return tensors.
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@torch.library.register_fake("ceit::linear_backward")
+def _backward_fake(grad_out, x, weight, need_x, need_weight, need_bias, compute_dtype, backend):
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        weight.new_empty(weight.shape) if need_weight else x.new_empty(0),
+        weight.new_empty(weight.shape[0]) if need_bias else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, _, ctx.compute_dtype, ctx.backend = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd_backward(ctx, grad_out):
+    needs = ctx.needs_input_grad[:3]
+    grads = torch.ops.ceit.linear_backward(grad_out, *ctx.saved_tensors, *needs, ctx.compute_dtype, ctx.backend)
+    no_gradient = (None,) * 3  # constant, compute_dtype, backend
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *no_gradient
+
+
+torch.library.register_autograd("ceit::linear", _autograd_backward, setup_context=_setup_context)
 refuse_gradient(
-    "ceit::linear",
-    "ceit::linear has no gradient; ceit_kernels.FusedLinear calls torch.nn.functional.linear where one is needed",
+    "ceit::linear_backward",
+    "ceit_kernels.FusedLinear is differentiable once; for second derivatives run it under "
+    'ceit_kernels.use_backend("reference")',
 )
 
 
@@ -71,3 +138,34 @@ refuse_gradient(
 def _autocast(dtype, x, weight, bias, constant, compute_dtype, backend):
     compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
     return torch.ops.ceit.linear(x, weight, bias, constant, compute_dtype, backend)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, constant: bool, dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        _setup_context(ctx, (x, weight, bias, constant, dtype, backend), None)
+        return _linear_native(x, weight, bias, constant, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # where the gradient of this gradient is refused
+            return _autograd_backward(ctx, grad_out)
+        grads = _linear_backward_native(grad_out, *ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.compute_dtype)
+        return *grads, None, None, None  # constant, dtype, backend
+
+
+def linear_eagerly(
+    x: Tensor, weight: Tensor, bias: Tensor | None, constant: bool, dtype: torch.dtype, backend: str, training: bool
+) -> Tensor:
+    """``ceit::linear`` outside any graph, its arguments checked, without what a registered operator costs a call.
+
+    Args:
+        x, weight, bias, constant, backend: as of the operator.
+        dtype: what it computes in.
+        training: whether a gradient is wanted.
+    """
+    if training:
+        return _Eager.apply(x, weight, bias, constant, dtype, backend)
+    return _linear_native(x, weight, bias, constant, dtype)

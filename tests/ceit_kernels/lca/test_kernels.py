@@ -1,53 +1,21 @@
 """The Triton kernels against plain PyTorch: values, gradients, and what surrounds a call."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import lca
 from support.accuracy import assert_as_accurate
+from support.lca import NAMES, SHAPES, make_inputs, run
 from support.where import ANY_SIZE_DTYPES, DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
 
 from ceit_kernels import lca_attention, use_backend
 
 pytestmark = pytest.mark.kernels
 
-# batch, layers, channels, heads; the last of them in every block, none, one or several
-SHAPES = [(3, 12, 48, 3), (17, 5, 40, 2), (2, 37, 24, 1), (1, 1, 16, 1), (2, 3, 96, 2)]
-NAMES = ("out", "x.grad", "qkv_weight.grad", "qkv_bias.grad")
-
-
-def make_inputs(batch, layers, channels, heads, dtype, bias=True, mean=0.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
-
-    x = normal(batch, layers, channels) + mean
-    weight = normal(3 * channels, channels) * channels**-0.5
-    return [x, weight, normal(3 * channels) if bias else None], normal(batch, 1, channels)
-
-
-def run(backend, inputs, grad_out, **options):
-    """Output and gradients of the inputs that are there."""
-    inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    with use_backend(f"lca={backend}"):
-        out = lca_attention(*inputs, **options)
-    return [out.detach(), *torch.autograd.grad(out, [t for t in inputs if t is not None], grad_out)]
-
-
-def check(inputs, grad_out, **options):
-    wide = [None if t is None else t.double() for t in inputs]
-    assert_as_accurate(
-        NAMES[: 1 + len([t for t in inputs if t is not None])],
-        run("triton", inputs, grad_out, **options),
-        run("reference", inputs, grad_out, **options),
-        run("reference", wide, grad_out.double(), **options),
-    )
-
-
-def check_to_rounding(inputs, grad_out, **options):
-    ours, theirs = (run(backend, inputs, grad_out, **options) for backend in ("triton", "reference"))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+check, check_to_rounding = (partial(function, "triton") for function in (lca.check, lca.check_to_rounding))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

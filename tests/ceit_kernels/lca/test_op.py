@@ -67,7 +67,7 @@ def test_the_operator_itself_refuses_a_backend_that_cannot_run():
     x, weight, bias = (good_arguments()[name] for name in ("x", "qkv_weight", "qkv_bias"))
     for backend, reason in (
         ("triton", "the tensor is on the CPU"),
-        ("native", "no native impl"),
+        ("native", "it is made of PyTorch's operators"),
         ("reference", "plain"),
     ):
         with pytest.raises(BackendError, match=f"ceit::lca: backend '{backend}' cannot run: .*{reason}"):
