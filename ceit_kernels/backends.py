@@ -65,7 +65,7 @@ _NATIVE = {
     "leff": {"cpu": _Native("_leff_depthwise", PHASES, _CPU_DTYPES)},
     "i2t": {
         "cuda": _Native("_i2t_forward", PHASES, _CUDA_DTYPES),
-        "cpu": _Native("_i2t_pool", ("inference",), _CPU_DTYPES),
+        "cpu": _Native("_i2t_forward_cpu", PHASES, _CPU_DTYPES),
     },
     "linear": {"cpu": _Native("_transpose", ("inference",), _CPU_DTYPES)},
 }
