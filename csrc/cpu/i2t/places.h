@@ -16,9 +16,12 @@ struct PlaceBytes {
   typedef uint8_t Vector __attribute__((vector_size(Lanes<Real>::count)));
 };
 
+// A conversion by more than a factor of two at a time would be compiled lane by lane.
 template <class Real>
 CEIT_INLINE void store_places(uint8_t* to, Places<Real> places, int n) {
-  const auto bytes = __builtin_convertvector(places, typename PlaceBytes<Real>::Vector);
+  const auto words = __builtin_convertvector(places, typename Lanes<Real>::Ints);
+  const auto halves = __builtin_convertvector(words, typename Lanes<Real>::Halves);
+  const auto bytes = __builtin_convertvector(halves, typename PlaceBytes<Real>::Vector);
   std::memcpy(to, &bytes, n < Lanes<Real>::count ? size_t(n) : sizeof bytes);
 }
 
@@ -26,7 +29,9 @@ template <class Real>
 CEIT_INLINE Places<Real> load_places(const uint8_t* from, int n) {
   typename PlaceBytes<Real>::Vector bytes = {};
   std::memcpy(&bytes, from, n < Lanes<Real>::count ? size_t(n) : sizeof bytes);
-  return __builtin_convertvector(bytes, Places<Real>);
+  const auto halves = __builtin_convertvector(bytes, typename Lanes<Real>::Halves);
+  const auto words = __builtin_convertvector(halves, typename Lanes<Real>::Ints);
+  return __builtin_convertvector(words, Places<Real>);
 }
 
 }  // namespace CEIT_CAPABILITY

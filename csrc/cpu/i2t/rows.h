@@ -172,9 +172,12 @@ class ConvolvedRows {
     if (held_[slot] != wanted) {
       held_[slot] = wanted;
       convolve(image, y, out);
+      finite_[slot] = all_finite(out);
     }
     return out;
   }
+  // Whether row `y`, which was asked for lately, holds neither infinity nor what is no number.
+  bool is_finite(int64_t y) const { return finite_[y % kSlots]; }
 
  private:
   static constexpr int kSlots = 4;
@@ -194,10 +197,21 @@ class ConvolvedRows {
     }
   }
 
+  bool all_finite(const Real* row) const {
+    Vec<Real> zeros[2] = {};
+    for (int64_t at = 0; at < convolution_.sizes.conv_width * stride(); at += 2 * Lanes<Real>::count)
+      for (int i = 0; i < 2; ++i) zeros[i] += load(row + at + i * Lanes<Real>::count) * Real(0);
+    const auto sum = zeros[0] + zeros[1];
+    for (int i = 0; i < Lanes<Real>::count; ++i)
+      if (!(sum[i] == 0)) return false;
+    return true;
+  }
+
   const Convolution& convolution_;
   ImageRows<T> image_;
   const Scratch<Real> rows_;
   int64_t held_[kSlots];
+  bool finite_[kSlots];
 };
 
 }  // namespace CEIT_CAPABILITY

@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.stems import make_stem
 
-from ceit_kernels import FusedImage2Tokens, backends, use_backend
+from ceit import CeiT
+from ceit_kernels import FusedImage2Tokens, backends, fuse, use_backend
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +155,34 @@ def test_other_dtypes_are_left_to_plain_pytorch():
 def test_auto_takes_the_code_for_the_cpu(phase):
     with use_backend("auto"):
         assert backends.choose("i2t", torch.zeros(1), torch.float32, phase=phase).backend == "native"
+
+
+def test_training_keeps_the_result_and_a_byte_of_its_place():
+    stem, x, kept = make_stem().cpu().float(), torch.randn(2, 3, 64, 64), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = stem(x)
+    for tensor in (x, out, *stem.parameters()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    statistics = 2 * 32 * 4
+    assert sum(kept.values()) == out.numel() + statistics
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_computes_what_the_plain_one_does(training):
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        options = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+        model = CeiT(**options).double().train(training)
+        if fused:
+            fuse(model, leff=False, lca=False, norm=False, linear=False)
+        logits = model(images)
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()), allow_unused=True)
+        results.append([logits, [g for g in gradients if g is not None], *model.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
