@@ -66,7 +66,7 @@ _NATIVE = {
     "leff": {"cpu": _Native("_leff_depthwise", PHASES, _CPU_DTYPES)},
     "i2t": {
         "cuda": _Native("_i2t_forward", PHASES, _CUDA_DTYPES),
-        "cpu": _Native("_i2t_pool", ("inference",), _CPU_DTYPES),
+        "cpu": _Native("_i2t_forward_cpu", PHASES, _CPU_DTYPES),
     },
     "lca": {"cpu": _Native(None, PHASES, _CPU_DTYPES)},
     "norm": {"cpu": _Native("_add_norm_forward", PHASES, _CPU_DTYPES)},

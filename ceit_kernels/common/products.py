@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["linear", "packed", "packed_convolution", "product", "transposed", "weight_gradient"]
+__all__ = ["linear", "packed", "product", "transposed", "weight_gradient"]
 
 torch.library.define("ceit::_transpose", "(Tensor x, Tensor(a!) out) -> ()")
 
@@ -52,17 +50,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.layout == torch._mkldnn or _has_onednn(x.dtype):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
-
-
-def packed_convolution(
-    weight: Tensor, bias: Tensor, stride: int, padding: int, sizes: Sequence[int]
-) -> Callable[[Tensor], Tensor]:
-    """A convolution of channels-last images with a weight that is packed for images of these sizes (B, C, H, W)."""
-    if not _has_onednn(weight.dtype):
-        return lambda x: F.conv2d(x, weight, bias, stride, padding)
-    where = ([padding] * 2, [stride] * 2, [1, 1], 1)
-    ready = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, sizes)
-    return lambda x: torch.ops.mkldnn._convolution_pointwise(x, ready, bias, *where, "none", [], "")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,43 +1,128 @@
-"""The stem's inference on the CPU: oneDNN's convolution with the norm folded into it, and compiled max-pooling."""
+"""The stem on the CPU: the schemas of ``csrc/cpu/i2t``, and the buffers and parameters that they take."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.products import packed_convolution
+__all__ = ["i2t_backward_cpu", "i2t_forward_cpu"]
 
-__all__ = ["i2t_inference_cpu"]
+for _schema in (
+    "_i2t_forward_cpu(Tensor image, Tensor weight, Tensor sign, Tensor? norm, Tensor(a!) out, Tensor(b!)? indices, "
+    "Tensor(c!)? moments) -> ()",
+    "_i2t_normalise_cpu(Tensor(a!) x, Tensor norm) -> ()",
+    "_i2t_sums_cpu(Tensor gradient, Tensor out, Tensor shift, Tensor(a!) sums) -> ()",
+    "_i2t_backward_cpu(Tensor gradient, Tensor indices, Tensor image, Tensor weight, Tensor coefficients, "
+    "Tensor(a!) grad_weight, Tensor(b!) products, Tensor(c!)? grad_convolution) -> ()",
+):
+    torch.library.define(f"ceit::{_schema.partition('(')[0]}", f"({_schema.partition('(')[2]}")
 
-torch.library.define("ceit::_i2t_pool", "(Tensor x, Tensor(a!) out) -> ()")
-
-_IMAGES_AT_A_TIME = 4  # whose maps before pooling stay in cache; twice as many take almost twice the time an image
-_STRIDE, _PADDING = 2, 3
+_BLOCK = 32  # output channels that packed weights have side by side
+_PARTS = 64  # of a backward pass, each with sums of its own, so that they do not depend on the number of threads
 
 
-def i2t_inference_cpu(
+def _conv_size(size: int) -> int:
+    return (size - 1) // 2 + 1
+
+
+def _packed(weight: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+    """The weight (O, I, 7, 7), rounded to what is computed in: (blocks, I * 49, _BLOCK), filled up with zeros."""
+    rows = weight.to(dtype).to(wide).flatten(1)
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % _BLOCK)).unflatten(0, (-1, _BLOCK)).transpose(1, 2).contiguous()
+
+
+def _scale(variance: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
+    rstd = torch.rsqrt(variance + eps)
+    return rstd if gamma is None else rstd * gamma
+
+
+def _merged(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of rows (B, H, 2, O) of so many pixels each, from their means and centred sums of squares."""
+    means, squares = moments.flatten(0, 1).unbind(1)
+    # About the mean of the first row, so that a mean far from zero costs no digits.
+    mean = means[0] + (means - means[0]).mean(0)
+    return mean, squares.mean(0) / width + (means - mean).square_().mean(0)
+
+
+def i2t_forward_cpu(
     x: Tensor,
     weight: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    need_indices: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The registered operator's results, its arguments checked, B at least 1; training if ``mean`` is None."""
+    training, wide = mean is None, torch.promote_types(dtype, torch.float32)
+    channels, conv_sizes = weight.shape[0], [_conv_size(size) for size in x.shape[2:]]
+    gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in (gamma, beta, mean, variance))
+    out = torch.empty((x.shape[0], *(_conv_size(size) for size in conv_sizes), channels), dtype=dtype)
+    keep = training or need_indices
+    indices = torch.empty(out.shape if keep else (0, 0, 0, 0), dtype=torch.uint8)
+    moments = torch.empty((x.shape[0], conv_sizes[0], 2, channels), dtype=wide) if training else None
+    sign = torch.ones(channels, dtype=wide) if gamma is None else gamma.sign()
+    shift = torch.zeros(channels, dtype=wide) if beta is None else beta
+    norm = None if training else torch.stack((mean, _scale(variance, gamma, eps), shift))
+    torch.ops.ceit._i2t_forward_cpu(
+        x.to(dtype), _packed(weight, dtype, wide), sign, norm, out, indices if keep else None, moments
+    )
+    if training:
+        mean, variance = _merged(moments, conv_sizes[1])
+        torch.ops.ceit._i2t_normalise_cpu(out, torch.stack((mean, _scale(variance, gamma, eps), shift)))
+    return out.permute(0, 3, 1, 2), indices.permute(0, 3, 1, 2) if keep else indices.view(0), mean, variance
+
+
+def i2t_backward_cpu(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    indices: Tensor,
     mean: Tensor,
     variance: Tensor,
     eps: float,
+    training: bool,
+    need_input: bool,
     dtype: torch.dtype,
-) -> Tensor:
-    """The registered operator's first result, its arguments checked, B at least 1; channels-last in memory."""
+    beta: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients of x (None unless needed), the weight, gamma and beta; ``out`` is the forward's result in training."""
     wide = torch.promote_types(dtype, torch.float32)
-    scale = torch.rsqrt(variance.to(wide) + eps)
-    scale = scale if gamma is None else scale * gamma.to(wide)
-    bias = -mean.to(wide) * scale
-    bias = (bias if beta is None else bias + beta.to(wide)).to(dtype)
-    folded = (weight.to(wide) * scale[:, None, None, None]).to(dtype)
-    x = x.to(dtype)
-    sizes = [((size - 1) // 2 + 1 - 1) // 2 + 1 for size in x.shape[2:]]
-    out = x.new_empty(x.shape[0], *sizes, weight.shape[0])
-    convolve = packed_convolution(folded, bias, _STRIDE, _PADDING, (_IMAGES_AT_A_TIME, *x.shape[1:]))
-    for start in range(0, x.shape[0], _IMAGES_AT_A_TIME):
-        part = x[start : start + _IMAGES_AT_A_TIME].contiguous(memory_format=torch.channels_last)
-        convolved = convolve(part).permute(0, 2, 3, 1).contiguous()
-        torch.ops.ceit._i2t_pool(convolved, out[start : start + _IMAGES_AT_A_TIME])
-    return out.permute(0, 3, 1, 2)
+    channels, conv_sizes = weight.shape[0], [_conv_size(size) for size in x.shape[2:]]
+    gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in (gamma, beta, mean, variance))
+    grad_out, indices = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_out.to(dtype), indices))
+    scale, zeros = _scale(variance, gamma, eps), torch.zeros_like(mean)
+    if training:
+        sums = torch.empty((*grad_out.shape[:2], 2, channels), dtype=wide)
+        normalised = out.permute(0, 2, 3, 1).contiguous()
+        torch.ops.ceit._i2t_sums_cpu(grad_out, normalised, zeros if beta is None else beta, sums)
+        # Of the gradient g and of g (out - beta): gamma times that with the normalised map, which takes no division.
+        grad_beta, scaled = sums.flatten(0, 1).sum(0)
+        pixels = x.shape[0] * conv_sizes[0] * conv_sizes[1]
+        coefficients = mean, scale, -scaled / ((variance + eps) * pixels), -scale * grad_beta / pixels
+    else:
+        grad_beta = grad_out.sum((0, 1, 2), dtype=wide)
+        coefficients = mean, scale, zeros, zeros
+    image = x.to(dtype)
+    packed = _packed(weight, dtype, wide)
+    parts = min(_PARTS, x.shape[0] * conv_sizes[0])
+    grad_weight, products = (torch.empty((parts, *size), dtype=wide) for size in (packed.shape, (channels,)))
+    grad_convolution = torch.empty((x.shape[0], *conv_sizes, channels), dtype=dtype) if need_input else None
+    torch.ops.ceit._i2t_backward_cpu(
+        grad_out, indices, image, packed, torch.stack(coefficients), grad_weight, products, grad_convolution
+    )
+    grad_weight = grad_weight.sum(0).transpose(1, 2).contiguous().flatten(0, 1)[:channels].view(weight.shape)
+    grad_gamma = products.sum(0) * torch.rsqrt(variance + eps)
+    grad_x = None
+    if grad_convolution is not None:
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            grad_convolution.permute(0, 3, 1, 2), image, weight.to(dtype), None,
+            [2, 2], [3, 3], [1, 1], False, [0, 0], 1, [True, False, False],
+        )  # fmt: skip
+        grad_x = grad_x.to(x.dtype).contiguous()
+    return grad_x, grad_weight, grad_gamma, grad_beta

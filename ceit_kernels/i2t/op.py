@@ -9,14 +9,15 @@ from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.registration import refuse_gradient, register_autocast
 from .launch import OUT_CHANNELS, i2t_backward_native, i2t_forward_native, pooled_size
-from .native_cpu import i2t_inference_cpu
+from .native_cpu import i2t_backward_cpu, i2t_forward_cpu
 
 __all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "size_limit"]
 
 MAX_IN_CHANNELS = 4
 
 # With mean and variance they are BatchNorm's; without, the call's own are used and returned. The second result are the
-# places of the maxima in their windows, empty if nothing asks for them.
+# places of the maxima in their windows, empty if nothing asks for them. On the CPU backward needs the first result
+# again where the statistics are the call's own.
 torch.library.define(
     "ceit::i2t",
     "(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? variance, float eps, "
@@ -26,15 +27,20 @@ torch.library.define(
 torch.library.define(
     "ceit::i2t_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor indices, Tensor mean, "
-    "Tensor variance, float eps, bool training, ScalarType? compute_dtype, bool need_input, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor variance, float eps, bool training, ScalarType? compute_dtype, bool need_input, str backend, "
+    "Tensor? out=None) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
+def _on_cpu(x: Tensor) -> bool:
+    """Whether the code for the CPU serves a tensor."""
+    return backends.native_operator("i2t", x) == "_i2t_forward_cpu"
+
+
 def size_limit(x: Tensor, out_channels: int) -> str | None:
     """Why sizes are beyond the kernels, if they are."""
-    kernels = backends.native_operator("i2t", x) == "_i2t_forward"
+    kernels = not _on_cpu(x)
     if kernels and x.shape[1] > MAX_IN_CHANNELS:
         return f"the kernels take images of up to {MAX_IN_CHANNELS} channels, x has {x.shape[1]}"
     if kernels and out_channels not in OUT_CHANNELS:
@@ -87,16 +93,8 @@ def _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend) -> 
 @torch.library.impl("ceit::i2t", "default")
 def _forward(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
     dtype = _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend)
-    if backends.native_operator("i2t", x) == "_i2t_pool":
-        if mean is None or need_indices:
-            raise backends.BackendError(
-                "ceit::i2t: the code for the CPU is for inference, without statistics or gradients"
-            )
-        out = i2t_inference_cpu(x, weight, gamma, beta, mean, variance, eps, dtype)
-        return out, x.new_empty(0, dtype=torch.uint8), *(mean.new_empty(0, dtype=_wide(dtype)) for _ in range(2))
-    out, indices, new_mean, new_variance = i2t_forward_native(
-        x, weight, gamma, beta, mean, variance, eps, need_indices, dtype
-    )
+    forward = i2t_forward_cpu if _on_cpu(x) else i2t_forward_native
+    out, indices, new_mean, new_variance = forward(x, weight, gamma, beta, mean, variance, eps, need_indices, dtype)
     if mean is None:
         return out, indices, new_mean, new_variance
     return out, indices, new_mean.new_empty(0), new_mean.new_empty(0)
@@ -116,16 +114,24 @@ def _forward_fake(x, weight, gamma, beta, mean, variance, eps, need_indices, com
 
 @torch.library.impl("ceit::i2t_backward", "default")
 def _backward(
-    grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input, backend
-):
+    grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input, backend,
+    out=None,
+):  # fmt: skip
     dtype = _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend)
     pooled = (x.shape[0], weight.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3]))
     check_shape("grad_out", grad_out, *pooled)
     check_shape("indices", indices, *pooled)
     check_dtype("indices", indices, torch.uint8, "the forward's")
-    grad_x, grad_weight, grad_gamma, grad_beta = i2t_backward_native(
-        grad_out, x, weight, gamma, indices, mean, variance, eps, training, need_input, dtype
-    )
+    if out is not None:
+        check_shape("out", out, *pooled)
+    arguments = [grad_out, x, weight, gamma, indices, mean, variance, eps, training, need_input, dtype]
+    if _on_cpu(x):
+        if training and out is None:
+            raise ValueError("out: expected the forward's result, which the code for the CPU reads in training")
+        grads = i2t_backward_cpu(*arguments, beta, out)
+    else:
+        grads = i2t_backward_native(*arguments)
+    grad_x, grad_weight, grad_gamma, grad_beta = grads
     return (
         x.new_empty(0) if grad_x is None else grad_x,
         grad_weight.to(weight.dtype),
@@ -136,8 +142,9 @@ def _backward(
 
 @torch.library.register_fake("ceit::i2t_backward")
 def _backward_fake(
-    grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input, backend
-):
+    grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input, backend,
+    out=None,
+):  # fmt: skip
     def like(tensor):
         return x.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -146,17 +153,18 @@ def _backward_fake(
 
 def _setup_context(ctx, inputs, output):
     x, weight, gamma, beta, mean, variance, ctx.eps, _, ctx.compute_dtype, ctx.backend = inputs
-    _, indices, new_mean, new_variance = output
+    out, indices, new_mean, new_variance = output
     ctx.training = mean is None
     statistics = (new_mean, new_variance) if ctx.training else (mean, variance)
     # Otherwise zeros as large as the indices would be made for every backward.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(indices, new_mean, new_variance)
-    ctx.save_for_backward(x, weight, gamma, beta, indices, *statistics)
+    out = out if ctx.training and _on_cpu(x) else None
+    ctx.save_for_backward(x, weight, gamma, beta, indices, *statistics, out)
 
 
 def _autograd_backward(ctx, grad_out, _indices, _mean, _variance):
-    x, weight, gamma, beta, indices, mean, variance = ctx.saved_tensors
+    x, weight, gamma, beta, indices, mean, variance, out = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
     no_gradient = (None,) * 6  # mean, variance, eps, need_indices, compute_dtype, backend
     if grad_out is None:
@@ -165,7 +173,7 @@ def _autograd_backward(ctx, grad_out, _indices, _mean, _variance):
         raise RuntimeError("ceit::i2t: a gradient needs a forward with need_indices=True")
     grads = torch.ops.ceit.i2t_backward(
         grad_out, x, weight, gamma, beta, indices, mean, variance,
-        ctx.eps, ctx.training, ctx.compute_dtype, needed[0], ctx.backend,
+        ctx.eps, ctx.training, ctx.compute_dtype, needed[0], ctx.backend, out,
     )  # fmt: skip
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *no_gradient)
 

@@ -1,8 +1,10 @@
-// The check of the stem's pooling on the CPU and its registration, through libtorch's stable ABI. The schema is in
+// Checks of the stem's kernels on the CPU and their registration, through libtorch's stable ABI. The schemas are in
 // ceit_kernels/i2t/native_cpu.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <optional>
 
 #include "../capability.h"
 #include "calls.h"
@@ -15,28 +17,111 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-int type_index(ScalarType type) {
+const Kernels& kernels_for(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Double,
                   "the kernels compute in float32, bfloat16 and float64");
-  return type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
+  return chosen(type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2);
 }
 
-void pool(Tensor in, Tensor out) {
-  STD_TORCH_CHECK(in.dim() == 4 && in.is_contiguous(), "in: expected a contiguous tensor (B, H, W, channels)");
-  STD_TORCH_CHECK(out.dim() == 4 && out.is_contiguous() && out.scalar_type() == in.scalar_type(),
-                  "out: expected a contiguous tensor of in's dtype");
-  const PoolCall call{in.data_ptr(), out.data_ptr(), in.size(1),  in.size(2),
-                      in.size(3),    (in.size(1) - 1) / 2 + 1,    (in.size(2) - 1) / 2 + 1};
-  STD_TORCH_CHECK(out.size(0) == in.size(0) && out.size(1) == call.pooled_height && out.size(2) == call.pooled_width &&
-                      out.size(3) == call.channels,
-                  "out: expected (", in.size(0), ", ", call.pooled_height, ", ", call.pooled_width, ", ", call.channels, ")");
-  const Kernels& table = chosen(type_index(in.scalar_type()));
-  torch::stable::parallel_for(0, in.size(0) * call.pooled_height, 1,
-                              [&](int64_t begin, int64_t end) { table.pool(call, begin, end); });
+// What sums and parameters are kept in.
+ScalarType real_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void* array(const char* name, const OptionalTensor& tensor, int64_t elements, ScalarType type) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == type, name, ": unexpected dtype");
+  STD_TORCH_CHECK(tensor->is_contiguous() && tensor->numel() == elements, name, ": expected ", elements,
+                  " contiguous elements, got ", tensor->numel());
+  return tensor->data_ptr();
+}
+
+// The weight is packed; `out_channels` are those that it has been filled up from.
+Convolution convolution(const Tensor& image, const Tensor& weight, int64_t out_channels) {
+  STD_TORCH_CHECK(image.dim() == 4, "image: expected 4 dimensions");
+  Convolution c{};
+  Sizes& s = c.sizes;
+  s.batch = image.size(0), s.in_channels = image.size(1), s.height = image.size(2), s.width = image.size(3);
+  for (int i = 0; i < 4; ++i) s.strides[i] = image.stride(i);
+  s.out_channels = out_channels, s.blocks = (out_channels + kBlock - 1) / kBlock;
+  s.conv_height = (s.height - 1) / 2 + 1, s.conv_width = (s.width - 1) / 2 + 1;
+  s.pooled_height = (s.conv_height - 1) / 2 + 1, s.pooled_width = (s.conv_width - 1) / 2 + 1;
+  c.image = image.data_ptr();
+  c.weight = array("weight", weight, s.blocks * s.in_channels * kSide * kSide * kBlock, real_type(image));
+  return c;
+}
+
+int64_t pooled_elements(const Sizes& s) { return s.batch * s.pooled_height * s.pooled_width * s.out_channels; }
+
+template <class Call>
+void run(Kernel<Call> kernel, const Call& call, int64_t tasks, int64_t grain = 1) {
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
+void forward(Tensor image, Tensor weight, Tensor sign, OptionalTensor norm, Tensor out, OptionalTensor indices,
+             OptionalTensor moments) {
+  const ScalarType type = image.scalar_type(), real = real_type(image);
+  const int64_t channels = sign.numel();
+  ForwardCall call{};
+  call.convolution = convolution(image, weight, channels);
+  const Sizes& s = call.convolution.sizes;
+  call.sign = array("sign", sign, channels, real);
+  call.norm = array("norm", norm, 3 * channels, real);
+  call.out = array("out", out, pooled_elements(s), type);
+  call.indices = static_cast<uint8_t*>(array("indices", indices, pooled_elements(s), ScalarType::Byte));
+  call.moments = array("moments", moments, s.batch * s.conv_height * 2 * channels, real);
+  run(kernels_for(image).forward, call, s.batch * s.pooled_height);
+}
+
+void normalise(Tensor x, Tensor norm) {
+  const int64_t channels = norm.numel() / 3;
+  const NormaliseCall call{x.numel() / channels, channels, array("norm", norm, 3 * channels, real_type(x)),
+                           array("x", x, x.numel() / channels * channels, x.scalar_type())};
+  run(kernels_for(x).normalise, call, call.pixels, 64);
+}
+
+void sums(Tensor gradient, Tensor out, Tensor shift, Tensor sums) {
+  STD_TORCH_CHECK(gradient.dim() == 4, "gradient: expected 4 dimensions");
+  const ScalarType type = gradient.scalar_type(), real = real_type(gradient);
+  const int64_t rows = gradient.size(0) * gradient.size(1), channels = gradient.size(3);
+  const SumsCall call{rows,
+                      gradient.size(2),
+                      channels,
+                      array("gradient", gradient, gradient.numel(), type),
+                      array("out", out, gradient.numel(), type),
+                      array("shift", shift, channels, real),
+                      array("sums", sums, rows * 2 * channels, real)};
+  run(kernels_for(gradient).sums, call, rows);
+}
+
+void backward(Tensor gradient, Tensor indices, Tensor image, Tensor weight, Tensor coefficients, Tensor grad_weight,
+              Tensor products, OptionalTensor grad_convolution) {
+  const ScalarType type = image.scalar_type(), real = real_type(image);
+  STD_TORCH_CHECK(products.dim() == 2, "products: expected 2 dimensions");
+  const int64_t channels = products.size(1);
+  BackwardCall call{};
+  call.parts = products.size(0);
+  call.convolution = convolution(image, weight, channels);
+  const Sizes& s = call.convolution.sizes;
+  call.gradient = array("gradient", gradient, pooled_elements(s), type);
+  call.indices = static_cast<const uint8_t*>(array("indices", indices, pooled_elements(s), ScalarType::Byte));
+  call.coefficients = array("coefficients", coefficients, 4 * channels, real);
+  call.grad_weight = array("grad_weight", grad_weight, call.parts * weight.numel(), real);
+  call.products = array("products", products, call.parts * channels, real);
+  call.grad_convolution =
+      array("grad_convolution", grad_convolution, s.batch * s.conv_height * s.conv_width * channels, type);
+  run(kernels_for(image).backward, call, call.parts);
 }
 
 }  // namespace
 }  // namespace ceit::i2t_cpu
 
-STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) { m.impl("_i2t_pool", TORCH_BOX(&ceit::i2t_cpu::pool)); }
+STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) {
+  m.impl("_i2t_forward_cpu", TORCH_BOX(&ceit::i2t_cpu::forward));
+  m.impl("_i2t_normalise_cpu", TORCH_BOX(&ceit::i2t_cpu::normalise));
+  m.impl("_i2t_sums_cpu", TORCH_BOX(&ceit::i2t_cpu::sums));
+  m.impl("_i2t_backward_cpu", TORCH_BOX(&ceit::i2t_cpu::backward));
+}

@@ -1,9 +1,8 @@
-// What the stages share: addresses of tokens, scratch memory, the parameters of a block of channels.
+// What the stages share: addresses of tokens, the parameters of a block of channels.
 #pragma once
 
-#include <new>
-
 #include "../activations.h"
+#include "../scratch.h"
 #include "calls.h"
 
 namespace ceit::leff {
@@ -16,22 +15,6 @@ template <class T>
 CEIT_INLINE T* tokens_of(const Map& map, const Shape& shape, int64_t image) {
   return static_cast<T*>(map.data) + (image * map.rows + map.rows - shape.tokens) * shape.channels;
 }
-
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kAlignment))) {
-    std::memset(static_cast<void*>(data_), 0, size_t(count) * sizeof(T));
-  }
-  ~Scratch() { ::operator delete(data_, kAlignment); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_;
-};
 
 // A pair of an image and a block of channels.
 struct Task {

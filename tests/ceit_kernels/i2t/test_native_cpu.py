@@ -1,15 +1,21 @@
-"""The stem's inference on the CPU against plain PyTorch."""
+"""The stem on the CPU against plain PyTorch: values and gradients."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
+from support.stems import GAMMAS, NAMES, make_stem, pooled_like, run_stem
 
-from ceit_kernels import BackendError, FusedImage2Tokens, use_backend
-from ceit_kernels.i2t import native_cpu
+from ceit_kernels import use_backend
 
-SIZES = [(7, 7), (1, 1), (33, 17), (97, 61), (224, 224)]
+SIZES = [(7, 7), (3, 2), (33, 17), (61, 97)]
 
 
 @pytest.fixture(autouse=True)
@@ -19,96 +25,188 @@ def host_code():
         yield
 
 
-def make_stem(dtype, in_chans=3, out_chans=64):
+def make_call(dtype, size, channels=(3, 64), batch=2, training=True, gamma="mixed"):
     torch.manual_seed(0)
-    stem = FusedImage2Tokens(in_chans, out_chans)
-    torch.nn.init.normal_(stem.bn.weight)
-    torch.nn.init.normal_(stem.bn.bias)
-    torch.nn.init.normal_(stem.bn.running_mean)
-    torch.nn.init.uniform_(stem.bn.running_var, 0.5, 2.0)
-    return stem.eval().requires_grad_(False).to(dtype)
+    stem = make_stem(*channels, gamma=gamma, training=training).cpu().to(dtype)
+    x = torch.randn(batch, channels[0], *size, dtype=torch.float64).to(dtype)
+    return stem, x, pooled_like(x, channels[1])
 
 
-def make_images(batch, channels, size, dtype):
-    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+def check(stem, x, grad_out):
+    """By the error rule; in float64 to rounding."""
+    fused, norm = run_stem(stem, x, grad_out, "native")
+    plain, plain_norm = run_stem(stem, x, grad_out, "reference")
+    if x.dtype == torch.float64:
+        for name, ours, theirs in zip(NAMES, fused, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(norm.state_dict(), plain_norm.state_dict(), rtol=1e-12, atol=1e-12)
+        return
+    exact, exact_norm = run_stem(copy.deepcopy(stem).double(), x.double(), grad_out.double(), "reference")
+    assert_as_accurate(NAMES, fused, plain, exact)
+    assert norm.num_batches_tracked == plain_norm.num_batches_tracked
+    names = ("running_mean", "running_var")
+    assert_as_accurate(names, *([getattr(n, name) for name in names] for n in (norm, plain_norm, exact_norm)))
 
 
-def run(backend, stem, x):
-    with use_backend(f"i2t={backend}"):
-        return stem(x)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_agrees_with_plain_pytorch(poisoned_memory, training, size, dtype):
+    check(*make_call(dtype, size, training=training))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_agrees_at_224(poisoned_memory, batch, dtype):
+    check(*make_call(dtype, (224, 224), batch=batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [1, 5])
-def test_agrees_with_plain_pytorch(poisoned_memory, batch, size, dtype):
-    stem, x = make_stem(dtype), make_images(batch, 3, size, dtype)
-    exact = run("reference", copy.deepcopy(stem).double(), x.double())
-    assert_as_accurate(["out"], [run("native", stem, x)], [run("reference", stem, x)], [exact])
+def test_inference_agrees_with_plain_pytorch(poisoned_memory, batch, dtype):
+    stem, x, _ = make_call(dtype, (97, 64), batch=batch, training=False)
+    with torch.no_grad():
+        fused = stem(x)
+        with use_backend("i2t=reference"):
+            plain, exact = stem(x), copy.deepcopy(stem).double()(x.double())
+    assert_as_accurate(["out"], [fused], [plain], [exact])
+    assert fused.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("channels", [(1, 32), (4, 96), (6, 20), (3, 7)], ids=str)
-def test_takes_any_number_of_channels(channels):
-    stem, x = make_stem(torch.float64, *channels), make_images(2, channels[0], (20, 30), torch.float64)
-    torch.testing.assert_close(run("native", stem, x), run("reference", stem, x))
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 40), width=st.integers(1, 40), batch=st.integers(1, 3), in_chans=st.integers(1, 6),
+    out_chans=st.integers(1, 70), training=st.booleans(),
+)  # fmt: skip
+def test_agrees_at_any_size(height, width, batch, in_chans, out_chans, training):
+    if batch * ((height + 1) // 2) * ((width + 1) // 2) == 1:
+        training = False
+    check(*make_call(torch.float64, (height, width), (in_chans, out_chans), batch, training))
 
 
-def test_the_images_of_a_batch_are_taken_in_parts(monkeypatch):
-    stem, x = make_stem(torch.float64), make_images(5, 3, (20, 30), torch.float64)
-    monkeypatch.setattr(native_cpu, "_IMAGES_AT_A_TIME", 2)
-    torch.testing.assert_close(stem(x), run("reference", stem, x))
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_agrees_for_every_sign_of_gamma(dtype, training, gamma):
+    check(*make_call(dtype, (19, 22), gamma=gamma, training=training))
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1e6])
+def test_gradients_need_no_division_by_gamma(ratio):
+    stem, x, grad_out = make_call(torch.float32, (30, 31), gamma="positive")
+    with torch.no_grad():
+        stem.bn.weight.mul_(min(ratio, 1.0))
+        stem.bn.bias.mul_(1 / max(ratio, 1.0))
+    check(stem, x, grad_out)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_indices_are_the_places_of_the_maxima(training):
+    stem, x, _ = make_call(torch.float64, (15, 29), training=training)
+    statistics = (None, None) if training else (stem.bn.running_mean, stem.bn.running_var)
+    with torch.no_grad():
+        parameters = (x, stem.conv.weight, stem.bn.weight, stem.bn.bias)
+        _, indices, _, _ = torch.ops.ceit.i2t(*parameters, *statistics, stem.bn.eps, True, None, "native")
+        normalised = copy.deepcopy(stem).bn(stem.conv(x))
+        _, flat = F.max_pool2d(normalised, 3, 2, 1, return_indices=True)
+    rows, columns = (torch.arange(n) * 2 - 1 for n in flat.shape[2:])
+    width = normalised.shape[3]
+    assert torch.equal(indices.long(), (flat // width - rows[:, None]) * 3 + flat % width - columns)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_stays_where_plain_pytorch_has_it(value):
-    stem, x = make_stem(torch.float32), make_images(1, 3, (40, 40), torch.float32)
-    x[0, 1, 10, 20] = value
-    torch.testing.assert_close(stem(x), run("reference", stem, x), equal_nan=True, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("column", [10, 11])
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_and_infinity_stay_where_plain_pytorch_has_them(training, column, value):
+    stem, x, _ = make_call(torch.float32, (40, 33), training=training)
+    x[0, 1, 20, column] = value
+    with torch.no_grad():
+        fused = copy.deepcopy(stem)(x)
+        with use_backend("i2t=reference"):
+            plain = copy.deepcopy(stem)(x)
+    torch.testing.assert_close(fused, plain, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
-def test_takes_strided_images_and_gives_channels_last():
-    stem, x = make_stem(torch.float32), make_images(2, 3, (40, 36), torch.float32)
-    expected = run("reference", stem, x)
-    for images in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
-        out = stem(images)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-        assert out.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", ["channels_last", "expanded", "sliced", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_layout_of_the_image_is_read_in_place(dtype, layout):
+    stem, x, grad_out = make_call(dtype, (20, 20))
+    view = {
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "expanded": x[:, :1].expand(-1, 3, -1, -1),
+        "sliced": F.pad(x, (3, 2, 1, 1))[:, :, 1:-1, 3:-2],
+        "transposed": x.transpose(2, 3),
+    }[layout]
+    expected, _ = run_stem(stem, view.contiguous(), grad_out, "native")
+    actual, _ = run_stem(stem, view, grad_out, "native")
+    # The image's gradient is oneDNN's, whose roundings depend on the layout.
+    torch.testing.assert_close(actual[:-1], expected[:-1], rtol=0, atol=0)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(actual[-1], expected[-1], rtol=tolerance, atol=tolerance)
 
 
-def test_autocast_computes_in_bfloat16():
-    stem, x = make_stem(torch.float32), make_images(2, 3, (40, 36), torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = stem(x)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), run("reference", stem, x), rtol=0.05, atol=0.1)
+def test_the_gradient_of_a_sum_is_expanded():
+    stem, x, grad_out = make_call(torch.float64, (20, 22))
+    check(stem, x, grad_out[:1, :1, :1, :1].expand_as(grad_out))
 
 
-def test_compiles_and_exports_without_a_break():
-    stem, x = make_stem(torch.float32), make_images(2, 3, (20, 24), torch.float32)
-    compiled = torch.compile(stem, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), stem(x))
-    torch.testing.assert_close(torch.export.export(stem, (x,)).module()(x), stem(x))
+@pytest.mark.parametrize("mean", [1e2, 1e4])
+def test_a_large_mean_does_not_drown_the_variance(mean):
+    stem, _, _ = make_call(torch.float32, (8, 8), (1, 32), gamma="positive")
+    with torch.no_grad():
+        stem.conv.weight.zero_()[:, :, 3, 3] = 1.0
+        x = mean + torch.randn(4, 1, 127, 128)
+        tensors = (x, stem.conv.weight, stem.bn.weight, stem.bn.bias)
+        _, _, found_mean, variance = torch.ops.ceit.i2t(*tensors, None, None, 1e-5, True, None, "native")
+    seen = x[:, 0, ::2, ::2].double()
+    torch.testing.assert_close(found_mean.double(), seen.mean().expand(32), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), seen.var(unbiased=False).expand(32), rtol=1e-5, atol=0)
 
 
-def test_registration_passes_pytorchs_own_checks():
-    stem, x = make_stem(torch.float32), make_images(2, 3, (20, 24), torch.float32)
-    bn = stem.bn
-    tensors = (x, stem.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    torch.library.opcheck(torch.ops.ceit.i2t, (*tensors, 1e-5, False, None, "native"))
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_gives_the_gradients_that_are_asked_for_and_no_others(training, needed):
+    stem, x, grad_out = make_call(torch.float64, (20, 22), training=training)
+    expected, _ = run_stem(stem, x, grad_out, "reference")
+    leaves = [stem.conv.weight, stem.bn.weight, stem.bn.bias, x]
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in needed)
+    stem(x).backward(grad_out)
+    for i, (leaf, gradient) in enumerate(zip(leaves, expected[1:], strict=True)):
+        if i in needed:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-10, atol=1e-10)
+        else:
+            assert leaf.grad is None
 
 
-def test_training_is_refused_and_left_to_plain_pytorch():
-    stem, x = make_stem(torch.float32).train().requires_grad_(True), make_images(2, 3, (20, 24), torch.float32)
-    with pytest.raises(BackendError, match="i2t has no native implementation of training on the CPU"):
-        stem(x)
-    with use_backend("auto"):
-        assert stem(x).requires_grad
-    tensors = (x, stem.conv.weight, None, None, None, None)
-    with pytest.raises(BackendError, match="the code for the CPU is for inference"):
-        torch.ops.ceit.i2t(*tensors, 1e-5, False, None, "native")
+def test_the_number_of_threads_changes_nothing():
+    stem, x, grad_out = make_call(torch.float32, (61, 97), batch=3)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found, norm = run_stem(stem, x, grad_out, "native")
+            results.append([*found[:-1], norm.running_mean, norm.running_var])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
-def test_an_empty_batch_is_left_to_plain_pytorch():
-    stem = make_stem(torch.float32)
-    with use_backend("auto"):
-        assert stem(torch.zeros(0, 3, 20, 24)).shape == (0, 64, 5, 6)
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_code_for_other_processors_agrees(capability, tmp_path):
+    stem, x, grad_out = make_call(torch.float32, (37, 42), (3, 40))
+    torch.save((stem, x, grad_out, run_stem(stem, x, grad_out, "native")[0]), tmp_path / "expected")
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from support.stems import run_stem\n"
+        "stem, x, grad_out, expected = torch.load(sys.argv[2], weights_only=False)\n"
+        "found, _ = run_stem(stem, x, grad_out, 'native')\n"
+        "torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)"
+    )
+    tests = os.path.join(os.path.dirname(__file__), "..", "..")
+    done = subprocess.run(
+        [sys.executable, "-c", code, tests, str(tmp_path / "expected")],
+        env={**os.environ, "CEIT_KERNELS_CPU": capability}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

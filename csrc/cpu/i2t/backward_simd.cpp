@@ -1,0 +1,199 @@
+// The stem's backward pass: the gradient of a row of the convolution is formed and multiplied with the image's rows
+// while it is in cache.
+#include "kernels_simd.h"
+#include "places.h"
+#include "rows.h"
+
+namespace ceit::i2t_cpu {
+namespace CEIT_CAPABILITY {
+namespace {
+
+// Pixels whose products are added up in one chain.
+constexpr int64_t kChain = 128;
+
+// The pooled rows whose windows hold a row of the convolution, and where it is in their windows.
+struct PooledRows {
+  int count = 0;
+  int64_t rows[2];
+  int places[2];
+  CEIT_INLINE PooledRows(int64_t row, int64_t pooled_height) {
+    for (int64_t i = row / 2; i <= (row + 1) / 2 && i < pooled_height; ++i) {
+      rows[count] = i;
+      places[count++] = int(3 * (row - 2 * i + 1));
+    }
+  }
+};
+
+// Products of a row's gradient with some rows of the image, at the seven places of the kernel's row.
+template <class Real>
+struct WeightTile {
+  static constexpr int lanes = Lanes<Real>::count, vectors = kVectorBytes == 64 ? 2 : 1;
+  static constexpr int channels = vectors * lanes;
+};
+
+template <class Real, int kRows>
+inline void accumulate(const Real* gradient, int64_t stride, int64_t width, const Real* const* rows, Real* out) {
+  using Size = WeightTile<Real>;
+  for (int64_t start = 0; start < width; start += kChain) {
+    const int64_t end = start + kChain < width ? start + kChain : width;
+    Vec<Real> sums[kRows * kSide][Size::vectors] = {};
+    const Real* pixels[kRows];
+    for (int row = 0; row < kRows; ++row) pixels[row] = rows[row] + kStride * start;
+    for (int64_t x = start; x < end; ++x) {
+      Vec<Real> g[Size::vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < Size::vectors; ++v) g[v] = load(gradient + x * stride + v * Size::lanes);
+#pragma GCC unroll 2
+      for (int row = 0; row < kRows; ++row) {
+        forget(pixels[row]);
+#pragma GCC unroll 7
+        for (int tap = 0; tap < kSide; ++tap) {
+          const auto pixel = splat(pixels[row][tap]);
+#pragma GCC unroll 2
+          for (int v = 0; v < Size::vectors; ++v) sums[row * kSide + tap][v] += pixel * g[v];
+        }
+        pixels[row] += kStride;
+      }
+    }
+#pragma GCC unroll 14
+    for (int tap = 0; tap < kRows * kSide; ++tap) {
+#pragma GCC unroll 2
+      for (int v = 0; v < Size::vectors; ++v) {
+        Real* at = out + tap * kBlock + v * Size::lanes;
+        store(at, load(at) + sums[tap][v]);
+      }
+    }
+  }
+}
+
+template <class T>
+class Part {
+ public:
+  using Real = RealOf<T>;
+  explicit Part(const BackwardCall& call)
+      : call_(call),
+        convolved_(call.convolution),
+        gradient_(call.convolution.sizes.conv_width * convolved_.stride()),
+        products_(convolved_.stride()) {}
+
+  void run(int64_t part) {
+    const Sizes& s = call_.convolution.sizes;
+    const int64_t rows = s.batch * s.conv_height, taps = s.in_channels * kSide * kSide;
+    Real* grad_weight = static_cast<Real*>(call_.grad_weight) + part * s.blocks * taps * kBlock;
+    std::memset(grad_weight, 0, sizeof(Real) * size_t(s.blocks * taps * kBlock));
+    std::memset(products_.get(), 0, sizeof(Real) * size_t(convolved_.stride()));
+    for (int64_t i = rows * part / call_.parts; i < rows * (part + 1) / call_.parts; ++i) {
+      form_gradient(i / s.conv_height, i % s.conv_height);
+      multiply(i / s.conv_height, i % s.conv_height, grad_weight);
+    }
+    std::memcpy(static_cast<Real*>(call_.products) + part * s.out_channels, products_.get(),
+                sizeof(Real) * size_t(s.out_channels));
+  }
+
+ private:
+  // dz of a row of the convolution.
+  void form_gradient(int64_t image, int64_t y) {
+    const Sizes& s = call_.convolution.sizes;
+    const int64_t stride = convolved_.stride(), channels = s.out_channels;
+    const Real* z = convolved_.row(image, y);
+    T* result = static_cast<T*>(call_.grad_convolution);
+    if (result) result += (image * s.conv_height + y) * s.conv_width * channels;
+    const PooledRows pooled(y, s.pooled_height);
+    for_vectors<Real>(channels, [&](int64_t c, auto n) {
+      const Real* coefficients = static_cast<const Real*>(call_.coefficients) + c;
+      const auto mean = load(coefficients, n), a = load(coefficients + channels, n);
+      const auto b = load(coefficients + 2 * channels, n), shift = load(coefficients + 3 * channels, n);
+      auto product = splat(Real(0));
+      const auto put = [&](int64_t x, Vec<Real> g) {
+        const auto centred = load(z + x * stride + c) - mean;
+        product += g * centred;
+        const auto dz = a * g + (b * centred + shift);
+        store(gradient_.get() + x * stride + c, dz);
+        if (result) store(result + x * channels + c, dz, n);
+      };
+      // A cell's window has three columns, of which the first is also the last of the cell before.
+      auto carried = splat(Real(0));
+      for (int64_t j = 0; j < s.pooled_width; ++j) {
+        auto first = carried, second = splat(Real(0)), third = splat(Real(0));
+        for (int i = 0; i < pooled.count; ++i) {
+          const int64_t at = ((image * s.pooled_height + pooled.rows[i]) * s.pooled_width + j) * channels + c;
+          const auto g = load(static_cast<const T*>(call_.gradient) + at, n);
+          const auto column = load_places<Real>(call_.indices + at, n) - pooled.places[i];
+          first += column == 0 ? g : splat(Real(0));
+          second += column == 1 ? g : splat(Real(0));
+          third += column == 2 ? g : splat(Real(0));
+        }
+        if (j > 0) put(2 * j - 1, first);
+        put(2 * j, second);
+        carried = third;
+      }
+      if (s.conv_width % 2 == 0) put(s.conv_width - 1, carried);
+      store(products_.get() + c, load(products_.get() + c) + product);
+    });
+  }
+
+  void multiply(int64_t image, int64_t y, Real* grad_weight) {
+    const Sizes& s = call_.convolution.sizes;
+    const int64_t lines = s.in_channels * kSide, stride = convolved_.stride();
+    const Real* around[kSide];
+    convolved_.image().around(image, y, around);
+    for (int64_t c = 0; c < stride; c += WeightTile<Real>::channels) {
+      const Real* gradient = gradient_.get() + c;
+      Real* out = grad_weight + c / kBlock * lines * kSide * kBlock + c % kBlock;
+      for (int64_t line = 0; line < lines; line += 2, out += 2 * kSide * kBlock) {
+        const Real* rows[2];
+        for (int64_t i = 0; i < 2 && line + i < lines; ++i)
+          rows[i] = around[(line + i) % kSide] + (line + i) / kSide * convolved_.image().stride();
+        if (line + 1 < lines)
+          accumulate<Real, 2>(gradient, stride, s.conv_width, rows, out);
+        else
+          accumulate<Real, 1>(gradient, stride, s.conv_width, rows, out);
+      }
+    }
+  }
+
+  const BackwardCall& call_;
+  ConvolvedRows<T> convolved_;
+  const Scratch<Real> gradient_;
+  const Scratch<Real> products_;
+};
+
+}  // namespace
+
+template <class T>
+void sums(const SumsCall& call, int64_t begin, int64_t end) {
+  using Real = RealOf<T>;
+  const int64_t channels = call.channels, size = call.width * channels;
+  for_vectors<Real>(channels, [&](int64_t c, auto n) {
+    const auto shift = load(static_cast<const Real*>(call.shift) + c, n);
+    for (int64_t row = begin; row < end; ++row) {
+      const T* gradient = static_cast<const T*>(call.gradient) + row * size;
+      const T* out = static_cast<const T*>(call.out) + row * size;
+      auto sum = splat(Real(0)), product = splat(Real(0));
+      for (int64_t at = c; at < size; at += channels) {
+        const auto g = load(gradient + at, n);
+        sum += g;
+        product += g * (load(out + at, n) - shift);
+      }
+      Real* to = static_cast<Real*>(call.sums) + row * 2 * channels + c;
+      store(to, sum, n);
+      store(to + channels, product, n);
+    }
+  });
+}
+
+template <class T>
+void backward(const BackwardCall& call, int64_t begin, int64_t end) {
+  Part<T> part(call);
+  for (int64_t i = begin; i < end; ++i) part.run(i);
+}
+
+template void sums<float>(const SumsCall&, int64_t, int64_t);
+template void sums<Bf16>(const SumsCall&, int64_t, int64_t);
+template void sums<double>(const SumsCall&, int64_t, int64_t);
+template void backward<float>(const BackwardCall&, int64_t, int64_t);
+template void backward<Bf16>(const BackwardCall&, int64_t, int64_t);
+template void backward<double>(const BackwardCall&, int64_t, int64_t);
+
+}  // namespace CEIT_CAPABILITY
+}  // namespace ceit::i2t_cpu

@@ -1,0 +1,218 @@
+// Rows of the image with their padding, and rows of the convolution, computed when they are first asked for.
+#pragma once
+
+#include "../scratch.h"
+#include "calls.h"
+
+namespace ceit::i2t_cpu {
+namespace CEIT_CAPABILITY {
+
+using namespace ceit::CEIT_CAPABILITY;
+
+// What the registers hold: pixels of the convolution by vectors of output channels.
+template <class Real>
+struct Tile {
+  static constexpr int lanes = Lanes<Real>::count, vectors = 2, pixels = kVectorBytes == 64 ? 14 : 6;
+  static constexpr int channels = vectors * lanes;
+};
+
+CEIT_INLINE float widened(float value) { return value; }
+CEIT_INLINE double widened(double value) { return value; }
+CEIT_INLINE float widened(Bf16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// A number of lanes that is known when it is compiled.
+template <int kCount>
+struct Count {
+  CEIT_INLINE constexpr operator int() const { return kCount; }
+};
+
+// Calls body(channel, count) for every vector of channels; the count is a `Count` where the vector is full.
+template <class Real, class Body>
+CEIT_INLINE void for_vectors(int64_t channels, Body body) {
+  constexpr int lanes = Lanes<Real>::count;
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) body(c, Count<lanes>{});
+  if (c < channels) body(c, int(channels - c));
+}
+
+// Mean, scale and shift of some channels, from an array of three rows; the identity without one.
+template <class Real>
+struct Norm {
+  Vec<Real> mean = splat(Real(0)), scale = splat(Real(1)), shift = splat(Real(0));
+  CEIT_INLINE Norm() = default;
+  CEIT_INLINE Norm(const void* array, int64_t channels, int64_t channel, int count) {
+    const Real* at = static_cast<const Real*>(array) + channel;
+    mean = load(at, count);
+    scale = load(at + channels, count);
+    shift = load(at + 2 * channels, count);
+  }
+  CEIT_INLINE Vec<Real> operator()(Vec<Real> z) const { return (z - mean) * scale + shift; }
+};
+
+// Rows of the image in the type that is computed in, padded, one channel behind another; zero beyond the image.
+template <class T>
+class ImageRows {
+ public:
+  using Real = RealOf<T>;
+  explicit ImageRows(const Convolution& convolution)
+      : convolution_(convolution),
+        stride_(padded_width(convolution.sizes)),
+        rows_((kSlots + 1) * convolution.sizes.in_channels * stride_) {
+    for (auto& row : held_) row = -1;
+  }
+
+  // From one channel to the next.
+  int64_t stride() const { return stride_; }
+
+  // The rows that row `y` of an image's convolution reads.
+  void around(int64_t image, int64_t y, const Real* (&rows)[kSide]) {
+    for (int i = 0; i < kSide; ++i) rows[i] = row(image, kStride * y - kPadding + i);
+  }
+
+ private:
+  static constexpr int kSlots = 8;  // more than a row of the convolution reads
+
+  // A last tile may reach beyond the row.
+  static int64_t padded_width(const Sizes& sizes) {
+    const int64_t reach = kStride * (sizes.conv_width + Tile<Real>::pixels) + kSide;
+    return reach > sizes.width + 2 * kPadding ? reach : sizes.width + 2 * kPadding;
+  }
+
+  const Real* row(int64_t image, int64_t y) {
+    const Sizes& s = convolution_.sizes;
+    const int64_t size = s.in_channels * stride_;
+    if (y < 0 || y >= s.height) return rows_.get() + kSlots * size;
+    const int slot = int(y % kSlots);
+    Real* to = rows_.get() + slot * size;
+    const int64_t wanted = image * s.height + y;
+    if (held_[slot] != wanted) {
+      held_[slot] = wanted;
+      const T* from = static_cast<const T*>(convolution_.image) + image * s.strides[0] + y * s.strides[2];
+      for (int64_t i = 0; i < s.in_channels; ++i) copy(from + i * s.strides[1], to + i * stride_ + kPadding);
+    }
+    return to;
+  }
+
+  void copy(const T* from, Real* to) const {
+    const int64_t width = convolution_.sizes.width, stride = convolution_.sizes.strides[3];
+    if (stride == 1) return for_vectors<Real>(width, [&](int64_t x, auto n) { store(to + x, load(from + x, n), n); });
+    for (int64_t x = 0; x < width; ++x) to[x] = widened(from[x * stride]);
+  }
+
+  const Convolution& convolution_;
+  const int64_t stride_;
+  const Scratch<Real> rows_;
+  int64_t held_[kSlots];
+};
+
+// Keeps the compiler from carrying pixels from one step of a loop to the next: it would spill them, where a broadcast
+// from memory costs nothing.
+template <class T>
+CEIT_INLINE void forget(const T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+
+// One tile of a row of the convolution: `rows` start at its first pixel.
+template <class Real>
+inline void convolve_tile(const Real* const (&rows)[kSide], int64_t row_stride, int64_t in_channels, const Real* weight,
+                          Real* out, int64_t out_stride) {
+  using Size = Tile<Real>;
+  Vec<Real> sums[Size::pixels][Size::vectors] = {};
+  for (int64_t i = 0; i < in_channels; ++i) {
+    for (const Real* base : rows) {
+      const Real* row = base + i * row_stride;
+      for (int tap = 0; tap < kSide; ++tap, ++row, weight += kBlock) {
+        forget(row);
+        Vec<Real> taps[Size::vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < Size::vectors; ++v) taps[v] = load(weight + v * Size::lanes);
+#pragma GCC unroll 14
+        for (int p = 0; p < Size::pixels; ++p) {
+          const auto pixel = splat(row[kStride * p]);
+#pragma GCC unroll 2
+          for (int v = 0; v < Size::vectors; ++v) sums[p][v] += pixel * taps[v];
+        }
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int p = 0; p < Size::pixels; ++p) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Size::vectors; ++v) store(out + p * out_stride + v * Size::lanes, sums[p][v]);
+  }
+}
+
+// Rows of the convolution (conv_width, blocks * kBlock).
+template <class T>
+class ConvolvedRows {
+ public:
+  using Real = RealOf<T>;
+  explicit ConvolvedRows(const Convolution& convolution)
+      : convolution_(convolution),
+        image_(convolution),
+        rows_(kSlots * (convolution.sizes.conv_width + Tile<Real>::pixels) * convolution.sizes.blocks * kBlock) {
+    for (auto& row : held_) row = -1;
+  }
+
+  ImageRows<T>& image() { return image_; }
+  // From one pixel to the next.
+  int64_t stride() const { return convolution_.sizes.blocks * kBlock; }
+
+  // Row `y` of an image; the last few that were asked for stay.
+  Real* row(int64_t image, int64_t y) {
+    const Sizes& s = convolution_.sizes;
+    const int slot = int(y % kSlots);
+    Real* out = rows_.get() + slot * (s.conv_width + Tile<Real>::pixels) * stride();
+    const int64_t wanted = image * s.conv_height + y;
+    if (held_[slot] != wanted) {
+      held_[slot] = wanted;
+      convolve(image, y, out);
+      finite_[slot] = all_finite(out);
+    }
+    return out;
+  }
+  // Whether row `y`, which was asked for lately, holds neither infinity nor what is no number.
+  bool is_finite(int64_t y) const { return finite_[y % kSlots]; }
+
+ private:
+  static constexpr int kSlots = 4;
+
+  void convolve(int64_t image, int64_t y, Real* out) {
+    const Sizes& s = convolution_.sizes;
+    const int64_t taps = s.in_channels * kSide * kSide;
+    const Real* lines[kSide];
+    image_.around(image, y, lines);
+    for (int64_t c = 0; c < stride(); c += Tile<Real>::channels) {
+      const Real* weight = static_cast<const Real*>(convolution_.weight) + c / kBlock * taps * kBlock + c % kBlock;
+      for (int64_t x = 0; x < s.conv_width; x += Tile<Real>::pixels) {
+        const Real* at[kSide];
+        for (int i = 0; i < kSide; ++i) at[i] = lines[i] + kStride * x;
+        convolve_tile<Real>(at, image_.stride(), s.in_channels, weight, out + x * stride() + c, stride());
+      }
+    }
+  }
+
+  bool all_finite(const Real* row) const {
+    Vec<Real> zeros[2] = {};
+    for (int64_t at = 0; at < convolution_.sizes.conv_width * stride(); at += 2 * Lanes<Real>::count)
+      for (int i = 0; i < 2; ++i) zeros[i] += load(row + at + i * Lanes<Real>::count) * Real(0);
+    const auto sum = zeros[0] + zeros[1];
+    for (int i = 0; i < Lanes<Real>::count; ++i)
+      if (!(sum[i] == 0)) return false;
+    return true;
+  }
+
+  const Convolution& convolution_;
+  ImageRows<T> image_;
+  const Scratch<Real> rows_;
+  int64_t held_[kSlots];
+  bool finite_[kSlots];
+};
+
+}  // namespace CEIT_CAPABILITY
+}  // namespace ceit::i2t_cpu
