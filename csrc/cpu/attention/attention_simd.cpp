@@ -64,7 +64,7 @@ CEIT_INLINE void prefetch_share(const void* qkv, const Shape& shape, const Block
 // Strides of a head's packed matrices.
 template <class Real>
 struct Layout {
-  int64_t channels, tokens;  // from row to row of matrices with so many columns
+  int64_t channels, tokens;                // from row to row of matrices with so many columns
   int64_t padded_channels, padded_tokens;  // rows
   explicit Layout(const Shape& shape)
       : channels(row_stride<Real>(shape.channels)),
@@ -128,17 +128,51 @@ class Tail {
   alignas(64) Real added_[Lanes<Real>::count];
 };
 
-template <class Real>
-CEIT_INLINE Real largest_of(const Real* row, int64_t count) {
-  auto largest = load(row);
-  for (int64_t i = Lanes<Real>::count; i < count; i += Lanes<Real>::count) largest = larger<Real>(largest, load(row + i));
-  return largest_lane<Real>(largest);
-}
-
 // row = visit(index, 2^(row - largest))
 template <class Real, class Visit>
-CEIT_INLINE void powers_of_two(Real* row, int64_t count, Real largest, Visit visit) {
-  for (int64_t i = 0; i < count; i += Lanes<Real>::count) store(row + i, visit(i, power_of_two(load(row + i) - largest)));
+CEIT_INLINE void powers_of_two(Real* row, int64_t tokens, Real largest, Visit visit) {
+  for (int64_t i = 0; i < tokens; i += Lanes<Real>::count) store(row + i, visit(i, power_of_two(load(row + i) - largest)));
+}
+
+// Scores become the softmax times the sum of each row. One pass for all rows at a time, so that reductions overlap.
+template <class Real>
+CEIT_INLINE void softmax(Matrix<Real> scores, int64_t rows, int64_t tokens, const Tail<Real>& tail, Real* largest,
+                         Real* sums) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const Real* row = scores.data + i * scores.stride;
+    tail.mask(scores.data + i * scores.stride);
+    auto found = load(row);
+    for (int64_t j = Lanes<Real>::count; j < tokens; j += Lanes<Real>::count) found = larger<Real>(found, load(row + j));
+    largest[i] = largest_lane<Real>(found);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    auto sum = splat(Real(0));
+    powers_of_two(scores.data + i * scores.stride, tokens, largest[i], [&](int64_t, Vec<Real> power) {
+      sum += power;
+      return power;
+    });
+    sums[i] = sum_of_lanes<Real>(sum);
+  }
+}
+
+// Scores become the softmax, and its gradient that of the scores.
+template <class Real>
+CEIT_INLINE void softmax_backward(Matrix<Real> scores, Matrix<Real> gradient, int64_t rows, int64_t tokens,
+                                  const Tail<Real>& tail, const Real* statistics) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Real *row = scores.data + i * scores.stride, *grad_row = gradient.data + i * gradient.stride;
+    const Real share = Real(1) / statistics[2 * i + 1];
+    auto sum = splat(Real(0));
+    tail.mask(row);
+    powers_of_two(row, tokens, statistics[2 * i], [&](int64_t at, Vec<Real> power) {
+      const auto weight = power * share;
+      sum += weight * load(grad_row + at);
+      return weight;
+    });
+    const Real mean = sum_of_lanes<Real>(sum);
+    for (int64_t at = 0; at < tokens; at += Lanes<Real>::count)
+      store(grad_row + at, load(row + at) * (load(grad_row + at) - mean));
+  }
 }
 
 }  // namespace
@@ -156,7 +190,7 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   Real largest[kQueries], sums[kQueries];
   int64_t packed = -1;
   for (int64_t index = begin; index < end; ++index) {
-    const Block block(shape, index), next(shape, index + 1), below(shape, index + shape.blocks());
+    const Block block(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.blocks());
     const int64_t task = block.task, first = block.first, count = block.count;
     if (task != packed) {
       pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels, {keys.get(), layout.tokens});
@@ -169,21 +203,10 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     const Rows<T> out(call.out, shape, shape.queries, 1, 0, task);
     prefetch<true>(out, first, count, channels);
     if (index + 1 < end) prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
-    if (below.task * shape.blocks() < end) prefetch_share<T>(call.qkv, shape, below);
+    if (of_next_head.task * shape.blocks() < end) prefetch_share<T>(call.qkv, shape, of_next_head);
     multiply<Real>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens}, count,
                    channels, shape.tokens, false);
-    for (int64_t i = 0; i < count; ++i) {
-      tail.mask(scores.get() + i * layout.tokens);
-      largest[i] = largest_of(scores.get() + i * layout.tokens, shape.tokens);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      auto sum = splat(Real(0));
-      powers_of_two(scores.get() + i * layout.tokens, shape.tokens, largest[i], [&](int64_t, Vec<Real> e) {
-        sum += e;
-        return e;
-      });
-      sums[i] = sum_of_lanes<Real>(sum);
-    }
+    softmax<Real>({scores.get(), layout.tokens}, count, shape.tokens, tail, largest, sums);
     multiply<Real>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
                    count, shape.tokens, channels, false);
     unpack<T, Real>({results.get(), layout.channels}, out, first, count, channels,
@@ -217,7 +240,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
     pack<T, Real>(k, 0, tokens, channels, Real(1), {keys.get(), layout.channels});
     const Real* statistics = static_cast<const Real*>(call.statistics) + task * shape.queries * 2;
     for (int64_t index = task * shape.blocks(); index < (task + 1) * shape.blocks(); ++index) {
-      const Block block(shape, index), next(shape, index + 1), below(shape, index + shape.blocks());
+      const Block block(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.blocks());
       const int64_t first = block.first, count = block.count;
       pack<T, Real>(q, first, count, channels, Real(call.scale * kLog2E), {queries.get(), layout.channels});
       pack<T, Real>(dout, first, count, channels, Real(1), {grad_out.get(), layout.channels});
@@ -226,26 +249,15 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
         prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
         prefetch(gradient_of<T>(call.grad_out, shape, next.task), next.first, next.count, channels);
       }
-      if (below.task < end) prefetch_share<T>(call.qkv, shape, below);
+      if (of_next_head.task < end) prefetch_share<T>(call.qkv, shape, of_next_head);
       multiply<Real>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens}, count,
                      channels, tokens, false);
       multiply<Real>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens}, {grad_p.get(), layout.tokens},
                      count, channels, tokens, false);
-      for (int64_t i = 0; i < count; ++i) {
-        Real *row = p.get() + i * layout.tokens, *grad_row = grad_p.get() + i * layout.tokens;
-        const Real largest = statistics[2 * (first + i)], share = Real(1) / statistics[2 * (first + i) + 1];
-        auto sum = splat(Real(0));
-        tail.mask(row);
-        powers_of_two(row, tokens, largest, [&](int64_t at, Vec<Real> e) {
-          const auto value = e * share;
-          sum += value * load(grad_row + at);
-          return value;
-        });
-        const Real mean = sum_of_lanes<Real>(sum);
-        for (int64_t at = 0; at < tokens; at += Lanes<Real>::count)
-          store(grad_row + at, load(row + at) * (load(grad_row + at) - mean));
-      }
-      // The scores' gradients without the factors that the queries carry.
+      softmax_backward<Real>({p.get(), layout.tokens}, {grad_p.get(), layout.tokens}, count, tokens, tail,
+                             statistics + 2 * first);
+      // Packed queries bring scale * log2(e) into the keys' gradient, of which log2(e) is too much; their own lacks the
+      // scale. Unpacking mends both.
       multiply<Real>({grad_p.get(), layout.tokens, 1}, {keys.get(), layout.channels}, {grad_queries.get(), layout.channels},
                      count, tokens, channels, false);
       multiply<Real>({grad_p.get(), 1, layout.tokens}, {queries.get(), layout.channels}, {grad_keys.get(), layout.channels},
