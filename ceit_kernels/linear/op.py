@@ -51,13 +51,14 @@ def _prepare(
 
 
 def _matrix(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None, constant: bool, dtype: torch.dtype) -> Tensor:
     """``ceit::linear``'s result in ``dtype``, its arguments checked; has no gradient."""
     matrix = _matrix(x, dtype)
-    if bias is not None:
+    if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     if matrix.numel() == 0:
         return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)

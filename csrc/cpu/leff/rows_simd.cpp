@@ -1,6 +1,7 @@
 // The stages that take tokens one by one: norms, activations, their sums and gradients.
 #include "rows_simd.h"
 
+#include "../tile.h"
 #include "blocks.h"
 
 namespace ceit::leff {
@@ -197,21 +198,21 @@ void finish(const FinishCall& call, int64_t begin, int64_t end) {
 
 template <class T>
 void transpose(const TransposeCall& call, int64_t begin, int64_t end) {
-  constexpr int side = 16;
-  T tile[side][side];
+  using Real = RealOf<T>;
+  constexpr int lanes = Lanes<Real>::count;
+  const T* in = static_cast<const T*>(call.in);
+  T* out = static_cast<T*>(call.out);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index * kRows, last = first + kRows < call.rows ? first + kRows : call.rows;
-    for (int64_t r = first; r < last; r += side) {
-      const int rows = int(last - r < side ? last - r : side);
-      for (int64_t c = 0; c < call.columns; c += side) {
-        const int columns = int(call.columns - c < side ? call.columns - c : side);
-        for (int i = 0; i < rows; ++i)
-          std::memcpy(static_cast<void*>(tile[i]), static_cast<const T*>(call.in) + (r + i) * call.columns + c,
-                      sizeof(T) * size_t(columns));
-        for (int j = 0; j < columns; ++j) {
-          T* out = static_cast<T*>(call.out) + (c + j) * call.rows + r;
-          for (int i = 0; i < rows; ++i) out[i] = tile[i][j];
-        }
+    for (int64_t c = 0; c < call.columns; c += lanes) {
+      const int columns = int(call.columns - c < lanes ? call.columns - c : lanes);
+      for (int64_t r = first; r < last; r += lanes) {
+        const int rows = int(last - r < lanes ? last - r : lanes);
+        Square<Real> square;
+        for (int i = 0; i < lanes; ++i)
+          square.rows[i] = i < rows ? load(in + (r + i) * call.columns + c, columns) : splat(Real(0));
+        square.transpose();
+        for (int j = 0; j < columns; ++j) store(out + (c + j) * call.rows + r, square.rows[j], rows);
       }
     }
   }
