@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ceit_kernels import FusedAddNorm, FusedAttention, FusedLeFF
+from ceit_kernels.block import encoder_block_inference
 
 from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
 
@@ -55,6 +56,8 @@ class Block(nn.Module):
 
         With `with_class_token` also return the class token (B, 1, dim) of the argument `x`, see `passes_class_token`.
         """
+        if not with_class_token and not torch.is_grad_enabled() and (out := self._at_once(x, grid_size)) is not None:
+            return out
         x, y, class_token = self.add_norm(x, None, self.norm1, 1)
         x, y = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
         if self.training and not isinstance(self.drop_path, nn.Identity):
@@ -62,6 +65,13 @@ class Block(nn.Module):
         else:
             x = self.leff(y, grid_size, residual=x)
         return (x, class_token) if with_class_token else x
+
+    def _at_once(self, x: Tensor, grid_size: tuple[int, int] | None) -> Tensor | None:
+        """The block in one compiled call, None where it takes a call for every part."""
+        between = (self.add_norm, self.drop_path)
+        if type(self.add_norm) is not FusedAddNorm or any(part.training or _watched(part) for part in between):
+            return None
+        return encoder_block_inference(x, self.norm1, self.attn, self.norm2, self.leff, grid_size)
 
     def passes_class_token(self) -> bool:
         """Whether to take the class token of this block's input from its `forward`, instead of from the input itself.

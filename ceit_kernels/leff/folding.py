@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["FoldedWeights", "fold", "folded_before", "forget", "parameters_per_layer"]
+__all__ = ["FoldedWeights", "fold", "folded_before", "forget", "is_kept", "parameters_per_layer"]
 
 # weight and bias of the convolution; weight, bias, running mean and running variance of its norm
 parameters_per_layer = 6
@@ -60,6 +60,12 @@ def folded_before(
 def _find(weight: Tensor, version: tuple | None) -> FoldedWeights | None:
     entry = _cache.get(weight)
     return entry[1] if entry is not None and version is not None and entry[0] == version else None
+
+
+def is_kept(weight: Tensor, folded: FoldedWeights) -> bool:
+    """Whether what was folded from the parameters whose first is ``weight`` has not been dropped or replaced since."""
+    entry = _cache.get(weight)
+    return entry is not None and entry[1] is folded
 
 
 def forget(weight: Tensor) -> None:

@@ -127,8 +127,7 @@ class FusedLeFF(nn.Module):
         limit = self._limit()
         norms = [of_module(norm) if limit is None else None for norm in norm_modules]
         parameters = pack(weights, biases, norms)
-        activation = _activation_name(self.act)
-        activations = (activation if self.first_act else "identity", activation)
+        activations = self._activations()
         settings, group_limit = make_settings(x, norms, activations, grid_size, self.num_prefix_tokens)
         phase = phase_of(norms, (x, residual, *parameters))
         choice = backends.choose("leff", x, settings.compute_dtype or x.dtype, limit or group_limit, phase)
@@ -141,6 +140,29 @@ class FusedLeFF(nn.Module):
         """Switch between training and inference, which also forgets the weights that were folded for inference."""
         forget(self.conv1.weight)
         return super().train(mode)
+
+    def inference_parts(self) -> tuple[list[Tensor | None], tuple[float, ...], tuple[str, str]] | None:
+        """What inference by the kernels takes: tensors in the operators' order, eps of the norms, activations.
+
+        None where a norm takes batch statistics or the kernels do not serve the module.
+        """
+        norms = (self.bn1, self.bn2, self.bn3)
+        parameters: list[Tensor | None] = []
+        for convolution, norm in zip((self.conv1, self.conv2, self.conv3), norms, strict=True):
+            state = norm._parameters, norm._buffers
+            mean = state[1].get("running_mean")
+            if norm.training or (mean is None and type(norm) is not nn.Identity):
+                return None
+            of_norm = (state[0].get("weight"), state[0].get("bias"), mean, state[1].get("running_var"))
+            parameters += [convolution.weight, convolution.bias, *of_norm]
+        if self._limit() is not None:
+            return None
+        eps = tuple([0.0 if type(norm) is nn.Identity else norm.eps for norm in norms])
+        return parameters, eps, self._activations()
+
+    def _activations(self) -> tuple[str, str]:
+        activation = _activation_name(self.act)
+        return (activation if self.first_act else "identity", activation)
 
     def _limit(self) -> str | None:
         if _activation_name(self.act) is None:

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../capability.h"
+#include "add_norm.h"
 #include "calls.h"
 
 namespace ceit::add_norm {
@@ -55,6 +56,8 @@ void run(Kernel<Call> kernel, const Call& call) {
                               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
+}  // namespace
+
 void forward(Tensor x, OptionalTensor branch, OptionalTensor weight, OptionalTensor bias, double eps,
              OptionalTensor total, Tensor out, OptionalTensor mean, OptionalTensor rstd) {
   const ScalarType type = x.scalar_type(), real = real_type(type);
@@ -73,6 +76,8 @@ void forward(Tensor x, OptionalTensor branch, OptionalTensor weight, OptionalTen
                          array("rstd", rstd, rows, real)};
   run(kernels_for(type).forward, call);
 }
+
+namespace {
 
 void backward(Tensor grad_out, OptionalTensor grad_total, OptionalTensor grad_prefix, Tensor total,
               OptionalTensor weight, Tensor mean, Tensor rstd, OptionalTensor grad, OptionalTensor partial) {

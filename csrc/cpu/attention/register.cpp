@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../capability.h"
+#include "attention.h"
 #include "calls.h"
 
 namespace ceit::attention {
@@ -43,6 +44,8 @@ void* statistics_of(const Tensor& statistics, const Shape& shape, ScalarType typ
   return data("statistics", statistics, shape.images * shape.heads * shape.queries * 2, real);
 }
 
+}  // namespace
+
 void forward(Tensor qkv, int64_t heads, double scale, Tensor out, std::optional<Tensor> statistics) {
   const ScalarType type = qkv.scalar_type();
   const Shape shape = shape_of(qkv, out, heads);
@@ -54,6 +57,8 @@ void forward(Tensor qkv, int64_t heads, double scale, Tensor out, std::optional<
   torch::stable::parallel_for(0, shape.images * shape.heads * shape.blocks(), 1,
                               [&](int64_t begin, int64_t end) { table.forward(call, begin, end); });
 }
+
+namespace {
 
 void backward(Tensor grad_out, Tensor qkv, Tensor statistics, int64_t heads, double scale, Tensor grad_qkv) {
   const ScalarType type = qkv.scalar_type();

@@ -1,0 +1,52 @@
+// An encoder block's inference on the CPU and its registration, through libtorch's stable ABI. The schema is in
+// ceit_kernels/block/native_cpu.py.
+#include <algorithm>
+
+#include "../add_norm/add_norm.h"
+#include "../attention/attention.h"
+#include "../leff/stages.h"
+#include "../products.h"
+
+namespace ceit::block {
+namespace {
+
+using torch::stable::narrow;
+using torch::stable::new_empty;
+using torch::stable::Tensor;
+using torch::stable::view;
+using OptionalTensor = std::optional<Tensor>;
+
+// out (B, N, C) of tokens x, some images at a time, so that what is between the products stays in cache.
+void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1, Tensor qkv_weight,
+           OptionalTensor qkv_bias, int64_t heads, double scale, Tensor projection_weight,
+           OptionalTensor projection_bias, OptionalTensor norm_weight2, OptionalTensor norm_bias2, double eps2,
+           Tensor weight1, Tensor bias1, Tensor taps, Tensor bias2, Tensor weight3, Tensor bias3, int64_t first,
+           int64_t second, int64_t height, int64_t width, int64_t images, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous() && x.numel() > 0, "x: expected contiguous tokens (B, N, C)");
+  STD_TORCH_CHECK(images > 0, "images: expected a positive number, got ", images);
+  const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2), most = std::min(images, batch);
+  Tensor normalised = new_empty(x, {most, tokens, channels});
+  Tensor attended = new_empty(x, {most, tokens, channels});
+  Tensor total = new_empty(x, {most, tokens, channels});
+  for (int64_t start = 0; start < batch; start += images) {
+    const int64_t count = std::min(images, batch - start), rows = count * tokens;
+    const Tensor part = narrow(x, 0, start, count), y = narrow(normalised, 0, 0, count);
+    const Tensor attention = narrow(attended, 0, 0, count), sum = narrow(total, 0, 0, count);
+    add_norm::forward(part, std::nullopt, norm_weight1, norm_bias1, eps1, std::nullopt, y, std::nullopt, std::nullopt);
+    const Tensor qkv = linear(view(y, {rows, channels}), qkv_weight, qkv_bias);
+    attention::forward(view(qkv, {count, tokens, 3 * channels}), heads, scale, attention, std::nullopt);
+    const Tensor branch = linear(view(attention, {rows, channels}), projection_weight, projection_bias);
+    add_norm::forward(part, view(branch, {count, tokens, channels}), norm_weight2, norm_bias2, eps2, sum, y,
+                      std::nullopt, std::nullopt);
+    leff::infer(y, y, weight1, bias1, taps, bias2, weight3, bias3, sum, first, second, height, width, count,
+                narrow(out, 0, start, count));
+  }
+}
+
+}  // namespace
+}  // namespace ceit::block
+
+STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) { m.impl("_block_infer", TORCH_BOX(&ceit::block::infer)); }
+
+// Packed weights have a layout of oneDNN's.
+STABLE_TORCH_LIBRARY_IMPL(ceit, MkldnnCPU, m) { m.impl("_block_infer", TORCH_BOX(&ceit::block::infer)); }

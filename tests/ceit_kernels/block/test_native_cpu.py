@@ -1,0 +1,134 @@
+"""An encoder block in one call on the CPU: the same as its operators one by one, and only where nobody would notice."""
+
+import copy
+
+import pytest
+import torch
+from support.accuracy import assert_as_accurate
+from torch import nn
+
+from ceit.blocks import Block
+from ceit_kernels import fuse, use_backend
+from ceit_kernels.block import encoder_block_inference
+
+
+def make_block(dtype=torch.float32, **options) -> Block:
+    torch.manual_seed(0)
+    block = Block(24, 3, **options)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return block.to(dtype).eval()
+
+
+def make_tokens(batch=3, grid=(4, 5), dtype=torch.float32):
+    return torch.randn(batch, 1 + grid[0] * grid[1], 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def at_once(block: Block, x, grid_size=(4, 5)):
+    with torch.no_grad():
+        return encoder_block_inference(x, block.norm1, block.attn, block.norm2, block.leff, grid_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_is_as_accurate_as_plain_pytorch(dtype, batch):
+    plain, x = make_block(dtype, qkv_bias=True), make_tokens(batch, dtype=dtype)
+    with torch.no_grad():
+        expected, exact = plain(x, (4, 5)), copy.deepcopy(plain).double()(x.double(), (4, 5))
+    assert_as_accurate(["tokens"], [at_once(fuse(plain), x)], [expected], [exact])
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "grid"),
+    [
+        ({}, 1, (1, 1)),
+        ({"qkv_bias": True, "kernel_size": 5}, 2, (3, 7)),
+        ({"with_bn": False, "kernel_size": 7, "mlp_ratio": 1.4}, 7, (2, 2)),
+        ({"qk_scale": 0.3, "mlp_ratio": 3.0}, 4, (5, 1)),
+    ],
+)
+def test_agrees_to_rounding_in_float64(options, batch, grid):
+    plain, x = make_block(torch.float64, **options), make_tokens(batch, grid, torch.float64)
+    with torch.no_grad():
+        expected = plain(x, grid)
+    torch.testing.assert_close(at_once(fuse(plain), x, grid), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_takes_tokens_of_any_strides():
+    block, x = fuse(make_block(torch.float64)), make_tokens(dtype=torch.float64)
+    scattered = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(at_once(block, scattered), at_once(block, x))
+    expanded = x[:1].expand(3, -1, -1)
+    torch.testing.assert_close(at_once(block, expanded)[2], at_once(block, x[:1])[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_block_runs_it_and_a_part_of_a_batch_at_a_time_gives_the_same(monkeypatch):
+    from ceit_kernels.block import native_cpu
+
+    block, x = fuse(make_block(torch.float64)), make_tokens(7, dtype=torch.float64)
+    whole = at_once(block, x)
+    monkeypatch.setattr(native_cpu, "bytes_in_cache", 1)
+    block.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, (4, 5)), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_follows_weights_that_change():
+    block, x = fuse(make_block()), make_tokens()
+    for parameter in (block.norm1.weight, block.attn.qkv.weight, block.attn.proj.bias, block.leff.conv3.weight):
+        before = at_once(block, x)
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        assert not torch.allclose(at_once(block, x), before)
+    before = at_once(block, x)
+    block.leff.bn2.running_var.data.mul_(2)
+    block.train().eval()
+    assert not torch.allclose(at_once(block, x), before)
+
+
+class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_declines_where_someone_would_notice():
+    block, x = fuse(make_block()), make_tokens()
+    assert at_once(block, x) is not None
+    assert encoder_block_inference(x, block.norm1, block.attn, block.norm2, block.leff, (4, 5)) is None  # gradients
+    with Watching():
+        assert at_once(block, x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert at_once(block, x) is None
+    for operator in ("norm", "linear", "attention", "leff"):
+        with use_backend(f"{operator}=reference"):
+            assert at_once(block, x) is None
+    for module in (block.norm1, block.attn, block.attn.proj, block.leff, block.leff.bn1):
+        handle = module.register_forward_hook(lambda *_: None)
+        assert at_once(block, x) is None, module
+        handle.remove()
+    for module in (block.attn, block.leff, block.leff.bn3):
+        module.train()
+        assert at_once(block, x) is None, module
+        module.eval()
+    assert at_once(block, x.double()) is None
+    assert at_once(block, x[:0]) is None
+    assert at_once(make_block(), x) is None  # plain
+
+
+def test_a_hook_inside_the_block_sees_its_calls():
+    block, x, calls = fuse(make_block()), make_tokens(), []
+    with torch.no_grad():
+        expected = block(x, (4, 5))
+        block.attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(block(x, (4, 5)), expected, rtol=1e-5, atol=1e-5)
+    assert calls == [1]
+
+
+def test_a_grid_that_the_tokens_do_not_make_is_an_error():
+    with pytest.raises(ValueError, match="x: expected 1 prefix and grid_size 4 \\* 4 = 16 patch tokens, got 21"):
+        at_once(fuse(make_block()), make_tokens(), (4, 4))
