@@ -23,7 +23,7 @@ test prove: export OMP_NUM_THREADS = 1
 test: lint
 	$(PYTEST) -n 2 -m "not prove"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "not prove" tests/ceit_kernels
-	$(RUN) -m ttsem.sanitize pytest -q -m "not prove" tests/ceit_kernels
+	$(RUN) -m ttsem.sanitize pytest -q -m "not prove" tests/ceit_kernels tests/benchmarks
 
 lint: $(READY)
 	$(RUN) -m ruff check .

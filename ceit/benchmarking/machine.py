@@ -19,7 +19,7 @@ __all__ = ["commit", "environment", "measure_ceilings"]
 
 _ROOT = Path(__file__).parents[2]
 _CPU_SIZES = {"copy_bytes": 256 << 20, "product": 2048}
-_GPU_SIZES = {"copy_bytes": 4 << 30, "product": 8192}
+_GPU_SIZES = {"copy_bytes": 2 << 30, "product": 8192}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

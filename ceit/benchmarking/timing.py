@@ -65,6 +65,8 @@ class CudaTimer:
 
     def __init__(self, cuda: ModuleType | Any = torch.cuda) -> None:
         self._cuda = cuda
+        # Graphs that are replayed one after the other share memory: a pool each for ten contenders would not fit.
+        self._pool = cuda.graph_pool_handle()
 
     def prepare(self, call: Callable[[int], Any], num_inputs: int) -> Sampler:
         """Warm up, capture and return the sampler; arguments as of `CpuTimer.prepare`."""
@@ -84,7 +86,7 @@ class CudaTimer:
         replay, method = run, "CUDA events"
         graph = cuda.CUDAGraph()
         try:
-            with cuda.graph(graph):
+            with cuda.graph(graph, pool=self._pool):
                 run()
         except RuntimeError as error:
             reason = str(error).strip().splitlines() or ["no reason given"]

@@ -25,10 +25,31 @@ def _module(group):
         return LocallyEnhancedFeedForward(channels, 4 * channels), (group["batch"], 197, channels)
     if group["operator"] == "lca":
         return LCAAttention(channels, channels // 64, qkv_bias=True), (group["batch"], 12, channels)
+    if group["operator"] == "norm":
+        return _residual(channels), (group["batch"], 197, channels)
     image = (group["batch"], 3, group["image_size"], group["image_size"])
     if group["operator"] == "i2t":
         return Image2Tokens(), image
     return create_model(f"ceit_{group['size']}_patch16_224", fused=False), image
+
+
+def _residual(channels):
+    """The residual path of a block, as `groups.Residual`."""
+    from ceit.layers import AddNorm
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_norm = AddNorm()
+            self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+            self.attention, self.feed_forward = nn.Linear(channels, channels), nn.Linear(channels, channels)
+
+        def forward(self, x):
+            x, y = self.add_norm(x, None, self.norm1)
+            x, y = self.add_norm(x, self.attention(y), self.norm2)
+            return x + self.feed_forward(y)
+
+    return Residual()
 
 
 def prepare(group):
