@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ceit_kernels import fuse
 
-from .exported import EXPORTERS, missing_packages
+from .exported import EXPORTERS, SPINNING, missing_packages
 from .groups import Group
 from .rewrite import rewrite, with_mlp
 
@@ -46,10 +46,12 @@ class Step:
     Attributes:
         run: takes the input, returns the output; in training the gradients are then those of the call.
         module: the PyTorch module behind it, None for another runtime.
+        spinning: seconds for which its threads go on spinning after a call, longer than those of PyTorch.
     """
 
     run: Callable[[Tensor], Tensor]
     module: nn.Module | None
+    spinning: float = 0.0
 
     def forget_gradients(self, x: Tensor) -> None:
         """Free the gradients of the last training call."""
@@ -117,7 +119,7 @@ def first_line(error: Exception) -> str:
 def _build(contender: str, group: Group, module: nn.Module, x: Tensor) -> Step:
     if contender in EXPORTERS:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return Step(EXPORTERS[contender](module, x), None)
+            return Step(EXPORTERS[contender](module, x), None, SPINNING[contender])
     if contender == "fused":
         module = fuse(module)
     elif contender == "rewrite":

@@ -187,7 +187,8 @@ def _prepare(
         if entry.status != "timed":
             continue
         try:
-            samplers[entry.contender] = timer.prepare(_call(steps[entry.contender], inputs), len(inputs))
+            step = steps[entry.contender]
+            samplers[entry.contender] = timer.prepare(_call(step, inputs), len(inputs), step.spinning)
         except RuntimeError as error:
             if entry.contender == "plain":
                 raise ContenderError(first_line(error)) from error

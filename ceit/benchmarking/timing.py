@@ -13,7 +13,11 @@ __all__ = ["CpuTimer", "CudaTimer", "Sampler", "interleave", "make_timer"]
 
 _WARMUP_CALLS = 3
 # Shorter samples are lost in the clock and in the interpreter's jitter.
-_SAMPLE_SECONDS = 2e-3
+_SAMPLE_SECONDS = 3e-2
+# Calls ahead of a sample, until the threads of the contender before do not spin any more; a long one does without.
+_SETTLE_SECONDS, _LONG_CALL_SECONDS = 3e-2, 0.2
+# Once a block this large was freed, glibc keeps what is freed, in place of taking it from the system in every call.
+_LARGEST_FREED_BLOCK = 31 << 20
 
 
 @dataclass(frozen=True)
@@ -30,25 +34,44 @@ class Sampler:
 
 
 class CpuTimer:
-    """Wall-clock time of calls one after another, as many as make a sample long enough."""
+    """Wall-clock time of calls one after another, as many as make a sample long enough.
 
-    def prepare(self, call: Callable[[int], Any], num_inputs: int) -> Sampler:
+    Threads that wait for work spin for a while, on cores that the next contender needs. So calls that are not timed go
+    ahead of a sample, and a sample ends when the threads behind it have gone to sleep.
+    """
+
+    def __init__(self) -> None:
+        torch.empty(_LARGEST_FREED_BLOCK, dtype=torch.uint8)
+
+    def prepare(self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0) -> Sampler:
         """Warm up and return the sampler.
 
         Args:
             call: runs the contender on input i.
             num_inputs: inputs to rotate through.
+            spinning: seconds for which its threads go on spinning after a call.
         """
         call(0)
         start = time.perf_counter()
         call(1 % num_inputs)
-        repeats = max(1, round(_SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
+        seconds = max(time.perf_counter() - start, 1e-7)
+        repeats = max(1, round(_SAMPLE_SECONDS / seconds))
+        ahead = 0 if seconds > _LONG_CALL_SECONDS else max(1, round(_SETTLE_SECONDS / seconds))
+
+        def run(calls: int) -> float:
+            start = time.perf_counter()
+            for i in range(calls):
+                call(i % num_inputs)
+            return time.perf_counter() - start
 
         def sample() -> float:
-            start = time.perf_counter()
-            for i in range(repeats):
-                call(i % num_inputs)
-            return (time.perf_counter() - start) / repeats
+            run(ahead)
+            seconds = run(repeats) / repeats
+            end = time.perf_counter() + spinning
+            # Asleep, a virtual machine would lose its cores.
+            while time.perf_counter() < end:
+                pass
+            return seconds
 
         return Sampler(sample, "wall clock")
 
@@ -68,7 +91,7 @@ class CudaTimer:
         # Graphs that are replayed one after the other share memory: a pool each for ten contenders would not fit.
         self._pool = cuda.graph_pool_handle()
 
-    def prepare(self, call: Callable[[int], Any], num_inputs: int) -> Sampler:
+    def prepare(self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0) -> Sampler:
         """Warm up, capture and return the sampler; arguments as of `CpuTimer.prepare`."""
         cuda = self._cuda
         stream = cuda.Stream()

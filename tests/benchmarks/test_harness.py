@@ -97,11 +97,11 @@ def test_freezing_of_a_large_model_waits_for_a_run_without_limit():
 
 def test_contender_that_runs_out_of_memory_later_is_listed(monkeypatch):
     class Timer:
-        def prepare(self, call, num_inputs):
+        def prepare(self, call, num_inputs, spinning):
             self.prepared = getattr(self, "prepared", 0) + 1
             if self.prepared > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.\nand more")
-            return make_timer(CPU).prepare(call, num_inputs)
+            return make_timer(CPU).prepare(call, num_inputs, spinning)
 
     make_timer = measure.make_timer
     monkeypatch.setattr(measure, "make_timer", lambda device: Timer())

@@ -54,6 +54,27 @@ def test_wall_clock():
     assert 4e-3 < sampler.sample() < 1e-1
 
 
+def test_first_calls_of_a_sample_are_not_timed():
+    calls = []
+
+    def call(i):
+        # As if threads of another contender were spinning: the first call of a sample takes long.
+        time.sleep(2e-3 if calls else 0.1)
+        calls.append(i)
+
+    calls.append(0)
+    sampler = CpuTimer().prepare(call, 1)
+    calls.clear()
+    assert sampler.sample() < 5e-2
+
+
+def test_sample_ends_when_the_threads_behind_it_sleep():
+    sampler = CpuTimer().prepare(lambda i: None, 1, spinning=0.2)
+    start = time.perf_counter()
+    assert sampler.sample() < 1e-3
+    assert time.perf_counter() - start > 0.2
+
+
 @pytest.mark.gpu
 def test_times_on_a_gpu():
     x = torch.randn(4096, 4096, device="cuda")
