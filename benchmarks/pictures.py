@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from .roofline import rooflines
-from .style import COLORS, MARKERS, OTHER_COLOR, subtitle
+from .style import COLORS, MARKERS, OTHER_COLOR, label_log_axis, subtitle
 
 
 def draw_all(data: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -49,14 +50,16 @@ def ratio_bars(operator: str, results: Sequence[Mapping[str, Any]], where: str) 
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(4.6 * columns, 0.5 + 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    # The numbers at the right of a panel must not look as if they were of the next one.
+    figure.get_layout_engine().set(w_pad=0.15)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, result in zip(panels, results, strict=False):
         # What is not for the group at all is in the tables; here it would only be an empty line.
         entries = [e for e in result["entries"] if e["status"] != "absent" or "installed" in e["reason"]]
         _bars(axes, entries)
         group = result["group"]
         axes.set_title(f"{group['size']}, {group['phase']}, {group['dtype']}, batch {group['batch']}", fontsize=10)
-    for axes in list(panels):
+    for axes in panels[len(results) :]:
         axes.set_visible(False)
     figure.suptitle(f"{operator}: speed relative to plain PyTorch (1 = plain, longer is faster)\n{where}", fontsize=11)
     return figure
@@ -88,7 +91,7 @@ def _label(entry: Mapping[str, Any]) -> str:
     name = entry["contender"]
     if name != "fused" or not entry["backends"]:
         return name
-    return f"fused ({', '.join(sorted({by['backend'] for by in entry['backends'].values()}))})"
+    return f"fused\n({', '.join(sorted({by['backend'] for by in entry['backends'].values()}))})"
 
 
 def batch_curves(data: Mapping[str, Any]) -> Figure | None:
@@ -132,7 +135,7 @@ def _by_batch(axes: Axes, results: Sequence[Mapping[str, Any]], value: Callable[
 def scaling_curves(data: Mapping[str, Any]) -> Figure:
     """Time above memory for each axis, with the fitted exponents in the legends."""
     axes_names = list(dict.fromkeys(curve["axis"] for curve in data["scaling"]))
-    figure = Figure(figsize=(4.4 * len(axes_names), 7), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(axes_names), 8), layout="constrained")
     grid = figure.subplots(2, len(axes_names), squeeze=False)
     for column, name in enumerate(axes_names):
         curves = [curve for curve in data["scaling"] if curve["axis"] == name]
@@ -157,13 +160,14 @@ def _scaling_panel(axes: Axes, curves: Iterable[Mapping[str, Any]], key: str, un
                 label=f"{curve['contender']}, {curve['phase']}: exponent {curve[exponent]:.2f}",
             )
             axes.set_yscale("log")
+            label_log_axis(axes.yaxis, axes.get_ylim())
             _log_sizes(axes, curve["sizes"], curve["axis"])
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _log_sizes(axes: Axes, sizes: Sequence[int], label: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
     axes.grid(alpha=0.25)

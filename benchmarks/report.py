@@ -15,6 +15,7 @@ from ceit_kernels.traffic import format_table
 from .pictures import draw_all
 
 Report = Mapping[str, Any]
+_LONG_CALL_SECONDS = 0.01
 
 
 def write_report(data: Report, folder: Path) -> list[str]:
@@ -95,7 +96,9 @@ def disturbances(data: Report) -> list[str]:
             if result.flops / entry.median > 1.1 * ceiling and entry.contender in ("plain", "fused"):
                 signs.append(f"{result.name}: {entry.contender} is above the ceiling of a product")
             same_code = {by["backend"] for by in entry.backends.values()} == {"reference"}
-            if same_code and abs(entry.ratio["value"] - 1) > 0.1:
+            # To choose the reference takes the fused modules some time, which shows in a short call.
+            slower = entry.ratio["value"] < 0.9 and entry.median > _LONG_CALL_SECONDS
+            if same_code and (slower or entry.ratio["value"] > 1.1):
                 signs.append(
                     f"{result.name}: fused is plain PyTorch here, yet took 1/{entry.ratio['value']:.2f} of its time"
                 )

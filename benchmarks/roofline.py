@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from .style import MARKERS, OPERATOR_COLORS, subtitle
+from .style import MARKERS, OPERATOR_COLORS, label_log_axis, subtitle
 
 _INK = "#0f172a"
 
@@ -41,10 +40,8 @@ def rooflines(data: Mapping[str, Any]) -> Figure:
     for axes in (here, *kernel_axes):
         axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
         axes.grid(alpha=0.25, which="major")
-        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            axis.set_minor_formatter(NullFormatter())
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
-            axis.set_major_formatter(FormatStrFormatter("%g"))
+        label_log_axis(axes.xaxis, axes.get_xlim())
+        label_log_axis(axes.yaxis, axes.get_ylim())
     return figure
 
 
