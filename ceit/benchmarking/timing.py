@@ -1,6 +1,8 @@
 """Timing: a sample of a contender on the CPU or on a GPU, and rounds in which contenders take turns."""
 
+import ctypes
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +18,6 @@ _WARMUP_CALLS = 3
 _SAMPLE_SECONDS = 3e-2
 # Calls ahead of a sample, until the threads of the contender before do not spin any more; a long one does without.
 _SETTLE_SECONDS, _LONG_CALL_SECONDS = 3e-2, 0.2
-# Once a block this large was freed, glibc keeps what is freed, in place of taking it from the system in every call.
-_LARGEST_FREED_BLOCK = 31 << 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,19 @@ class Sampler:
     method: str
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory that is freed, for all contenders alike.
+
+    By default it depends on what the process did before whether a call gets its memory from the system anew, page by
+    page, which can double its time.
+    """
+    trim_threshold, mmap_threshold, never = -1, -3, 1 << 30
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, never)
+        mallopt(trim_threshold, never)
+
+
 class CpuTimer:
     """Wall-clock time of calls one after another, as many as make a sample long enough.
 
@@ -41,7 +54,7 @@ class CpuTimer:
     """
 
     def __init__(self) -> None:
-        torch.empty(_LARGEST_FREED_BLOCK, dtype=torch.uint8)
+        _keep_freed_memory()
 
     def prepare(self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0) -> Sampler:
         """Warm up and return the sampler.

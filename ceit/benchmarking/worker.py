@@ -5,6 +5,7 @@ commit may lack all else. Standard input has one JSON list a line: ["prepare", g
 one line of JSON on standard output.
 """
 
+import ctypes
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ import time
 import torch
 from torch import nn
 
-_SAMPLE_SECONDS = 0.05
+_SAMPLE_SECONDS, _LONG_CALL_SECONDS = 0.05, 0.2
 
 
 def _module(group):
@@ -85,14 +86,30 @@ def prepare(group):
         return (time.perf_counter() - start) / repeats
 
     timed(2)
-    repeats = max(1, round(_SAMPLE_SECONDS / timed(1)))
-    return lambda: timed(repeats)
+    seconds = timed(1)
+    repeats = max(1, round(_SAMPLE_SECONDS / seconds))
+
+    def sample():
+        if seconds < _LONG_CALL_SECONDS:
+            # The other process's threads go on spinning for a while after its sample.
+            timed(repeats)
+        return timed(repeats)
+
+    return sample
+
+
+def _keep_freed_memory():
+    """As in `timing`: glibc keeps what is freed, whatever the process did before."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for threshold in (-1, -3) if mallopt is not None else ():
+        mallopt(threshold, 1 << 30)
 
 
 def main():
     """Answer requests until standard input ends."""
     # What libraries print must not be taken for answers.
     answers, sys.stdout = sys.stdout, sys.stderr
+    _keep_freed_memory()
     sample = None
     for line in sys.stdin:
         command, *arguments = json.loads(line)
