@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ceit.benchmarking.command import select_device, select_groups
-from ceit.benchmarking.contenders import CONTENDERS, COSTLY
+from ceit.benchmarking.contenders import CONTENDERS, COSTLY, ContenderError
+from ceit.benchmarking.groups import plan
 from ceit.benchmarking.machine import environment, measure_ceilings
 from ceit.benchmarking.measure import Clock, measure_group
 from ceit.running.options import UsageError
@@ -27,6 +28,8 @@ from .report import write_report
 from .scaling import measure_scaling
 
 _COMMAND = "python -m benchmarks"
+SCALING = "scaling"
+_MINUTES = 12.0
 # Ahead of the limit of the whole run, for the pictures and for a group that is under way.
 _GROUPS_SHARE = 0.75
 
@@ -54,25 +57,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(60 * options.minutes)
     device = select_device(options.device)
-    groups = select_groups(device, options.only, quick=options.quick)
+    scaling_alone = options.only == SCALING
+    groups = [] if scaling_alone else select_groups(plan(device, quick=options.quick), options.only)
     names = [name for name in CONTENDERS if not (options.quick and name in COSTLY)]
 
     def say(what: str) -> None:
         print(f"[{clock.spent:5.0f} s of {60 * options.minutes:.0f}] {what}", flush=True)
 
     say("ceilings: a copy and a product")
-    dtypes = list(dict.fromkeys(group.dtype for group in groups))
+    dtypes = list(dict.fromkeys(group.dtype for group in groups)) or ["float32"]
     ceilings = [{name: measure_ceilings(device, getattr(torch, name)) for name in dtypes}]
-    measured, left_out = [], []
+    measured, left_out, failed = [], [], []
     for i, group in enumerate(groups, 1):
         if clock.used(_GROUPS_SHARE):
             left_out.append(group.name)
             continue
         say(f"{group.name} ({i} of {len(groups)})")
         seconds = 1.0 if options.quick else 4.0
-        measured.append(measure_group(group, device, seconds=seconds, contenders=names, clock=clock).as_dict())
+        try:
+            result = measure_group(group, device, seconds=seconds, contenders=names, clock=clock)
+        except ContenderError as error:
+            failed.append(f"{group.name}: plain failed: {error}")
+            continue
+        measured.append(result.as_dict())
     scaling, refused = [], []
-    if not options.quick:
+    if scaling_alone or not (options.quick or options.only):
         scaling = measure_scaling(device, say, clock=clock, left_out=left_out, refused=refused)
     if left_out:
         say(f"left out, the time is used up: {', '.join(left_out)}")
@@ -87,6 +96,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "ceilings": {n: {key: max(c[n][key] for c in ceilings) for key in ceilings[0][n]} for n in dtypes},
         "measured": measured,
         "left_out": left_out,
+        "failed": failed,
         "scaling": scaling,
         "scaling_refused": refused,
         "modelled": modelled,
@@ -95,18 +105,32 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _given(options: argparse.Namespace) -> list[str]:
+    """The options that decide over the numbers, as they were given."""
     words = ["--quick"] if options.quick else []
-    return [*words, *(["--only", options.only] if options.only else [])]
+    named = {"--only": options.only, "--device": options.device, "--minutes": f"{options.minutes:g}"}
+    default = {"--only": "", "--device": "auto", "--minutes": f"{_MINUTES:g}"}
+    return words + [word for name, value in named.items() if value != default[name] for word in (name, value)]
+
+
+def _minutes(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return float(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_COMMAND, description="Measure the benchmarks and write a report.")
     parser.add_argument("--output", default="runs/bench", metavar="DIR", help="folder of the report (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a few groups and contenders, no scaling")
-    parser.add_argument("--only", default="", metavar="NAME", help="groups with this in their name (all)")
+    parser.add_argument("--quick", action="store_true", help="a few groups and contenders, no scaling: a minute")
+    parser.add_argument(
+        "--only", default="", metavar="NAME", help=f"groups with this in their names, or {SCALING} (all)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where (%(default)s)")
     parser.add_argument(
-        "--minutes", type=float, default=12.0, help="limit of the run; what comes last is left out (%(default)s)"
+        "--minutes",
+        type=_minutes,
+        default=_MINUTES,
+        help="limit of the run; what comes last is left out (%(default)s)",
     )
     parser.add_argument("--redraw", metavar="PATH", help="make the report of a stored report.json, measuring nothing")
     return parser

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ceit.benchmarking.groups import Group
+from ceit.benchmarking.kernels import with_stem_products
 from ceit.traffic import TrafficOptions, count_model
-from ceit_kernels import use_backend
+from ceit_kernels import fuse
 from ceit_kernels.traffic import Call, CompiledTrafficError, Kernel, count_call, modelled_seconds
 from ceit_kernels.traffic.cases import Case, make_cases
 from ceit_kernels.traffic.modelled import BYTES_PER_SECOND, FLOPS_PER_SECOND, LAUNCH_SECONDS
@@ -28,10 +30,10 @@ def model_gpu() -> dict[str, Any]:
     """
     rows, kernels = [], []
     for size, channels in MODELS.items():
-        for case in make_cases(BATCH, channels, 224, torch.bfloat16):
+        for case in _cases(size, channels):
             for training in (False, True):
                 phase = "training" if training else "inference"
-                calls = {"fused": _with_stem_products(case.count_fused(training=training), training)}
+                calls = {"fused": with_stem_products(case.count_fused(training=training), _plain_stem(training))}
                 reason = ""
                 try:
                     calls["compile"] = case.count_compiled(training=training)
@@ -59,31 +61,29 @@ def model_gpu() -> dict[str, Any]:
     }
 
 
+def _cases(size: str, channels: int) -> list[Case]:
+    norm = Group("norm", size, "training", "bfloat16", BATCH)
+    tokens = math.prod(norm.shape)
+    return [
+        *make_cases(BATCH, channels, 224, torch.bfloat16),
+        Case("norm", lambda: fuse(norm.make_module()), norm.make_module, norm.shape, tokens, norm.torch_dtype),
+    ]
+
+
 def _models(size: str) -> list[dict[str, Any]]:
     options = TrafficOptions(model=f"ceit_{size}_patch16_224", batch_size=BATCH)
     rows = []
     for phase, counted in (("inference", "inference"), ("training", "training step")):
         for contender in ("plain", "fused"):
-            call = _with_stem_products(count_model(options, contender, counted), phase == "training")
+            call = with_stem_products(count_model(options, contender, counted), _plain_stem(phase == "training"))
             rows.append(_row("model", size, phase, contender, call.forward + call.backward, ""))
     return rows
 
 
-def _with_stem_products(call: Call, training: bool) -> Call:
-    """Give the stem's compiled operators, whose products are not counted, those of the plain stem: they do no fewer."""
-    stem = _plain_stem(training)
-    sides = []
-    for kernels, plain in ((call.forward, stem.forward), (call.backward, stem.backward)):
-        products = sum(kernel.flops for kernel in plain)
-        sides.append([replace(k, flops=products) if k.fused and "i2t" in k.name else k for k in kernels])
-    return Call(*sides, call.saved_bytes)
-
-
 @functools.cache
 def _plain_stem(training: bool) -> Call:
-    case: Case = make_cases(BATCH, MODELS["small"], 224, torch.bfloat16)[-1]
-    with use_backend("reference"):
-        return count_call(case.make_plain, case.shape, case.dtype, training=training, input_gradient=False)
+    stem = Group("i2t", "tiny", "training" if training else "inference", "bfloat16", BATCH)
+    return count_call(stem.make_module, stem.shape, stem.torch_dtype, training=training, input_gradient=False)
 
 
 def _row(

@@ -10,19 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import NullLocator
 
-COLORS = {"plain": "#64748b", "compile": "#2563eb", "fused": "#c2410c"}
-_OTHER = "#cbd5e1"
-_OPERATORS = {
-    "leff": "#c2410c",
-    "i2t": "#0f766e",
-    "lca": "#7c3aed",
-    "attention": "#be185d",
-    "norm": "#a16207",
-    "model": "#334155",
-}
-_MARKERS = {"plain": "s", "compile": "^", "fused": "o"}
+from .roofline import rooflines
+from .style import COLORS, MARKERS, OTHER_COLOR, label_log_axis, subtitle
 
 
 def draw_all(data: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -34,10 +25,10 @@ def draw_all(data: Mapping[str, Any], folder: Path) -> dict[str, str]:
     pictures = {}
     for operator in dict.fromkeys(result["group"]["operator"] for result in data["measured"]):
         results = [result for result in data["measured"] if result["group"]["operator"] == operator]
-        _save(ratio_bars(operator, results, _subtitle(data)), folder / f"ratios-{operator}.png")
+        _save(ratio_bars(operator, results, subtitle(data)), folder / f"ratios-{operator}.png")
         pictures[f"{operator}: speed against plain PyTorch, measured"] = f"ratios-{operator}.png"
     _save(rooflines(data), folder / "roofline.png")
-    pictures["rooflines: measured here, and every fused kernel as modelled"] = "roofline.png"
+    pictures["rooflines: measured here, and every kernel of the fused operators"] = "roofline.png"
     batches = batch_curves(data)
     if batches is not None:
         _save(batches, folder / "batches.png")
@@ -54,28 +45,23 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _subtitle(data: Mapping[str, Any]) -> str:
-    environment = data["environment"]
-    return f"measured on {environment['chip']}, {environment['threads']} threads"
-
-
-def ratio_bars(operator: str, results: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
+def ratio_bars(operator: str, results: Sequence[Mapping[str, Any]], where: str) -> Figure:
     """A panel for each group: plain / contender with its interval; who was not timed is named at the axis."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(4.6 * columns, 0.5 + 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    # The numbers at the right of a panel must not look as if they were of the next one.
+    figure.get_layout_engine().set(w_pad=0.15)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, result in zip(panels, results, strict=False):
         # What is not for the group at all is in the tables; here it would only be an empty line.
         entries = [e for e in result["entries"] if e["status"] != "absent" or "installed" in e["reason"]]
         _bars(axes, entries)
         group = result["group"]
         axes.set_title(f"{group['size']}, {group['phase']}, {group['dtype']}, batch {group['batch']}", fontsize=10)
-    for axes in list(panels):
+    for axes in panels[len(results) :]:
         axes.set_visible(False)
-    figure.suptitle(
-        f"{operator}: speed relative to plain PyTorch (1 = plain, longer is faster)\n{subtitle}", fontsize=11
-    )
+    figure.suptitle(f"{operator}: speed relative to plain PyTorch (1 = plain, longer is faster)\n{where}", fontsize=11)
     return figure
 
 
@@ -86,7 +72,7 @@ def _bars(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
         (e["ratio"]["value"] - e["ratio"]["low"], e["ratio"]["high"] - e["ratio"]["value"]) if e["ratio"] else (0, 0)
         for e in entries
     ]
-    colors = [COLORS.get(entry["contender"], _OTHER) for entry in entries]
+    colors = [COLORS.get(entry["contender"], OTHER_COLOR) for entry in entries]
     axes.barh(names, values, color=colors, height=0.7)
     axes.errorbar(values, names, xerr=np.array(ends).T, fmt="none", ecolor="#0f172a", elinewidth=0.9, capsize=2)
     limit = 1.3 * max(
@@ -105,93 +91,7 @@ def _label(entry: Mapping[str, Any]) -> str:
     name = entry["contender"]
     if name != "fused" or not entry["backends"]:
         return name
-    return f"fused ({', '.join(sorted({by['backend'] for by in entry['backends'].values()}))})"
-
-
-def rooflines(data: Mapping[str, Any]) -> Figure:
-    """Left what was measured here under this machine's ceilings, right every fused kernel as modelled for an H100."""
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
-    here, there = figure.subplots(1, 2)
-    labels: dict[str, Any] = {}
-    for result in data["measured"]:
-        for entry in result["entries"]:
-            marker = _MARKERS.get(entry["contender"])
-            if marker and entry["seconds"] and result["flops"]:
-                intensity = result["flops"] / result["compulsory_bytes"]
-                rate = result["flops"] / median(entry["seconds"])
-                operator = result["group"]["operator"]
-                color = _OPERATORS[operator]
-                labels[f"{operator}, {entry['contender']}"] = here.plot(
-                    intensity,
-                    rate / 1e12,
-                    marker,
-                    color=color,
-                    markersize=7,
-                    markerfacecolor=color,
-                    alpha=0.75,
-                    fillstyle="full" if entry["contender"] == "fused" else "none",
-                )[0]
-    for dtype, ceilings in data["ceilings"].items():
-        _roof(here, ceilings["bytes_per_second"], ceilings["flops_per_second"], dtype, _intensities(here))
-    here.legend(
-        labels.values(),
-        labels.keys(),
-        frameon=False,
-        fontsize=7,
-        ncols=5,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.12),
-    )
-    here.set_title(f"operators and models, {_subtitle(data)}", fontsize=10)
-    here.set_xlabel("FLOP per byte of input, output and parameters")
-    _modelled_roofline(there, data["modelled"])
-    for axes in (here, there):
-        axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
-        axes.grid(alpha=0.25, which="major")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    return figure
-
-
-def _modelled_roofline(axes: Axes, modelled: Mapping[str, Any]) -> None:
-    given = modelled["assumptions"]
-    seen = set()
-    for kernel in modelled["kernels"]:
-        if kernel["flops"]:
-            operator = kernel["operator"]
-            axes.plot(
-                kernel["flops"] / kernel["bytes"],
-                kernel["flops"] / kernel["modelled_seconds"] / 1e12,
-                "o" if kernel["phase"] == "inference" else "D",
-                color=_OPERATORS[operator],
-                markersize=6,
-                alpha=0.7,
-                label=None if (operator, kernel["phase"]) in seen else f"{operator}, {kernel['phase']}",
-            )
-            seen.add((operator, kernel["phase"]))
-    _roof(axes, given["bytes_per_second"], given["flops_per_second"], "H100, bfloat16", _intensities(axes))
-    without = sum(not kernel["flops"] for kernel in modelled["kernels"])
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    axes.set_title(
-        f"every fused kernel with a product, MODELLED for an H100, not measured\n"
-        f"{without} more kernels have no products: they move bytes alone",
-        fontsize=10,
-    )
-    axes.set_xlabel("FLOP per byte that the kernel moves")
-
-
-def _intensities(axes: Axes) -> tuple[float, float]:
-    found = [float(x) for line in axes.lines for x in line.get_xdata()]
-    return (min(found) / 2, max(found) * 2) if found else (0.1, 1000.0)
-
-
-def _roof(axes: Axes, memory: float, arithmetic: float, name: str, ends: tuple[float, float]) -> None:
-    x = np.geomspace(*ends, 100)
-    axes.plot(x, np.minimum(x * memory, arithmetic) / 1e12, color="#0f172a", linewidth=1.2)
-    text = f"{name}: {memory / 1e9:,.0f} GB/s, {arithmetic / 1e12:,.3g} TFLOP/s"
-    lines = sum(artist.get_gid() == "roof" for artist in axes.texts)
-    axes.text(0.02, 0.03 + 0.05 * lines, text, transform=axes.transAxes, va="bottom", fontsize=8, gid="roof")
+    return f"fused\n({', '.join(sorted({by['backend'] for by in entry['backends'].values()}))})"
 
 
 def batch_curves(data: Mapping[str, Any]) -> Figure | None:
@@ -211,7 +111,7 @@ def batch_curves(data: Mapping[str, Any]) -> Figure | None:
         _by_batch(memory, results, lambda entry, batch: entry["peak_bytes"] and entry["peak_bytes"] / 1e6)
         speed.set_title(f"CeiT-{size} {phase}, {dtype}: images/s", fontsize=10)
         memory.set_title(f"CeiT-{size} {phase}, {dtype}: peak memory of a call, MB", fontsize=10)
-    figure.suptitle(_subtitle(data), fontsize=11)
+    figure.suptitle(subtitle(data), fontsize=11)
     return figure
 
 
@@ -226,7 +126,7 @@ def _by_batch(axes: Axes, results: Sequence[Mapping[str, Any]], value: Callable[
         points = [point for point in points if point[1] is not None]
         if points:
             style = "--" if name == "fused" else "-"
-            axes.plot(*zip(*points, strict=True), style, marker=_MARKERS[name], color=COLORS[name], label=name)
+            axes.plot(*zip(*points, strict=True), style, marker=MARKERS[name], color=COLORS[name], label=name)
     _log_sizes(axes, [result["group"]["batch"] for result in results], "batch")
     axes.set_ylim(0, None)
     axes.legend(frameon=False, fontsize=8)
@@ -235,7 +135,7 @@ def _by_batch(axes: Axes, results: Sequence[Mapping[str, Any]], value: Callable[
 def scaling_curves(data: Mapping[str, Any]) -> Figure:
     """Time above memory for each axis, with the fitted exponents in the legends."""
     axes_names = list(dict.fromkeys(curve["axis"] for curve in data["scaling"]))
-    figure = Figure(figsize=(4.4 * len(axes_names), 7), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(axes_names), 8), layout="constrained")
     grid = figure.subplots(2, len(axes_names), squeeze=False)
     for column, name in enumerate(axes_names):
         curves = [curve for curve in data["scaling"] if curve["axis"] == name]
@@ -243,7 +143,7 @@ def scaling_curves(data: Mapping[str, Any]) -> Figure:
         _scaling_panel(grid[1][column], curves, "peak_bytes", 1e-6, "memory_exponent")
         grid[0][column].set(title=f"time of a call by {name.split(',')[0]}", ylabel="ms")
         grid[1][column].set(title=f"peak memory by {name.split(',')[0]}", ylabel="MB")
-    figure.suptitle(f"CeiT-T, float32, {_subtitle(data)}", fontsize=11)
+    figure.suptitle(f"CeiT-T, float32, {subtitle(data)}", fontsize=11)
     return figure
 
 
@@ -260,13 +160,14 @@ def _scaling_panel(axes: Axes, curves: Iterable[Mapping[str, Any]], key: str, un
                 label=f"{curve['contender']}, {curve['phase']}: exponent {curve[exponent]:.2f}",
             )
             axes.set_yscale("log")
+            label_log_axis(axes.yaxis, axes.get_ylim())
             _log_sizes(axes, curve["sizes"], curve["axis"])
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _log_sizes(axes: Axes, sizes: Sequence[int], label: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
     axes.grid(alpha=0.25)

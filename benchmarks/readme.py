@@ -39,6 +39,7 @@ def results_text(data: Mapping[str, Any]) -> str:
         f"{environment['versions']['torch']}, commit {environment['commit']}, by `{data['command']}`. Medians, with "
         "the 99% interval of the ratio. Where fused ran by reference it is plain PyTorch: no gain is claimed.\n\n"
         + format_table(rows, markdown=True)
+        + (f"\n\nLeft out for want of time: {', '.join(data['left_out'])}." if data["left_out"] else "")
         + (f"\n\n{warning}" if warning else "")
     )
 

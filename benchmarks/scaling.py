@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ceit.benchmarking.contenders import ContenderError
 from ceit.benchmarking.groups import Group
 from ceit.benchmarking.measure import Clock, measure_group
 from ceit.benchmarking.statistics import fit_exponent
@@ -54,13 +55,17 @@ def measure_scaling(
                 if clock.used(1.0):
                     left_out.append(f"scaling, {axis} {size}, {phase}")
                     continue
-                say(f"scaling, {axis} {size}, {phase}")
-                result = measure_group(_group(axis, size, phase), device, seconds=seconds, contenders=CONTENDERS)
+                where = f"scaling, {axis} {size}, {phase}"
+                say(where)
+                try:
+                    result = measure_group(_group(axis, size, phase), device, seconds=seconds, contenders=CONTENDERS)
+                except ContenderError as error:
+                    refused.append(f"{where}: plain failed: {error}")
+                    continue
                 for entry in result.entries:
                     if entry.median is not None:
                         points[entry.contender].append((size, entry.median, entry.peak_bytes))
                     else:
-                        where = f"scaling, {axis} {size}, {phase}"
                         refused.append(f"{where}: {entry.contender} {entry.status}: {entry.reason}")
             curves += [_curve(axis, phase, name, found) for name, found in points.items() if len(found) > 1]
     return curves

@@ -32,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", TrainOptions, "train a model on the digits or on a folder of images"),
         ("evaluate", EvaluateOptions, "accuracy of a checkpoint on test images"),
         ("demo", DemoOptions, "train on the digits with plain and with fused operators, and compare"),
-        ("bench", BenchOptions, "time plain and fused operators and models here, or this commit against another"),
+        (
+            "bench",
+            BenchOptions,
+            "time plain and fused operators and models, or this commit against another",
+        ),
         ("traffic", TrafficOptions, "count the bytes of device memory that a model moves; no GPU needed"),
     ):
         command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")

@@ -1,8 +1,9 @@
-"""`python -m ceit bench`: the contenders of some groups in a table, or this commit against another."""
+"""`python -m ceit bench`: the contenders of some groups in a table, the bars, or this commit against another."""
 
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ceit.running.options import UsageError, check, option
 from ceit.running.training_state import write_atomically
 from ceit_kernels.traffic import format_table
 
+from .bars import BarResult, bar_rows, bars, judge
 from .compare import Comparison, compare_commits
 from .contenders import CONTENDERS, COSTLY
 from .groups import Group, plan
@@ -24,7 +26,7 @@ _bench = partial(option, group="benchmark")
 
 
 class BenchFailed(Exception):
-    """A contender computed something wrong, or the commit is slower than the one it is compared with."""
+    """A contender computed something wrong, a bar is missed, or the commit is slower than the one compared with."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,8 +39,15 @@ class BenchOptions:
         "status is 1 if one is slower beyond the noise",
         metavar="BASE",
     )
+    bars: bool = _bench(
+        False,
+        "on the CPU, hold LeFF and both models to the best that is free, inference and training, with a verdict for "
+        "each; takes a quarter of an hour; the exit status is 1 if a bar is missed",
+    )
     only: str = _bench(
-        "", "groups with this in their name, e.g. leff-tiny or training; all unless given", metavar="NAME"
+        "",
+        "the group of this name, or all with this in their names, e.g. leff-tiny or training; all unless given",
+        metavar="NAME",
     )
     quick: bool = _bench(False, "a few groups, without the contenders that take long to compile")
     seconds: float = _bench(4.0, "seconds to time each group", above=0)
@@ -47,29 +56,50 @@ class BenchOptions:
 
 
 def bench(options: BenchOptions) -> None:
-    """Time the chosen groups and print a table of each, or of the comparison.
+    """Time the chosen groups and print a table of each, of the bars or of the comparison.
 
     Raises:
         UsageError: an option cannot be used.
-        BenchFailed: a contender was refused, or this checkout is slower than `compare`.
+        BenchFailed: a contender was refused, a bar is missed, or this checkout is slower than `compare`.
     """
     check(options)
+    if options.bars and (options.compare is not None or options.quick):
+        raise UsageError("--bars: expected without --compare and --quick")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     device = select_device(options.device)
-    groups = select_groups(device, options.only, quick=options.quick)
-    if options.compare is not None:
-        groups = [group for group in groups if group.operator != "norm"]
-        results = compare_commits(options.compare, groups, seconds=options.seconds, say=partial(print, flush=True))
-    else:
-        names = [name for name in CONTENDERS if not (options.quick and name in COSTLY)]
-        results = []
-        for group in groups:
-            results.append(measure_group(group, device, seconds=options.seconds, contenders=names))
-            print(f"\n{group.name}\n\n{format_table(_rows(results[-1]))}", flush=True)
+    results = _hold_to_bars(options, device) if options.bars else _time(options, device)
     if options.output is not None:
         kept = {"environment": environment(device), "results": [dataclasses.asdict(result) for result in results]}
         write_atomically(Path(options.output), lambda file: file.write(json.dumps(kept, indent=1).encode()))
     _judge(results)
+
+
+def _time(options: BenchOptions, device: torch.device) -> list[GroupResult] | list[Comparison]:
+    groups = select_groups(plan(device, quick=options.quick), options.only)
+    if options.compare is not None:
+        return compare_commits(options.compare, groups, seconds=options.seconds, say=partial(print, flush=True))
+    names = [name for name in CONTENDERS if not (options.quick and name in COSTLY)]
+    return [_measure(group, device, options.seconds, names) for group in groups]
+
+
+def _hold_to_bars(options: BenchOptions, device: torch.device) -> list[GroupResult | BarResult]:
+    by_group = {bar.group: bar for bar in bars(device)}
+    if not by_group:
+        raise UsageError(f"--bars: none are set for {device.type}, only for the CPU (--device cpu)")
+    measured = [
+        _measure(group, device, options.seconds, by_group[group].contenders)
+        for group in select_groups(list(by_group), options.only)
+    ]
+    by_name = {bar.group.name: bar for bar in by_group.values()}
+    judged = [judge(by_name[result.name], result) for result in measured]
+    print(f"\n{format_table(bar_rows(judged))}", flush=True)
+    return measured + judged
+
+
+def _measure(group: Group, device: torch.device, seconds: float, contenders: Sequence[str]) -> GroupResult:
+    result = measure_group(group, device, seconds=seconds, contenders=contenders)
+    print(f"\n{group.name}\n\n{format_table(_rows(result))}", flush=True)
+    return result
 
 
 def select_device(name: str) -> torch.device:
@@ -83,14 +113,13 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def select_groups(device: torch.device, only: str, *, quick: bool) -> list[Group]:
-    """The groups of a device's plan that have `only` in their name.
+def select_groups(groups: Sequence[Group], only: str) -> list[Group]:
+    """The one of these groups with the name `only`, or those that have it in their name.
 
     Raises:
         UsageError: there is none.
     """
-    groups = plan(device, quick=quick)
-    chosen = [group for group in groups if only in group.name]
+    chosen = [group for group in groups if only == group.name] or [group for group in groups if only in group.name]
     if not chosen:
         raise UsageError(f"--only: no group has {only!r} in its name; there are {', '.join(g.name for g in groups)}")
     return chosen
@@ -119,7 +148,7 @@ def entry_row(entry: Entry, result: GroupResult) -> list[str]:
     ]
 
 
-def _judge(results: list[GroupResult] | list[Comparison]) -> None:
+def _judge(results: Sequence[GroupResult | BarResult | Comparison]) -> None:
     wrong = [
         f"{result.name}: {entry.contender}: {entry.reason}"
         for result in results
@@ -128,7 +157,10 @@ def _judge(results: list[GroupResult] | list[Comparison]) -> None:
         if entry.status == "refused"
     ]
     slower = [result.name for result in results if isinstance(result, Comparison) and result.verdict == "slower"]
+    missed = [r.bar.group.name for r in results if isinstance(r, BarResult) and r.verdict == "missed"]
     if wrong:
         raise BenchFailed(f"refused, for the result is wrong: {'; '.join(wrong)}")
     if slower:
         raise BenchFailed(f"slower beyond the noise: {', '.join(slower)}")
+    if missed:
+        raise BenchFailed(f"missed: {', '.join(missed)}")

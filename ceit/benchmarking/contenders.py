@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ceit_kernels import fuse
 
-from .exported import EXPORTERS, missing_packages
+from .exported import EXPORTERS, SPINNING, missing_packages
 from .groups import Group
 from .rewrite import rewrite, with_mlp
 
-__all__ = ["CONTENDERS", "COSTLY", "DESCRIPTIONS", "FLOOR", "ContenderError", "Step", "absence", "build"]
+__all__ = ["CONTENDERS", "COSTLY", "DESCRIPTIONS", "FLOOR", "ContenderError", "Step", "absence", "build", "first_line"]
 
 DESCRIPTIONS = {
     "plain": "plain PyTorch as shipped",
@@ -46,10 +46,18 @@ class Step:
     Attributes:
         run: takes the input, returns the output; in training the gradients are then those of the call.
         module: the PyTorch module behind it, None for another runtime.
+        spinning: seconds for which its threads go on spinning after a call, longer than those of PyTorch.
     """
 
     run: Callable[[Tensor], Tensor]
     module: nn.Module | None
+    spinning: float = 0.0
+
+    def forget_gradients(self, x: Tensor) -> None:
+        """Free the gradients of the last training call."""
+        if self.module is not None:
+            self.module.zero_grad(set_to_none=True)
+        x.grad = None
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
         """Gradients of the last training call by the parameter's name, and of its input `x`."""
@@ -73,8 +81,6 @@ def absence(contender: str, group: Group, device: torch.device) -> str | None:
         return "freezing is for inference"
     if contender == "compile-max-autotune" and device.type == "cpu" and group.operator == "model":
         return "on the CPU taken for operators only: for a model it tunes for minutes"
-    if contender == "compile-freezing" and device.type == "cpu" and group.operator == "model" and group.batch > 1:
-        return "on the CPU a model is frozen at batch 1 only: every batch compiles for half a minute"
     if contender in ("channels-last", "rewrite") and group.operator in ("lca", "attention", "norm"):
         return "the plain operator has no convolution and no foldable norm"
     if contender == FLOOR and group.operator not in ("leff", "model"):
@@ -100,15 +106,20 @@ def build(contender: str, group: Group, module: nn.Module, x: Tensor) -> Step:
         with redirect_stdout(io.StringIO()):
             step.run(x)
     except Exception as error:
-        lines = str(error).strip().splitlines() or ["no message"]
-        raise ContenderError(f"{type(error).__name__}: {lines[0][:200]}") from error
+        raise ContenderError(first_line(error)) from error
     return step
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line: its class and the beginning of its message."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _build(contender: str, group: Group, module: nn.Module, x: Tensor) -> Step:
     if contender in EXPORTERS:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return Step(EXPORTERS[contender](module, x), None)
+            return Step(EXPORTERS[contender](module, x), None, SPINNING[contender])
     if contender == "fused":
         module = fuse(module)
     elif contender == "rewrite":

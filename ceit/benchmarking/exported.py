@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EXPORTERS", "missing_packages"]
+__all__ = ["EXPORTERS", "SPINNING", "missing_packages"]
 
 _PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx")}
 
@@ -48,4 +48,6 @@ def to_onnxruntime(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
+# Measured. Without spinning ONNX Runtime would take up to a quarter longer.
+SPINNING = {"openvino": 0.0, "onnxruntime": 0.04}
 EXPORTERS = {"openvino": to_openvino, "onnxruntime": to_onnxruntime}

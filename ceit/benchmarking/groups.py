@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ceit.layers import AddNorm, Attention, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
 from ceit.registry import create_model
 
-__all__ = ["OPERATORS", "Group", "plan"]
+__all__ = ["OPERATORS", "Group", "has_bfloat16", "plan"]
 
 OPERATORS = ("leff", "i2t", "lca", "attention", "norm", "model")
 _CHANNELS = {"tiny": 192, "small": 384}
@@ -18,18 +18,22 @@ _HEAD_DIM, _LAYERS, _TOKENS = 64, 12, 197
 
 
 class Residual(nn.Module):
-    """Both residual connections and norms of a block, with what is between left out."""
+    """The residual path of a block, with a linear layer in the place of attention and of LeFF.
+
+    Without these `torch.compile` would fuse one norm into the next, which no block allows.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.add_norm = AddNorm()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.attention, self.feed_forward = nn.Linear(channels, channels), nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, C) -> (B, 1 + 2 N, C)."""
-        x, y, class_token = self.add_norm(x, None, self.norm1, 1)
-        x, y = self.add_norm(x, y, self.norm2)
-        return torch.cat((x, y, class_token), dim=1)
+        """Tokens (B, N, C) -> (B, N, C)."""
+        x, y = self.add_norm(x, None, self.norm1)
+        x, y = self.add_norm(x, self.attention(y), self.norm2)
+        return x + self.feed_forward(y)
 
 
 @dataclass(frozen=True)
@@ -104,44 +108,67 @@ class Group:
         return [x.to(device, self.torch_dtype).requires_grad_(self.input_gradient) for x in inputs]
 
 
-# Operator, sizes, and batches by phase, in the order of importance: what comes last is left out when time is up.
-_CPU_PLAN = (
-    ("leff", ("tiny", "small"), {"inference": (1, 16), "training": (8,)}),
-    ("i2t", ("tiny",), {"inference": (1, 16), "training": (8,)}),
-    ("lca", ("tiny", "small"), {"inference": (16,), "training": (16,)}),
-    ("attention", ("tiny",), {"inference": (16,), "training": (8,)}),
-    ("norm", ("tiny", "small"), {"inference": (16,), "training": (16,)}),
-    ("model", ("tiny",), {"inference": (1, 4, 16), "training": (8,)}),
-    ("model", ("small",), {"inference": (1, 4), "training": (4,)}),
+# Operator, sizes, dtypes and batches by phase, in the order of importance: what comes last is left out when time is up.
+_Plan = tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict[str, tuple[int, ...]]], ...]
+_BOTH, _FLOAT32 = ("tiny", "small"), ("float32",)
+_CPU_PLAN: _Plan = (
+    ("leff", _BOTH, _FLOAT32, {"inference": (16,), "training": (16,)}),
+    ("model", ("tiny",), _FLOAT32, {"inference": (1, 4, 16), "training": (8,)}),
+    ("i2t", ("tiny",), _FLOAT32, {"inference": (16,), "training": (8,)}),
+    ("attention", ("tiny",), _FLOAT32, {"inference": (16,), "training": (8,)}),
+    ("lca", ("tiny",), _FLOAT32, {"inference": (16,), "training": (16,)}),
+    ("norm", ("tiny",), _FLOAT32, {"inference": (16,), "training": (16,)}),
+    ("model", ("small",), _FLOAT32, {"inference": (1,), "training": (8,)}),
+    ("model", ("small",), _FLOAT32, {"inference": (16,)}),
+    ("leff", _BOTH, _FLOAT32, {"inference": (1,)}),
+    ("i2t", ("tiny",), _FLOAT32, {"inference": (1,)}),
+    ("lca", ("small",), _FLOAT32, {"inference": (16,), "training": (16,)}),
+    ("norm", ("small",), _FLOAT32, {"inference": (16,), "training": (16,)}),
 )
-_GPU_BATCHES = {"inference": (1, 64, 256), "training": (256,)}
-_GPU_PLAN = tuple(
-    (operator, ("tiny",) if operator == "i2t" else ("tiny", "small"), _GPU_BATCHES)
+_CPU_BFLOAT16_PLAN: _Plan = (("model", _BOTH, ("bfloat16",), {"inference": (1, 16)}),)
+_GPU_DTYPES = ("bfloat16", "float32")
+_GPU_PLAN: _Plan = tuple(
+    (operator, ("tiny",) if operator == "i2t" else _BOTH, (dtype,), batches)
+    for dtype in _GPU_DTYPES
+    for batches in ({"inference": (256,), "training": (256,)}, {"inference": (1, 64)})
     for operator in ("leff", "model", "i2t", "lca", "norm")
 )
-_QUICK_PLAN = (
-    ("leff", ("tiny",), {"inference": (4,), "training": (4,)}),
-    ("i2t", ("tiny",), {"inference": (4,)}),
-    ("lca", ("tiny",), {"inference": (16,)}),
-    ("norm", ("tiny",), {"inference": (16,)}),
-    ("model", ("tiny",), {"inference": (1,)}),
+_QUICK_PLAN: _Plan = (
+    ("leff", ("tiny",), _FLOAT32, {"inference": (4,), "training": (4,)}),
+    ("i2t", ("tiny",), _FLOAT32, {"inference": (4,)}),
+    ("lca", ("tiny",), _FLOAT32, {"inference": (16,)}),
+    ("norm", ("tiny",), _FLOAT32, {"inference": (16,)}),
+    ("model", ("tiny",), _FLOAT32, {"inference": (1,)}),
 )
 
 
 def plan(device: torch.device, *, quick: bool = False) -> list[Group]:
-    """The groups to time on a device.
+    """The groups to time on a device, the most important ones first.
 
     Args:
-        device: where; a GPU also takes bfloat16 and larger batches.
-        quick: a few groups instead.
+        device: where; a GPU also takes bfloat16 and larger batches, a CPU bfloat16 where it has instructions for it.
+        quick: a few groups instead, on a GPU in each of its dtypes.
     """
     on_gpu = device.type == "cuda"
-    dtypes = ("bfloat16", "float32") if on_gpu else ("float32",)
-    groups = [
-        Group(operator, size, phase, "float32", batch)
-        for operator, sizes, batches in (_QUICK_PLAN if quick else _GPU_PLAN if on_gpu else _CPU_PLAN)
+    if quick:
+        groups = _groups(_QUICK_PLAN)
+        return [replace(group, dtype=dtype) for dtype in _GPU_DTYPES for group in groups] if on_gpu else groups
+    if on_gpu:
+        return _groups(_GPU_PLAN)
+    return _groups(_CPU_PLAN + (_CPU_BFLOAT16_PLAN if has_bfloat16(device) else ()))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16: every GPU that is served, and CPUs with AVX512-BF16."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+
+
+def _groups(rows: _Plan) -> list[Group]:
+    return [
+        Group(operator, size, phase, dtype, batch)
+        for operator, sizes, dtypes, batches in rows
+        for dtype in dtypes
         for size in sizes
         for phase in batches
         for batch in batches[phase]
     ]
-    return [replace(group, dtype=dtype) for dtype in dtypes for group in groups]

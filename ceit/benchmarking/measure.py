@@ -1,8 +1,9 @@
 """Measuring a group: contenders are built, checked against the reference, and timed in turns."""
 
+import gc
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ceit.running.machine import fused_operators
-from ceit_kernels.traffic import count_call
+from ceit_kernels import fuse
+from ceit_kernels.traffic import Call, Kernel, count_call
 
 from .checking import check_outputs
-from .contenders import CONTENDERS, COSTLY, FLOOR, ContenderError, Step, absence, build
+from .contenders import CONTENDERS, COSTLY, FLOOR, ContenderError, Step, absence, build, first_line
 from .groups import Group
+from .kernels import kernel_times, with_stem_products
 from .statistics import median_ratio
-from .timing import interleave, make_timer
+from .timing import Sampler, interleave, make_timer
 from .usage import compulsory_bytes, count_launches, peak_memory, saved_bytes
 
 __all__ = ["Clock", "Entry", "GroupResult", "measure_group"]
@@ -39,6 +42,11 @@ class Clock:
         """Seconds since the start."""
         return time.perf_counter() - self._start
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._seconds is not None
+
     def used(self, share: float) -> bool:
         """Whether a share of the limit is spent."""
         return self._seconds is not None and self.spent > share * self._seconds
@@ -56,9 +64,11 @@ class Entry:
         ratio: plain's time / this one's with its interval: above 1 is faster than plain.
         method: how the calls were timed.
         backends: what ran each fused operator, and why: {operator: {"backend": ..., "reason": ...}}.
-        peak_bytes: allocated during a call at its peak.
+        peak_bytes: allocated during a call at its peak, parameters and input left out, gradients included.
         saved_bytes: kept for backward.
         launches: kernels on a GPU.
+        kernels: on a GPU, fields of a `KernelTime` for every kernel of the fused operators.
+        unmatched: kernels that were not launched as often as they were counted, in words.
     """
 
     contender: str
@@ -71,6 +81,8 @@ class Entry:
     peak_bytes: int | None = None
     saved_bytes: int | None = None
     launches: int | None = None
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
     @property
     def median(self) -> float | None:
@@ -121,10 +133,15 @@ def measure_group(
         device: where.
         seconds: to spend on timing, all contenders together.
         contenders: who takes part; the plain module always does.
-        clock: what the run may spend: when 70% is used, costly compilations are left out.
+        clock: what the run may spend. Where it has a limit, what takes minutes to compile is left out, and when 70% is
+            used every costly compilation.
         details: also measure memory, launches and saved bytes.
     """
     clock = clock or Clock()
+    if device.type == "cuda":
+        # What the group before left, cyclic references included, is room that this one may need.
+        gc.collect()
+        torch.cuda.empty_cache()
     module = group.make_module().to(device, group.torch_dtype)
     inputs = group.make_inputs(_num_inputs(group, device), device)
     reference = build("plain", group, module, inputs[0])
@@ -133,8 +150,8 @@ def measure_group(
     entries, steps = [], {}
     for name in dict.fromkeys(("plain", *contenders)):
         reason = absence(name, group, device)
-        if reason is None and name in COSTLY and clock.used(0.7):
-            reason = f"the run's time was short; python -m ceit bench --only {group.name} times it"
+        if reason is None and _postponed(name, group, clock):
+            reason = f"the run's time is short; python -m ceit bench --only {group.name} times it"
         if reason is not None:
             entries.append(Entry(name, "absent", reason))
             continue
@@ -142,30 +159,69 @@ def measure_group(
         entries.append(entry)
         if step is not None:
             steps[name] = step
-    timed = {entry.contender: entry for entry in entries if entry.status == "timed"}
-    timer = make_timer(device)
-    samplers = {name: timer.prepare(_call(steps[name], inputs), len(inputs)) for name in timed}
+    samplers = _prepare(entries, steps, inputs, device)
     times = interleave(samplers, seconds)
-    for name, entry in timed.items():
-        entry.seconds, entry.method = times[name], samplers[name].method
-        entry.ratio = median_ratio(times["plain"], times[name]).as_dict()
-        if details:
-            _add_usage(entry, steps[name], inputs[0], group, device)
-    call = count_call(
-        group.make_module,
-        group.shape,
-        group.torch_dtype,
-        training=group.phase == "training",
-        input_gradient=group.input_gradient,
-    )
+    for entry in entries:
+        if entry.contender in samplers:
+            entry.seconds, entry.method = times[entry.contender], samplers[entry.contender].method
+            entry.ratio = median_ratio(times["plain"], entry.seconds).as_dict()
+            if details:
+                _add_usage(entry, steps[entry.contender], inputs[0], group, device)
+    plain = _count(group, group.make_module)
     return GroupResult(
         asdict(group),
         group.name,
         entries,
-        sum(kernel.flops for kernel in call.forward + call.backward),
+        sum(kernel.flops for kernel in plain.forward + plain.backward),
         compulsory_bytes(module, inputs[0], expected, training=group.phase == "training"),
         len(inputs),
     )
+
+
+def _prepare(
+    entries: Sequence[Entry], steps: dict[str, Step], inputs: Sequence[Tensor], device: torch.device
+) -> dict[str, Sampler]:
+    """Samplers of the contenders by name; one that fails now, most likely for want of memory, is marked so."""
+    timer, samplers = make_timer(device), {}
+    for entry in entries:
+        if entry.status != "timed":
+            continue
+        try:
+            step = steps[entry.contender]
+            samplers[entry.contender] = timer.prepare(_call(step, inputs), len(inputs), step.spinning)
+        except RuntimeError as error:
+            if entry.contender == "plain":
+                raise ContenderError(first_line(error)) from error
+            entry.status, entry.reason = "failed", first_line(error)
+    return samplers
+
+
+def _count(group: Group, make: Callable[[], nn.Module], chip: int = 90) -> Call:
+    return count_call(
+        make,
+        group.shape,
+        group.torch_dtype,
+        training=group.phase == "training",
+        input_gradient=group.input_gradient,
+        chip=chip,
+    )
+
+
+def _fused_kernels(group: Group, device: torch.device) -> list[Kernel]:
+    """The kernels of the fused module's call on a GPU, as counted."""
+    major, minor = torch.cuda.get_device_capability(device)
+    call = _count(group, lambda: fuse(group.make_module()), 10 * major + minor)
+    if group.operator in ("i2t", "model"):
+        stem = replace(group, operator="i2t")
+        call = with_stem_products(call, _count(stem, stem.make_module))
+    return call.forward + call.backward
+
+
+def _postponed(contender: str, group: Group, clock: Clock) -> bool:
+    if contender not in COSTLY or not clock.limited:
+        return False
+    takes_minutes = group.operator == "model" and (contender == "compile-max-autotune" or group.batch > 1)
+    return takes_minutes or clock.used(0.7)
 
 
 def _build_checked(
@@ -187,15 +243,20 @@ def _build_checked(
     return entry, step
 
 
-def _call(step: Step, inputs: Sequence[Tensor]):
+def _call(step: Step, inputs: Sequence[Tensor]) -> Callable[[int], Tensor]:
     return lambda i: step.run(inputs[i])
 
 
 def _add_usage(entry: Entry, step: Step, x: Tensor, group: Group, device: torch.device) -> None:
     if step.module is None:
         return
+    # The gradients that a step leaves are part of what it takes, so none may be there before.
+    step.forget_gradients(x)
     entry.peak_bytes = peak_memory(lambda: step.run(x), device)
     entry.launches = count_launches(lambda: step.run(x), device)
+    if entry.contender == "fused" and device.type == "cuda":
+        times, entry.unmatched = kernel_times(lambda: step.run(x), device, _fused_kernels(group, device))
+        entry.kernels = [asdict(time) for time in times]
     if group.phase == "training":
         entry.saved_bytes = saved_bytes(lambda: step.run(x), step.module)
 

@@ -1,6 +1,8 @@
 """Timing: a sample of a contender on the CPU or on a GPU, and rounds in which contenders take turns."""
 
+import ctypes
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ __all__ = ["CpuTimer", "CudaTimer", "Sampler", "interleave", "make_timer"]
 
 _WARMUP_CALLS = 3
 # Shorter samples are lost in the clock and in the interpreter's jitter.
-_SAMPLE_SECONDS = 2e-3
+_SAMPLE_SECONDS = 3e-2
+# Calls ahead of a sample, until the threads of the contender before do not spin any more; a long one does without.
+_SETTLE_SECONDS, _LONG_CALL_SECONDS = 3e-2, 0.2
 
 
 @dataclass(frozen=True)
@@ -29,26 +33,58 @@ class Sampler:
     method: str
 
 
-class CpuTimer:
-    """Wall-clock time of calls one after another, as many as make a sample long enough."""
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory that is freed, for all contenders alike.
 
-    def prepare(self, call: Callable[[int], Any], num_inputs: int) -> Sampler:
+    By default it depends on what the process did before whether a call gets its memory from the system anew, page by
+    page, which can double its time.
+    """
+    trim_threshold, mmap_threshold, never = -1, -3, 1 << 30
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, never)
+        mallopt(trim_threshold, never)
+
+
+class CpuTimer:
+    """Wall-clock time of calls one after another, as many as make a sample long enough.
+
+    Threads that wait for work spin for a while, on cores that the next contender needs. So calls that are not timed go
+    ahead of a sample, and a sample ends when the threads behind it have gone to sleep.
+    """
+
+    def __init__(self) -> None:
+        _keep_freed_memory()
+
+    def prepare(self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0) -> Sampler:
         """Warm up and return the sampler.
 
         Args:
             call: runs the contender on input i.
             num_inputs: inputs to rotate through.
+            spinning: seconds for which its threads go on spinning after a call.
         """
         call(0)
         start = time.perf_counter()
         call(1 % num_inputs)
-        repeats = max(1, round(_SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
+        seconds = max(time.perf_counter() - start, 1e-7)
+        repeats = max(1, round(_SAMPLE_SECONDS / seconds))
+        ahead = 0 if seconds > _LONG_CALL_SECONDS else max(1, round(_SETTLE_SECONDS / seconds))
+
+        def run(calls: int) -> float:
+            start = time.perf_counter()
+            for i in range(calls):
+                call(i % num_inputs)
+            return time.perf_counter() - start
 
         def sample() -> float:
-            start = time.perf_counter()
-            for i in range(repeats):
-                call(i % num_inputs)
-            return (time.perf_counter() - start) / repeats
+            run(ahead)
+            seconds = run(repeats) / repeats
+            end = time.perf_counter() + spinning
+            # Asleep, a virtual machine would lose its cores.
+            while time.perf_counter() < end:
+                pass
+            return seconds
 
         return Sampler(sample, "wall clock")
 
@@ -65,8 +101,10 @@ class CudaTimer:
 
     def __init__(self, cuda: ModuleType | Any = torch.cuda) -> None:
         self._cuda = cuda
+        # Graphs that are replayed one after the other share memory: a pool each for ten contenders would not fit.
+        self._pool = cuda.graph_pool_handle()
 
-    def prepare(self, call: Callable[[int], Any], num_inputs: int) -> Sampler:
+    def prepare(self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0) -> Sampler:
         """Warm up, capture and return the sampler; arguments as of `CpuTimer.prepare`."""
         cuda = self._cuda
         stream = cuda.Stream()
@@ -84,7 +122,7 @@ class CudaTimer:
         replay, method = run, "CUDA events"
         graph = cuda.CUDAGraph()
         try:
-            with cuda.graph(graph):
+            with cuda.graph(graph, pool=self._pool):
                 run()
         except RuntimeError as error:
             reason = str(error).strip().splitlines() or ["no reason given"]

@@ -88,15 +88,16 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0,
 class _Counter(TorchDispatchMode):
     """Appends a ``Kernel`` for all that is dispatched to the list ``kernels``, which may be replaced at any time."""
 
-    def __init__(self) -> None:
+    def __init__(self, chip: int) -> None:
         super().__init__()
+        self._chip = chip
         self.kernels: list[Kernel] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "ceit" and func.has_kernel_for_dispatch_key(DispatchKey.CompositeExplicitAutograd):
             # A fake tensor would call the operator's fake, which launches nothing.
-            with record_launches() as launches, self:
+            with record_launches(self._chip) as launches, self:
                 out = func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
             self.kernels += (
                 Kernel(launch.kernel.__name__, launch_bytes(launch), launch_flops(launch), fused=True)
@@ -147,6 +148,7 @@ def count_call(
     *,
     training: bool = False,
     input_gradient: bool = True,
+    chip: int = 90,
 ) -> Call:
     """Count the kernels of a module's call, by the backends that ``use_backend`` set.
 
@@ -160,13 +162,14 @@ def count_call(
         dtype: of the input, the parameters and the buffers.
         training: count forward and backward of a training step, in place of a forward call at inference.
         input_gradient: whether a training step needs the input's gradient.
+        chip: compute capability, times ten, of the GPU that the launches are for.
 
     Raises:
         LookupError: a launched kernel has no entry in ``access.KERNELS``.
         BackendError: the backend that was asked for cannot serve the call.
     """
-    call, counter = Call(), _Counter()
-    with fake_model(make, dtype) as module, record_launches(), FlashAttention():
+    call, counter = Call(), _Counter(chip)
+    with fake_model(make, dtype) as module, record_launches(chip), FlashAttention():
         module.train(training)
         x = torch.empty(shape, dtype=dtype, requires_grad=training and input_gradient)
         if not training:

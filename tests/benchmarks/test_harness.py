@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ceit.benchmarking import compare, contenders, measure
+from ceit.benchmarking import command, compare, contenders, measure
 from ceit.benchmarking.checking import check_outputs
-from ceit.benchmarking.command import BenchFailed, BenchOptions, bench
+from ceit.benchmarking.command import BenchFailed, BenchOptions, bench, select_groups
 from ceit.benchmarking.groups import Group, plan
 from ceit.benchmarking.measure import Clock, measure_group
+from ceit.benchmarking.usage import peak_memory
 from ceit.running.options import UsageError
 from ceit_kernels import FusedLCAAttention, FusedLeFF
 
@@ -88,6 +89,44 @@ def test_costly_contenders_are_left_out_with_the_reason_when_time_is_short():
     assert "--only leff-tiny-inference-float32-b1" in found.reason
 
 
+def test_freezing_of_a_large_model_waits_for_a_run_without_limit():
+    large = Group("model", "tiny", "inference", "float32", 2, image_size=32, model_kwargs={"depth": 1})
+    assert entry(large, "compile-freezing", clock=Clock(1e6)).status == "absent"
+    assert contenders.absence("compile-freezing", large, CPU) is None
+
+
+def test_contender_that_runs_out_of_memory_later_is_listed(monkeypatch):
+    class Timer:
+        def prepare(self, call, num_inputs, spinning):
+            self.prepared = getattr(self, "prepared", 0) + 1
+            if self.prepared > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nand more")
+            return make_timer(CPU).prepare(call, num_inputs, spinning)
+
+    make_timer = measure.make_timer
+    monkeypatch.setattr(measure, "make_timer", lambda device: Timer())
+    found = entry(LCA, "fused")
+    assert (found.status, found.reason) == ("failed", "OutOfMemoryError: CUDA out of memory.")
+
+
+def test_peak_memory_counts_what_is_there_at_once():
+    kilobyte = 1 << 10
+
+    def call():
+        first = torch.empty(300 * kilobyte, dtype=torch.uint8)
+        second = torch.empty(500 * kilobyte, dtype=torch.uint8)
+        del first, second
+        return torch.empty(600 * kilobyte, dtype=torch.uint8)
+
+    assert peak_memory(call, CPU) == pytest.approx(800 * kilobyte, rel=1e-3)
+
+
+def test_peak_memory_of_training_includes_the_gradients():
+    module = LCA.make_module()
+    parameters = sum(p.numel() * p.element_size() for p in module.parameters())
+    assert entry(LCA, "fused").peak_bytes > parameters
+
+
 @pytest.mark.parametrize("operator", ["leff", "i2t"])
 @pytest.mark.parametrize("phase", ["inference", "training"])
 def test_rewrite_computes_the_same(operator, phase):
@@ -118,6 +157,19 @@ def test_plan_of_a_gpu_has_both_dtypes_and_all_operators():
     assert len({g.name for g in groups}) == len(groups)
 
 
+def test_exact_name_chooses_one_group():
+    groups = [Group("leff", "tiny", "inference", "float32", batch) for batch in (1, 16)]
+    assert select_groups(groups, groups[0].name) == groups[:1]
+    assert select_groups(groups, "leff") == groups
+
+
+def test_slower_commit_fails_the_command(monkeypatch):
+    slower = compare.Comparison("lca-tiny", [1.0], [2.0], None, "slower")
+    monkeypatch.setattr(command, "compare_commits", lambda *args, **kwargs: [slower])
+    with pytest.raises(BenchFailed, match="slower beyond the noise: lca-tiny"):
+        bench(BenchOptions(compare="main", quick=True, device="cpu"))
+
+
 def test_unknown_group():
     with pytest.raises(UsageError, match="--only: no group"):
         bench(BenchOptions(only="nothing", device="cpu"))
@@ -132,11 +184,11 @@ def test_slowed_fused_operator_is_caught(tmp_path):
     slowed.write_text(
         slowed.read_text()
         + "\n_right = FusedLCAAttention.forward\n\n\ndef _slow(self, x):\n    import time\n\n"
-        + "    time.sleep(0.02)\n    return _right(self, x)\n\n\nFusedLCAAttention.forward = _slow\n"
+        + "    time.sleep(0.05)\n    return _right(self, x)\n\n\nFusedLCAAttention.forward = _slow\n"
     )
     said = []
     group = Group("lca", "tiny", "inference", "float32", 2)
-    (result,) = compare.compare_groups(tmp_path / "base", tmp_path / "head", [group], seconds=0.0, say=said.append)
+    (result,) = compare.compare_groups(tmp_path / "base", tmp_path / "head", [group], seconds=1.0, say=said.append)
     assert result.verdict == "slower"
     assert len(result.base_seconds) == len(result.head_seconds) >= 9
     assert "slower" in said[0]

@@ -1,71 +1,12 @@
-"""The timers, with a GPU that is not there: events and graphs of a fake `torch.cuda`."""
+"""The timers, with a GPU that is not there."""
 
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
+from support.fake_cuda import FakeCuda
 
 from ceit.benchmarking.timing import CpuTimer, CudaTimer, Sampler, interleave
-
-
-class FakeCuda:
-    """Events that read a clock which every call that is not captured, and every replay of one, moves by 1 ms."""
-
-    def __init__(self, capturable=True):
-        self.milliseconds, self.calls, self.capturing, self.capturable = 0.0, [], False, capturable
-        fake = self
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                self.at = fake.milliseconds
-
-            def synchronize(self):
-                pass
-
-            def elapsed_time(self, end):
-                return end.at - self.at
-
-        class CUDAGraph:
-            kernels = 0
-
-            def replay(self):
-                fake.milliseconds += self.kernels
-
-        self.Event, self.CUDAGraph = Event, CUDAGraph
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    def current_stream(self):
-        return self.Stream()
-
-    @contextmanager
-    def stream(self, stream):
-        yield
-
-    def synchronize(self):
-        assert not self.capturing
-
-    @contextmanager
-    def graph(self, graph):
-        self.capturing, before = True, len(self.calls)
-        try:
-            yield
-            if not self.capturable:
-                raise RuntimeError("operation not permitted when stream is capturing\nmore")
-            graph.kernels = len(self.calls) - before
-        finally:
-            self.capturing = False
-
-    def call(self, i):
-        self.calls.append(i)
-        if not self.capturing:
-            self.milliseconds += 1
 
 
 def test_replays_a_graph_over_all_inputs():
@@ -77,6 +18,15 @@ def test_replays_a_graph_over_all_inputs():
     assert sampler.sample() == pytest.approx(1e-3)
     assert len(cuda.calls) == calls
     assert "graph replay" in sampler.method
+
+
+def test_graphs_of_all_contenders_share_a_pool_of_memory():
+    cuda = FakeCuda()
+    timer = CudaTimer(cuda)
+    for _ in range(3):
+        timer.prepare(cuda.call, 2)
+    assert len(cuda.pools) == 3
+    assert set(map(id, cuda.pools)) == {id(cuda.pools[0])}
 
 
 def test_says_so_where_nothing_can_be_captured():
@@ -102,6 +52,27 @@ def test_contenders_take_turns():
 def test_wall_clock():
     sampler = CpuTimer().prepare(lambda i: time.sleep(5e-3), 1)
     assert 4e-3 < sampler.sample() < 1e-1
+
+
+def test_first_calls_of_a_sample_are_not_timed():
+    calls = []
+
+    def call(i):
+        # As if threads of another contender were spinning: the first call of a sample takes long.
+        time.sleep(2e-3 if calls else 0.1)
+        calls.append(i)
+
+    calls.append(0)
+    sampler = CpuTimer().prepare(call, 1)
+    calls.clear()
+    assert sampler.sample() < 5e-2
+
+
+def test_sample_ends_when_the_threads_behind_it_sleep():
+    sampler = CpuTimer().prepare(lambda i: None, 1, spinning=0.2)
+    start = time.perf_counter()
+    assert sampler.sample() < 1e-3
+    assert time.perf_counter() - start > 0.2
 
 
 @pytest.mark.gpu

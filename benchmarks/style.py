@@ -1,0 +1,35 @@
+"""What all pictures share: colors, marks, labels of logarithmic axes, and where the numbers come from, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axis import Axis
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+COLORS = {"plain": "#64748b", "compile": "#2563eb", "fused": "#c2410c"}
+OTHER_COLOR = "#cbd5e1"
+OPERATOR_COLORS = {
+    "leff": "#c2410c",
+    "i2t": "#0f766e",
+    "lca": "#7c3aed",
+    "attention": "#be185d",
+    "norm": "#a16207",
+    "model": "#334155",
+}
+MARKERS = {"plain": "s", "compile": "^", "fused": "o"}
+
+
+def subtitle(data: Mapping[str, Any]) -> str:
+    """The machine that a report was measured on."""
+    environment = data["environment"]
+    return f"measured on {environment['chip']}, {environment['threads']} threads"
+
+
+def label_log_axis(axis: Axis, limits: tuple[float, float]) -> None:
+    """Plain numbers along a logarithmic axis: 1, 2, 5, 10 and so on, over many decades only the powers of ten."""
+    low, high = limits
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))

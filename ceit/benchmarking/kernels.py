@@ -1,0 +1,97 @@
+"""Every kernel of this project on a GPU: the time that a call takes in it, beside its counted bytes and products."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from ceit_kernels.traffic import Call, Kernel
+
+__all__ = ["KernelTime", "kernel_times", "profile_kernels", "with_stem_products"]
+
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """All launches of a kernel in a call.
+
+    Attributes:
+        name: the Triton kernel's, or that of a compiled operator with all kernels that it launches.
+        launches: in a call.
+        bytes: device memory that they read and write, as counted.
+        flops: of their products, as counted.
+        seconds: on the GPU, one launch added to the other.
+    """
+
+    name: str
+    launches: int
+    bytes: int
+    flops: int
+    seconds: float
+
+
+def with_stem_products(call: Call, plain_stem: Call) -> Call:
+    """Give the stem's compiled operators, whose products are not counted, those of the plain stem: they do no fewer."""
+    sides = []
+    for kernels, plain in ((call.forward, plain_stem.forward), (call.backward, plain_stem.backward)):
+        products = sum(kernel.flops for kernel in plain)
+        sides.append([replace(k, flops=products) if k.fused and "i2t" in k.name else k for k in kernels])
+    return Call(*sides, call.saved_bytes)
+
+
+def profile_kernels(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
+    """Name and seconds of every kernel that a call runs on a GPU, and of every operator of this project.
+
+    An operator's time is that of the kernels that it launches, which are in the list themselves as well.
+    """
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize(device)
+    found = []
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            found.append((event.name, event.time_range.elapsed_us() / 1e6))
+        elif event.name.startswith("ceit::"):
+            found.append((event.name.replace("::", "."), event.device_time_total / 1e6))
+    return found
+
+
+def kernel_times(
+    call: Callable[[], Any], device: torch.device, counted: Sequence[Kernel]
+) -> tuple[list[KernelTime], list[str]]:
+    """Measure the fused kernels of a call.
+
+    Args:
+        call: runs the call; its caches are warm.
+        device: the GPU.
+        counted: the kernels of the call, from `ceit_kernels.traffic.count_call`.
+
+    Returns:
+        A `KernelTime` for each name, the least of a few calls; and a line for each kernel that was not launched as
+        often as it was counted, for which there is none.
+    """
+    fused = [kernel for kernel in counted if kernel.fused]
+    expected = Counter(kernel.name for kernel in fused)
+    rounds = []
+    for _ in range(_ROUNDS):
+        times: dict[str, list[float]] = defaultdict(list)
+        for name, seconds in profile_kernels(call, device):
+            times[name].append(seconds)
+        rounds.append(times)
+    found, missing = [], []
+    for name, launches in expected.items():
+        launched = {len(times[name]) for times in rounds}
+        if launched != {launches}:
+            missing.append(
+                f"{name}: counted {launches} times, launched {' or '.join(map(str, sorted(launched)))} times"
+            )
+            continue
+        own = [kernel for kernel in fused if kernel.name == name]
+        amounts = sum(kernel.bytes for kernel in own), sum(kernel.flops for kernel in own)
+        found.append(KernelTime(name, launches, *amounts, min(sum(times[name]) for times in rounds)))
+    return found, missing

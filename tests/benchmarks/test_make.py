@@ -1,0 +1,55 @@
+"""`make bench`, with an interpreter that writes down how it is called."""
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+_INTERPRETER = """#!/bin/sh
+echo "$@" >> {calls}
+case "$*" in *" pip "*) exit {pip_status};; esac
+"""
+
+
+@pytest.fixture
+def make_bench(tmp_path):
+    """Run `make bench` over an environment that is set up already; returns the calls of its interpreter."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+
+    def run(*, pip_status):
+        calls, interpreter = tmp_path / "calls", tmp_path / "venv" / "bin" / "python"
+        interpreter.parent.mkdir(parents=True)
+        interpreter.write_text(_INTERPRETER.format(calls=calls, pip_status=pip_status))
+        interpreter.chmod(interpreter.stat().st_mode | stat.S_IXUSR)
+        (tmp_path / "venv" / ".ready").touch()
+        command = ["make", "bench", f"VENV={tmp_path / 'venv'}", "ARGS=--quick"]
+        # A make that runs the tests must not hand its options down.
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return calls.read_text().splitlines(), done.stdout
+
+    return run
+
+
+def test_offline_it_measures_without_what_is_not_installed(make_bench):
+    calls, said = make_bench(pip_status=1)
+    assert calls[-1] == "-m benchmarks --quick"
+    assert "Going on without" in said
+
+
+def test_it_installs_the_pinned_runtimes_of_the_extra_and_does_not_build_the_project_again(make_bench):
+    calls, _ = make_bench(pip_status=0)
+    assert len(calls) == 2
+    options, runtimes = calls[0].split(" -c constraints.txt ")
+    assert options.startswith("-m pip install")
+    extra = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("bench = "))
+    assert runtimes.split() == [name.strip(' "') for name in extra.split("[", 1)[1].rstrip("]").split(",")[1:]]
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert set(runtimes.split()) <= pinned
