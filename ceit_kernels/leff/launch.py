@@ -17,7 +17,7 @@ __all__ = ["leff_inference_triton"]
 
 
 class _Contract(NamedTuple):
-    """Blocks of the second kernel: places, hidden channels, output channels, and how many blocks of these."""
+    """Blocks of the second kernel: patches of two by two outputs, hidden channels, output channels, how many of these."""
 
     BX: int
     BE: int
@@ -27,20 +27,20 @@ class _Contract(NamedTuple):
 
 def _contract_blocks(out_features: int, dtype: torch.dtype, chip: int, has_residual: bool) -> _Contract:
     if dtype.itemsize > 2:
-        return _Contract(16, 16, min(64, max(16, next_power_of_2(out_features))), 1)
+        return _Contract(8, 16, min(64, max(16, next_power_of_2(out_features))), 1)
     # All output channels in one program if the registers hold them: the hidden image is then computed once. Of the ways
     # to cover them, the one that pads least, with as few blocks as possible.
     ways = [(block, count) for block in (64, 128, 256) for count in (1, 2, 3)]
     block, count = min(ways, key=lambda way: (cdiv(out_features, way[0] * way[1]), way[0] * way[1], way[1]))
     # Products of these two chips take an operand from shared memory, which leaves registers for larger blocks; a
-    # residual needs them in turn. Registers that are all taken make the loads wait for one another: the largest block
-    # that fits, 64 places by 384 outputs, took 1.1 ms on an H100 where its bytes take 0.1.
+    # residual needs them in turn. More than 64 outputs of 384 channels would take all registers, and the loads of a
+    # step would wait for one another.
     roomy = chip in (90, 100) and not has_residual
     if block * count <= 192:
-        return _Contract(64 if roomy else 32, 32, block, count)
+        return _Contract(32 if roomy else 16, 32, block, count)
     if block * count <= 384:
-        return _Contract(32, 32, block, count)
-    return _Contract(32 if roomy else 16, 16, block, count)
+        return _Contract(16, 32, block, count)
+    return _Contract(16 if roomy else 8, 16, block, count)
 
 
 def leff_inference_triton(
@@ -91,11 +91,11 @@ def leff_inference_triton(
 
     out = torch.empty(batch, tokens, out_features, dtype=out_dtype, device=x.device)
     blocks = _contract_blocks(out_features, dtype, target_chip(x), residual is not None)
-    places = batch * cdiv(height, 2) * width
-    prefix_blocks = cdiv(batch * num_prefix_tokens, 2 * blocks.BX)
+    patches = batch * cdiv(height, 2) * cdiv(width, 2)
+    prefix_blocks = cdiv(batch * num_prefix_tokens, 4 * blocks.BX)
     launch(
         leff_contract_kernel,
-        (cdiv(places, blocks.BX) + prefix_blocks, cdiv(out_features, blocks.BO * blocks.NO)),
+        (cdiv(patches, blocks.BX) + prefix_blocks, cdiv(out_features, blocks.BO * blocks.NO)),
         {
             "p_h": hidden,
             "p_taps": folded.taps,
