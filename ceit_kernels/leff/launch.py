@@ -17,7 +17,7 @@ __all__ = ["leff_inference_triton"]
 
 
 class _Contract(NamedTuple):
-    """Blocks of the second kernel: patches of two by two outputs, hidden channels, output channels, how many of these."""
+    """Blocks of the second kernel: patches of two by two, hidden channels, output channels, and how many of these."""
 
     BX: int
     BE: int
@@ -28,19 +28,15 @@ class _Contract(NamedTuple):
 def _contract_blocks(out_features: int, dtype: torch.dtype, chip: int, has_residual: bool) -> _Contract:
     if dtype.itemsize > 2:
         return _Contract(8, 16, min(64, max(16, next_power_of_2(out_features))), 1)
-    # All output channels in one program if the registers hold them: the hidden image is then computed once. Of the ways
-    # to cover them, the one that pads least, with as few blocks as possible.
-    ways = [(block, count) for block in (64, 128, 256) for count in (1, 2, 3)]
+    # Of the ways to cover the output channels by blocks of which one program holds several, so that it computes the
+    # hidden image once for all, the one that pads least, with as few blocks as possible.
+    ways = [(block, count) for block in (64, 128) for count in (1, 2, 3)]
     block, count = min(ways, key=lambda way: (cdiv(out_features, way[0] * way[1]), way[0] * way[1], way[1]))
     # Products of these two chips take an operand from shared memory, which leaves registers for larger blocks; a
     # residual needs them in turn. More than 64 outputs of 384 channels would take all registers, and the loads of a
     # step would wait for one another.
-    roomy = chip in (90, 100) and not has_residual
-    if block * count <= 192:
-        return _Contract(32 if roomy else 16, 32, block, count)
-    if block * count <= 384:
-        return _Contract(16, 32, block, count)
-    return _Contract(16 if roomy else 8, 16, block, count)
+    roomy = chip in (90, 100) and not has_residual and block * count <= 192
+    return _Contract(32 if roomy else 16, 32, block, count)
 
 
 def leff_inference_triton(
@@ -95,7 +91,7 @@ def leff_inference_triton(
     prefix_blocks = cdiv(batch * num_prefix_tokens, 4 * blocks.BX)
     launch(
         leff_contract_kernel,
-        (cdiv(patches, blocks.BX) + prefix_blocks, cdiv(out_features, blocks.BO * blocks.NO)),
+        ((cdiv(patches, blocks.BX) + prefix_blocks) * cdiv(out_features, blocks.BO * blocks.NO),),
         {
             "p_h": hidden,
             "p_taps": folded.taps,

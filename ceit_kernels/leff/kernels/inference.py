@@ -54,8 +54,9 @@ def leff_contract_kernel(
     """
     rows, columns = (H + 1) // 2, (W + 1) // 2
     patches = B * rows * columns
-    i_p = tl.program_id(0)
-    o_o = tl.program_id(1) * (NO * BO) + tl.arange(0, BO)
+    # Neighbours in launch order share their patches, which then come from cache.
+    i_p = tl.program_id(0) // tl.cdiv(O, NO * BO)
+    o_o = tl.program_id(0) % tl.cdiv(O, NO * BO) * (NO * BO) + tl.arange(0, BO)
     if i_p >= tl.cdiv(patches, BX):
         i_p -= tl.cdiv(patches, BX)
         for i_o in tl.static_range(NO):
