@@ -6,6 +6,7 @@ into a model; ``fuse`` puts them into a model that has the plain ones. ``status`
 
 from .add_norm import FusedAddNorm, add_layer_norm
 from .backends import BackendError, fast_operators, status, use_backend
+from .common.tuning import autotune
 from .fuse import fuse, register_fusion, unfuse
 from .i2t import FusedImage2Tokens
 from .lca import FusedLCAAttention, lca_attention
@@ -21,6 +22,7 @@ __all__ = [
     "FusedLeFF",
     "FusedLinear",
     "add_layer_norm",
+    "autotune",
     "fast_operators",
     "fuse",
     "lca_attention",
