@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import launch, target_chip
+from ..common.tuning import tuned_blocks
 from .folding import parameters_per_layer
 
 if TYPE_CHECKING:
@@ -147,8 +148,6 @@ class Problem:
 
     def tuned(self, kernel: str, table: Blocks, shape: dict[str, Any], run: Callable[[Blocks], Any]) -> Blocks:
         """The blocks of a launch, as ``tuned_blocks`` has it. Processes that wait for one another keep to the table."""
-        from ..common.tuning import tuned_blocks
-
         if self.group is not None:
             return table
         return tuned_blocks(kernel, table, {"tokens": self.tokens, **shape}, self.x, self.dtype, run)
