@@ -8,6 +8,7 @@ run them here and why.
 from .add_norm import FusedAddNorm, add_layer_norm
 from .attention import FusedAttention, self_attention
 from .backends import BackendError, fast_operators, status, use_backend
+from .common.tuning import autotune
 from .fuse import fuse, register_fusion, unfuse
 from .i2t import FusedImage2Tokens
 from .lca import FusedLCAAttention, lca_attention
@@ -24,6 +25,7 @@ __all__ = [
     "FusedLeFF",
     "FusedLinear",
     "add_layer_norm",
+    "autotune",
     "fast_operators",
     "fuse",
     "lca_attention",

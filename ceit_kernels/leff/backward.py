@@ -152,9 +152,15 @@ class _Backward:
         )
         return dz3, 0
 
-    def _g2(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    def _g2(self, dz3: Tensor, prefix: int, wanted: bool, blocks: Blocks | None = None) -> tuple[Tensor, Tensor | None]:
         problem, hidden = self.problem, self.problem.hidden_features
-        blocks = hidden_gradient_blocks(problem.out_features, hidden, problem.dtype, problem.chip)
+        if blocks is None:
+            blocks = problem.tuned(
+                "leff_hidden_gradient",
+                hidden_gradient_blocks(problem.out_features, hidden, problem.dtype, problem.chip),
+                {"E": hidden, "O": problem.out_features},
+                lambda blocks: self._g2(dz3, prefix, wanted, blocks),
+            )
         rows = cdiv(problem.tokens, blocks.sizes["BM"])
         g2, partial = torch.empty_like(self.saved.z2), problem.empty(rows, 2, hidden)
         problem.launch(
@@ -298,9 +304,15 @@ class _Backward:
         how = {"NORM": True, "ACTIVATION": "identity"}
         return {"p_tokens": self.problem.x, "C": channels, "STRIDE_E": channels, "STRIDE_C": 1, **how}
 
-    def _dx(self, arguments: dict[str, Any]) -> Tensor:
-        problem, channels = self.problem, self.problem.x.shape[2]
-        blocks, dx = contract_blocks(channels, problem.dtype, problem.chip), torch.empty_like(problem.x)
+    def _dx(self, arguments: dict[str, Any], blocks: Blocks | None = None) -> Tensor:
+        problem, channels, dx = self.problem, self.problem.x.shape[2], torch.empty_like(self.problem.x)
+        if blocks is None:
+            blocks = problem.tuned(
+                "leff_contract_operand",
+                contract_blocks(channels, problem.dtype, problem.chip),
+                {"E": problem.hidden_features, "O": channels, "operand": arguments["OPERAND"]},
+                lambda blocks: self._dx(arguments, blocks),
+            )
         none = dict.fromkeys(
             ("p_bias", "p_operand", "p_tokens", "p_mean", "p_tail", "p_residual", "p_partial", "p_count")
         )
@@ -325,10 +337,18 @@ class _Backward:
         partial = self._weight_partial(outputs, {**operand, **layout, **how, "p_tokens": dz3})
         return self._sum(partial, torch.empty_like(problem.layers[2].weight, memory_format=torch.contiguous_format))
 
-    def _weight_partial(self, channels: int, arguments: dict[str, Any], with_sums: bool = False) -> Any:
+    def _weight_partial(
+        self, channels: int, arguments: dict[str, Any], with_sums: bool = False, blocks: Blocks | None = None
+    ) -> Any:
         """Partial sums of operand^T tokens, and of the operand if wanted."""
         problem, width = self.problem, arguments.get("E", self.problem.hidden_features)
-        blocks = weight_gradient_blocks(channels, width, problem.dtype, problem.chip)
+        if blocks is None:
+            blocks = problem.tuned(
+                "leff_weight_gradient",
+                weight_gradient_blocks(channels, width, problem.dtype, problem.chip),
+                {"E": width, "C": channels, "operand": arguments["OPERAND"], "sums": with_sums},
+                lambda blocks: self._weight_partial(channels, arguments, with_sums, blocks),
+            )
         tiles = (cdiv(width, blocks.sizes["BE"]), cdiv(channels, blocks.sizes["BC"] * blocks.sizes["NC"]))
         rows, splits = _split(problem.tokens, tiles[0] * tiles[1], blocks)
         partial = problem.empty(splits, width * channels)

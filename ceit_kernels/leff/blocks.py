@@ -1,11 +1,11 @@
-"""Blocks of LeFF's training kernels by shape, dtype and chip."""
+"""Blocks of LeFF's kernels by shape, dtype and chip."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from triton import cdiv, next_power_of_2
+
+from ..common.tuning import Blocks
 
 __all__ = [
     "PARTS",
@@ -15,18 +15,12 @@ __all__ = [
     "expand_blocks",
     "factored_blocks",
     "hidden_gradient_blocks",
+    "inference_contract_blocks",
+    "inference_expand_blocks",
     "row_blocks",
     "sum_blocks",
     "weight_gradient_blocks",
 ]
-
-
-class Blocks(NamedTuple):
-    """A kernel's block sizes by name, and how it is compiled."""
-
-    sizes: dict[str, int]
-    num_warps: int
-    num_stages: int = 1
 
 
 # Tensor cores of these chips read operands from shared memory, which leaves registers for larger blocks.
@@ -45,6 +39,23 @@ def _cover(channels: int) -> tuple[int, int]:
     """The block, and how many of it, that cover channels with the least waste, up to 384 of them."""
     ways = [(size, count) for size in (64, 128) for count in (1, 2, 3)]
     return min(ways, key=lambda way: (cdiv(channels, way[0] * way[1]), way[0] * way[1], way[1]))
+
+
+def inference_expand_blocks(in_features: int, hidden_features: int, dtype: torch.dtype) -> Blocks:
+    """act(x W_1^T): tokens, hidden channels and the depth of the product."""
+    size, stages = (64, 2) if dtype.itemsize > 2 else (128, 3)
+    return Blocks({"BM": size, "BE": _fit(size, hidden_features), "BC": _fit(size // 2, in_features)}, 8, stages)
+
+
+def inference_contract_blocks(out_features: int, dtype: torch.dtype, chip: int, has_residual: bool) -> Blocks:
+    """Patches of two by two outputs, hidden channels, output channels, and how many blocks of these."""
+    if dtype.itemsize > 2:
+        return Blocks({"BX": 8, "BE": 16, "BO": _fit(64, out_features), "NO": 1}, 8)
+    size, count = _cover(out_features)
+    # A residual needs registers. More than 64 outputs of 384 channels would take all of them, and the loads of a step
+    # would wait for one another.
+    roomy = chip in _OPERANDS_FROM_SHARED_MEMORY and not has_residual and size * count <= 192
+    return Blocks({"BX": 32 if roomy else 16, "BE": 32, "BO": size, "NO": count}, 8)
 
 
 def expand_blocks(in_features: int, hidden_features: int, dtype: torch.dtype, chip: int) -> Blocks:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from triton import cdiv
 
-from .blocks import PARTS, contract_blocks, depthwise_blocks, expand_blocks, row_blocks
+from .blocks import PARTS, Blocks, contract_blocks, depthwise_blocks, expand_blocks, row_blocks
 from .kernels import NORM_ROWS
 from .kernels.depthwise import leff_depthwise_kernel
 from .kernels.norm import leff_norm_kernel
@@ -116,9 +116,15 @@ class _Moments:
         return torch.stack((mean, variance, rstd, scale, shift))
 
 
-def _expand(problem: Problem, count: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = problem.hidden_features
-    blocks = expand_blocks(problem.x.shape[2], hidden, problem.dtype, problem.chip)
+def _expand(problem: Problem, count: Tensor, blocks: Blocks | None = None) -> tuple[Tensor, Tensor]:
+    channels, hidden = problem.x.shape[2], problem.hidden_features
+    if blocks is None:
+        blocks = problem.tuned(
+            "leff_expand_moments",
+            expand_blocks(channels, hidden, problem.dtype, problem.chip),
+            {"C": channels, "E": hidden, "norm": problem.norms[0]},
+            lambda blocks: _expand(problem, torch.empty_like(count), blocks),
+        )
     rows = cdiv(problem.tokens, blocks.sizes["BM"])
     moments = _Moments(problem, 0, rows, hidden)
     z1 = problem.empty(problem.tokens, hidden, dtype=problem.dtype)
@@ -165,11 +171,25 @@ def _depthwise(problem: Problem, z1: Tensor, norm1: Tensor, count: Tensor) -> tu
 
 
 def _contract(
-    problem: Problem, z2: Tensor, norm2: Tensor, out: Tensor, residual: Tensor | None, count: Tensor
+    problem: Problem,
+    z2: Tensor,
+    norm2: Tensor,
+    out: Tensor,
+    residual: Tensor | None,
+    count: Tensor,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Into ``out``, which is z3 or, where it has prefix tokens, the result; returns the norm array."""
     outputs = problem.out_features
-    blocks = contract_blocks(outputs, problem.dtype, problem.chip)
+    if blocks is None:
+        blocks = problem.tuned(
+            "leff_contract_operand",
+            contract_blocks(outputs, problem.dtype, problem.chip),
+            {"E": problem.hidden_features, "O": outputs, "operand": "activation", "norm": problem.norms[2]},
+            lambda blocks: _contract(
+                problem, z2, norm2, torch.empty_like(out), residual, torch.empty_like(count), blocks
+            ),
+        )
     rows = cdiv(problem.tokens, blocks.sizes["BM"])
     moments = _Moments(problem, 2, rows, outputs)
     to_tokens = out.dim() == 3

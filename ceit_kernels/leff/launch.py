@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 
 from ..common.launch import launch, target_chip
 from ..common.precision import precision_arguments
+from ..common.tuning import Blocks, tuned_blocks
+from .blocks import inference_contract_blocks, inference_expand_blocks
 from .folding import FoldedWeights
 from .kernels.inference import leff_contract_kernel, leff_expand_kernel
 
 __all__ = ["leff_inference_triton"]
-
-
-class _Contract(NamedTuple):
-    """Blocks of the second kernel: places, hidden channels, output channels, and how many blocks of these."""
-
-    BX: int
-    BE: int
-    BO: int
-    NO: int
-
-
-def _contract_blocks(out_features: int, dtype: torch.dtype, chip: int, has_residual: bool) -> _Contract:
-    if dtype.itemsize > 2:
-        return _Contract(16, 16, min(64, max(16, next_power_of_2(out_features))), 1)
-    # All output channels in one program if the registers hold them: the hidden image is then computed once. Of the ways
-    # to cover them, the one that pads least, with as few blocks as possible.
-    ways = [(block, count) for block in (64, 128, 256) for count in (1, 2, 3)]
-    block, count = min(ways, key=lambda way: (cdiv(out_features, way[0] * way[1]), way[0] * way[1], way[1]))
-    # Products of these two chips take an operand from shared memory, which leaves registers for larger blocks; a
-    # residual needs them in turn. Registers that are all taken make the loads wait for one another: the largest block
-    # that fits, 64 places by 384 outputs, took 1.1 ms on an H100 where its bytes take 0.1.
-    roomy = chip in (90, 100) and not has_residual
-    if block * count <= 192:
-        return _Contract(64 if roomy else 32, 32, block, count)
-    if block * count <= 384:
-        return _Contract(32, 32, block, count)
-    return _Contract(32 if roomy else 16, 16, block, count)
 
 
 def leff_inference_triton(
@@ -57,67 +30,77 @@ def leff_inference_triton(
     batch, tokens, in_features = x.shape
     height, width = grid_size
     hidden_features, out_features = folded.bias1.shape[0], folded.bias3.shape[0]
-    image_tokens = batch * height * width
+    image_tokens, kernel_size = batch * height * width, round(folded.taps.shape[0] ** 0.5)
     precision = {**precision_arguments(dtype), "EXACT": dtype.itemsize > 2}
-    wide = dtype.itemsize > 2
-
     hidden = torch.empty(image_tokens, hidden_features, dtype=dtype, device=x.device)
-    block = 64 if wide else 128
-    blocks = {
-        "BM": block,
-        "BE": min(block, max(16, next_power_of_2(hidden_features))),
-        "BC": min(block // 2, max(16, next_power_of_2(in_features))),
-    }
-    launch(
-        leff_expand_kernel,
-        (cdiv(image_tokens, blocks["BM"]) * cdiv(hidden_features, blocks["BE"]),),
-        {
-            "p_x": x,
-            "p_weight": folded.weight1,
-            "p_bias": folded.bias1,
-            "p_h": hidden,
-            "M": image_tokens,
-            "HW": height * width,
-            "P": num_prefix_tokens,
-            "C": in_features,
-            "E": hidden_features,
-            "ACTIVATION": activations[0],
-            **blocks,
-            **precision,
-        },
-        num_warps=8,
-        num_stages=2 if wide else 3,
-    )
 
+    def expand(blocks: Blocks, hidden: Tensor) -> None:
+        sizes = blocks.sizes
+        launch(
+            leff_expand_kernel,
+            (cdiv(image_tokens, sizes["BM"]) * cdiv(hidden_features, sizes["BE"]),),
+            {
+                "p_x": x,
+                "p_weight": folded.weight1,
+                "p_bias": folded.bias1,
+                "p_h": hidden,
+                "M": image_tokens,
+                "HW": height * width,
+                "P": num_prefix_tokens,
+                "C": in_features,
+                "E": hidden_features,
+                "ACTIVATION": activations[0],
+                **sizes,
+                **precision,
+            },
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+
+    def contract(blocks: Blocks, out: Tensor) -> None:
+        sizes = blocks.sizes
+        patches = batch * cdiv(height, 2) * cdiv(width, 2)
+        prefix_blocks = cdiv(batch * num_prefix_tokens, 4 * sizes["BX"])
+        launch(
+            leff_contract_kernel,
+            ((cdiv(patches, sizes["BX"]) + prefix_blocks) * cdiv(out_features, sizes["BO"] * sizes["NO"]),),
+            {
+                "p_h": hidden,
+                "p_taps": folded.taps,
+                "p_bias2": folded.bias2,
+                "p_weight": folded.weight3,
+                "p_bias3": folded.bias3,
+                "p_x": x,
+                "p_residual": residual,
+                "p_out": out,
+                "B": batch,
+                "H": height,
+                "W": width,
+                "P": num_prefix_tokens,
+                "E": hidden_features,
+                "O": out_features,
+                "KERNEL": kernel_size,
+                "ACTIVATION": activations[1],
+                "HAS_RESIDUAL": residual is not None,
+                **sizes,
+                **precision,
+            },
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+
+    table = inference_expand_blocks(in_features, hidden_features, dtype)
+    shape = {"tokens": image_tokens, "C": in_features, "E": hidden_features}
+    expand(
+        tuned_blocks("leff_expand", table, shape, x, dtype, lambda blocks: expand(blocks, torch.empty_like(hidden))),
+        hidden,
+    )
     out = torch.empty(batch, tokens, out_features, dtype=out_dtype, device=x.device)
-    blocks = _contract_blocks(out_features, dtype, target_chip(x), residual is not None)
-    places = batch * cdiv(height, 2) * width
-    prefix_blocks = cdiv(batch * num_prefix_tokens, 2 * blocks.BX)
-    launch(
-        leff_contract_kernel,
-        (cdiv(places, blocks.BX) + prefix_blocks, cdiv(out_features, blocks.BO * blocks.NO)),
-        {
-            "p_h": hidden,
-            "p_taps": folded.taps,
-            "p_bias2": folded.bias2,
-            "p_weight": folded.weight3,
-            "p_bias3": folded.bias3,
-            "p_x": x,
-            "p_residual": residual,
-            "p_out": out,
-            "B": batch,
-            "H": height,
-            "W": width,
-            "P": num_prefix_tokens,
-            "E": hidden_features,
-            "O": out_features,
-            "KERNEL": round(folded.taps.shape[0] ** 0.5),
-            "ACTIVATION": activations[1],
-            "HAS_RESIDUAL": residual is not None,
-            **blocks._asdict(),
-            **precision,
-        },
-        num_warps=8,
-        num_stages=1,
+    table = inference_contract_blocks(out_features, dtype, target_chip(x), residual is not None)
+    shape = {"tokens": image_tokens, "E": hidden_features, "O": out_features, "kernel": kernel_size}
+    shape["residual"] = residual is not None
+    contract(
+        tuned_blocks("leff_contract", table, shape, x, dtype, lambda blocks: contract(blocks, torch.empty_like(out))),
+        out,
     )
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import launch, target_chip
+from ..common.tuning import tuned_blocks
 from .folding import parameters_per_layer
 
 if TYPE_CHECKING:
@@ -144,6 +145,12 @@ class Problem:
         }
         taken = {name: value for name, value in known.items() if name in kernel.arg_names}
         launch(kernel, grid, {**taken, **arguments}, num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+
+    def tuned(self, kernel: str, table: Blocks, shape: dict[str, Any], run: Callable[[Blocks], Any]) -> Blocks:
+        """The blocks of a launch, as ``tuned_blocks`` has it. Processes that wait for one another keep to the table."""
+        if self.group is not None:
+            return table
+        return tuned_blocks(kernel, table, {"tokens": self.tokens, **shape}, self.x, self.dtype, run)
 
     def prefix_blocks(self, block: int) -> int:
         """Program instances that copy prefix tokens."""

@@ -97,13 +97,8 @@ KERNELS: dict[str, KernelCost] = {
         writes=_all("p_h"),
         flops=lambda a: 2 * a["M"] * a["C"] * a["E"],
     ),
-    # A second axis of the grid is for more output channels than a program instance holds.
     "leff_contract_kernel": KernelCost(
-        reads={
-            **_all("p_taps", "p_bias2", "p_weight", "p_bias3", "p_residual"),
-            "p_h": swept(1),
-            "p_x": prefix_tokens,
-        },
+        reads={**_all("p_h", "p_taps", "p_bias2", "p_weight", "p_bias3", "p_residual"), "p_x": prefix_tokens},
         writes=_all("p_out"),
         flops=lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * (a["O"] + a["KERNEL"] ** 2),
     ),

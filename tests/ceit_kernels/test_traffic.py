@@ -94,15 +94,15 @@ def test_a_launch_counts_what_it_reads_of_a_tensor_and_what_it_writes():
 
 
 def test_a_second_sweep_over_what_the_cache_cannot_hold_counts_again():
-    def contract(images):
-        """Bytes with twice the output channels that a program instance holds."""
-        call = count_call(leff(out_features=1536, num_prefix_tokens=0), (images, 196, CHANNELS))
-        return call.forward[1].bytes
+    def attend(images):
+        """Bytes of attention, each of whose six heads sweeps over the tokens."""
+        with use_backend("lca=triton"):
+            return count_call(lca, (images, 12, CHANNELS)).forward[0].bytes
 
-    hidden, out = 196 * 4 * CHANNELS * 2, 196 * 1536 * 2  # of an image; 50 MiB hold the hidden channels of 87
-    assert contract(87) - contract(86) == hidden + out
-    assert contract(88) - contract(87) == hidden + out + 88 * hidden
-    assert contract(89) - contract(88) == 2 * hidden + out
+    tokens, out = 12 * CHANNELS * 2, CHANNELS * 2  # of an image; 50 MiB hold the tokens of 5688
+    assert attend(5688) - attend(5687) == tokens + out
+    assert attend(5689) - attend(5688) == tokens + out + 5 * 5689 * tokens
+    assert attend(5690) - attend(5689) == 6 * tokens + out
 
 
 def test_a_residual_costs_one_pass_more_over_the_image_tokens():

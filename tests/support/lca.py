@@ -31,14 +31,19 @@ def run(backend, inputs, grad_out, **options):
     return [out.detach(), *torch.autograd.grad(out, [t for t in inputs if t is not None], grad_out)]
 
 
-def check(backend, inputs, grad_out, **options):
+def compute(backend, inputs, grad_out, **options):
+    """Results: of the backend, plain and exact."""
     wide = [None if t is None else t.double() for t in inputs]
-    assert_as_accurate(
-        NAMES[: 1 + len([t for t in inputs if t is not None])],
+    return (
         run(backend, inputs, grad_out, **options),
         run("reference", inputs, grad_out, **options),
         run("reference", wide, grad_out.double(), **options),
     )
+
+
+def check(backend, inputs, grad_out, **options):
+    names = NAMES[: 1 + len([t for t in inputs if t is not None])]
+    assert_as_accurate(names, *compute(backend, inputs, grad_out, **options))
 
 
 def check_to_rounding(backend, inputs, grad_out, **options):

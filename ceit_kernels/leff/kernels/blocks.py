@@ -6,6 +6,7 @@ import triton.language as tl
 from ...common.activations import activate
 
 __all__ = [
+    "compute_once",
     "gradient_rows",
     "load_operand",
     "norm_gradient",
@@ -85,7 +86,25 @@ def load_operand(
         b_mean, b_factor, b_slope, b_offset = gradient_rows(p_rows, o_e[None, :], m_e[None, :], E)
         b_z = tl.load(p_z + offsets, mask=mask, other=0.0)
         b_a = norm_gradient(b_a.to(ACC), b_z.to(ACC), b_mean, b_factor, b_slope, b_offset, EXACT)
-    return b_a.to(COMPUTE)
+    if OPERAND == "plain":
+        return b_a.to(COMPUTE)
+    else:
+        return compute_once(b_a.to(COMPUTE))
+
+
+@triton.jit
+def compute_once(b_a):
+    """The block as it is, for a product whose operand it becomes.
+
+    The compiler would compute an operand in the layout in which the product takes it, where each of eight warps has all
+    of it. It does not look through a reduction, though this one is over one value and takes no instruction.
+    """
+    return tl.reduce(tl.expand_dims(b_a, 2), 2, _only)
+
+
+@triton.jit
+def _only(b_value, b_other):
+    return b_value
 
 
 @triton.jit

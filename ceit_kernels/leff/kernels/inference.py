@@ -48,75 +48,100 @@ def leff_contract_kernel(
 ):  # fmt: skip
     """out (B, P + HW, O) from h (B * HW, E), taps (KERNEL^2, E), weight (O, E) and the biases (E,) and (O,).
 
-    A program instance takes BX places of the image, two rows high, so that every load of h serves two outputs, and NO
-    blocks of BO output channels. The product is taken as W_3 h2^T: h2 is then the operand that every warp reads from
-    shared memory, and no warp computes it twice.
+    A program instance takes BX patches of two by two outputs, for which 16 loads of h do where four outputs by
+    themselves have 36 taps of side 3, and NO blocks of BO output channels. The product is taken as W_3 h2^T: h2 is then
+    the operand that every warp reads from shared memory, and no warp computes it twice.
     """
-    half_rows = (H + 1) // 2
-    places = B * half_rows * W
-    i_p = tl.program_id(0)
-    o_o = tl.program_id(1) * (NO * BO) + tl.arange(0, BO)
-    if i_p >= tl.cdiv(places, BX):
-        i_p -= tl.cdiv(places, BX)
+    rows, columns = (H + 1) // 2, (W + 1) // 2
+    patches = B * rows * columns
+    # Neighbours in launch order share their patches, which then come from cache.
+    i_p = tl.program_id(0) // tl.cdiv(O, NO * BO)
+    o_o = tl.program_id(0) % tl.cdiv(O, NO * BO) * (NO * BO) + tl.arange(0, BO)
+    if i_p >= tl.cdiv(patches, BX):
+        i_p -= tl.cdiv(patches, BX)
         for i_o in tl.static_range(NO):
-            pass_prefix(p_x, p_residual, p_out, i_p, o_o + i_o * BO, B, H * W, P, O, HAS_RESIDUAL, 2 * BX)
+            pass_prefix(p_x, p_residual, p_out, i_p, o_o + i_o * BO, B, H * W, P, O, HAS_RESIDUAL, 4 * BX)
     else:
         o_p = i_p * BX + tl.arange(0, BX)
-        o_x = o_p % W
-        o_y = o_p // W % half_rows * 2
-        m_p = o_p < places
-        p_rows = p_h + ((o_p // W // half_rows * H + o_y) * W + o_x).to(tl.int64)[:, None] * E
+        o_x = o_p % columns * 2
+        o_y = o_p // columns % rows * 2
+        m_p = o_p < patches
+        p_rows = p_h + ((o_p // columns // rows * H + o_y) * W + o_x).to(tl.int64)[:, None] * E
 
-        b_out0 = tl.zeros((BO, 2 * BX), dtype=ACC)
+        b_out0 = tl.zeros((BO, 4 * BX), dtype=ACC)
         if NO > 1:
-            b_out1 = tl.zeros((BO, 2 * BX), dtype=ACC)
+            b_out1 = tl.zeros((BO, 4 * BX), dtype=ACC)
         if NO > 2:
-            b_out2 = tl.zeros((BO, 2 * BX), dtype=ACC)
+            b_out2 = tl.zeros((BO, 4 * BX), dtype=ACC)
         for e in range(0, E, BE):
             o_e = e + tl.arange(0, BE)
             m_e = o_e < E
-            b_upper = tl.zeros((BX, BE), dtype=ACC) + tl.load(p_bias2 + o_e, mask=m_e, other=0.0)[None, :]
-            b_lower = b_upper
-            # All loads before the first use, so that one wait for memory serves them all; where they are too many for
-            # the registers, those of a row.
+            # All loads of a step before the first use, so that one wait for memory serves them all; where they are too
+            # many for the registers, those of a row of the patch.
             ROWS: tl.constexpr = KERNEL + 1 if KERNEL == 3 else 1
+            b_weights, b_taps = (), ()
+            for i_o in tl.static_range(NO):
+                b_weights = b_weights + (_load_weight(p_weight, o_o + i_o * BO, o_e, E, O),)
+            if KERNEL == 3:
+                for k in tl.static_range(KERNEL * KERNEL):
+                    b_taps = b_taps + (_load_row(p_taps + k * E, o_e, m_e),)
+            b_bias = tl.zeros((BX, BE), dtype=ACC) + _load_row(p_bias2, o_e, m_e)
+            b_patch = (b_bias, b_bias, b_bias, b_bias)
             for first in tl.static_range(0, KERNEL + 1, ROWS):
                 b_rows = ()
-                for k in tl.static_range(ROWS * KERNEL):
-                    dy, dx = first + k // KERNEL - KERNEL // 2, k % KERNEL - KERNEL // 2
-                    m_tap = m_p & (o_y + dy >= 0) & (o_y + dy < H) & (o_x + dx >= 0) & (o_x + dx < W)
-                    p_tap = p_rows + ((dy * W + dx) * E + o_e)[None, :]
-                    b_rows = b_rows + (tl.load(p_tap, mask=m_tap[:, None] & m_e[None, :], other=0.0),)  # [BX, BE]
-                for k in tl.static_range(ROWS * KERNEL):
-                    i, b_h = first * KERNEL + k, b_rows[k].to(ACC)
-                    if i < KERNEL * KERNEL:
-                        b_upper += b_h * tl.load(p_taps + i * E + o_e, mask=m_e, other=0.0)[None, :]
-                    if i >= KERNEL:
-                        b_lower += b_h * tl.load(p_taps + (i - KERNEL) * E + o_e, mask=m_e, other=0.0)[None, :]
-            b_upper = activate(b_upper, ACTIVATION, EXACT).to(COMPUTE)
-            b_lower = activate(b_lower, ACTIVATION, EXACT).to(COMPUTE)
-            b_h2 = tl.reshape(tl.permute(tl.join(b_upper, b_lower), (0, 2, 1)), (2 * BX, BE))
-            b_h2 = tl.trans(b_h2)  # [BE, 2 * BX]
-            b_weight = _load_weight(p_weight, o_o, o_e, E, O)
-            b_out0 = tl.dot(b_weight, b_h2, b_out0, input_precision=PRECISION, out_dtype=ACC)
+                for k in tl.static_range(ROWS * (KERNEL + 1)):
+                    dy, dx = first + k // (KERNEL + 1) - KERNEL // 2, k % (KERNEL + 1) - KERNEL // 2
+                    m_in = m_p & (o_y + dy >= 0) & (o_y + dy < H) & (o_x + dx >= 0) & (o_x + dx < W)
+                    p_in = p_rows + ((dy * W + dx) * E + o_e)[None, :]
+                    b_rows = b_rows + (tl.load(p_in, mask=m_in[:, None] & m_e[None, :], other=0.0),)  # [BX, BE]
+                for k in tl.static_range(ROWS * (KERNEL + 1)):
+                    b_h, b_sums = b_rows[k].to(ACC), ()
+                    for i in tl.static_range(4):
+                        if _tap(first * (KERNEL + 1) + k, i, KERNEL) < 0:
+                            b_sums = b_sums + (b_patch[i],)
+                        elif KERNEL == 3:
+                            b_sums = b_sums + (b_patch[i] + b_h * b_taps[_tap(k, i, KERNEL)],)
+                        else:
+                            p_tap = p_taps + _tap(first * (KERNEL + 1) + k, i, KERNEL) * E
+                            b_sums = b_sums + (b_patch[i] + b_h * _load_row(p_tap, o_e, m_e),)
+                    b_patch = b_sums
+            b_h2 = ()
+            for i in tl.static_range(4):
+                b_h2 = b_h2 + (activate(b_patch[i], ACTIVATION, EXACT).to(COMPUTE),)
+            b_h2 = tl.join(tl.join(b_h2[0], b_h2[1]), tl.join(b_h2[2], b_h2[3]))  # [BX, BE, 2 columns, 2 rows]
+            b_h2 = tl.reshape(tl.permute(b_h2, (0, 3, 2, 1)), (4 * BX, BE))
+            b_h2 = tl.trans(b_h2)  # [BE, 4 * BX]
+            b_out0 = tl.dot(b_weights[0], b_h2, b_out0, input_precision=PRECISION, out_dtype=ACC)
             if NO > 1:
-                b_weight = _load_weight(p_weight, o_o + BO, o_e, E, O)
-                b_out1 = tl.dot(b_weight, b_h2, b_out1, input_precision=PRECISION, out_dtype=ACC)
+                b_out1 = tl.dot(b_weights[1], b_h2, b_out1, input_precision=PRECISION, out_dtype=ACC)
             if NO > 2:
-                b_weight = _load_weight(p_weight, o_o + 2 * BO, o_e, E, O)
-                b_out2 = tl.dot(b_weight, b_h2, b_out2, input_precision=PRECISION, out_dtype=ACC)
+                b_out2 = tl.dot(b_weights[2], b_h2, b_out2, input_precision=PRECISION, out_dtype=ACC)
 
-        # Output 2 q is the upper and 2 q + 1 the lower row at place q.
-        o_q = i_p * BX + tl.arange(0, 2 * BX) // 2
-        o_y = o_q // W % half_rows * 2 + tl.arange(0, 2 * BX) % 2
-        i_b = o_q // W // half_rows
-        o_t = (i_b * H + o_y) * W + o_q % W + (i_b + 1) * P
-        m_t = (o_q < places) & (o_y < H)
+        # Outputs 4 q to 4 q + 3 are those of patch q, row by row.
+        o_i = tl.arange(0, 4 * BX)
+        o_q = i_p * BX + o_i // 4
+        o_x = o_q % columns * 2 + o_i % 2
+        o_y = o_q // columns % rows * 2 + o_i // 2 % 2
+        i_b = o_q // columns // rows
+        o_t = (i_b * H + o_y) * W + o_x + (i_b + 1) * P
+        m_t = (o_q < patches) & (o_y < H) & (o_x < W)
         _store_block(p_out, p_residual, p_bias3, b_out0, o_t, m_t, o_o, O, HAS_RESIDUAL)
         if NO > 1:
             _store_block(p_out, p_residual, p_bias3, b_out1, o_t, m_t, o_o + BO, O, HAS_RESIDUAL)
         if NO > 2:
             _store_block(p_out, p_residual, p_bias3, b_out2, o_t, m_t, o_o + 2 * BO, O, HAS_RESIDUAL)
+
+
+@triton.constexpr_function
+def _tap(i, output, KERNEL):
+    """The tap by which input i of a patch's (KERNEL + 1)^2 counts for one of its four outputs, -1 if it does not."""
+    row, column = i // (KERNEL + 1) - output // 2, i % (KERNEL + 1) - output % 2
+    return row * KERNEL + column if 0 <= row < KERNEL and 0 <= column < KERNEL else -1
+
+
+@triton.jit
+def _load_row(p_row, o_e, m_e):
+    return tl.load(p_row + o_e[None, :], mask=m_e[None, :], other=0.0)  # [1, BE]
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ...common.activations import activate_with_slope
-from .blocks import load_operand, norm_rows, normalize, store_moments, store_rows, token_rows
+from .blocks import compute_once, load_operand, norm_rows, normalize, store_moments, store_rows, token_rows
 from .inference import pass_prefix
 
 __all__ = [
@@ -202,7 +202,7 @@ def leff_weight_gradient_kernel(
     o_c = tl.program_id(1) * (NC * BC) + tl.arange(0, BC)
     m_e = o_e < E
     b_sums = zeros(BC, BE, NC, ACC)
-    b_total = tl.zeros((BE,), dtype=ACC)
+    b_total = tl.zeros((BM, BE), dtype=ACC)
     for k in range(tl.cdiv(tl.minimum(ROWS, M - i_s * ROWS), BM)):
         m = i_s * ROWS + k * BM
         o_m = m + tl.arange(0, BM)
@@ -214,7 +214,8 @@ def leff_weight_gradient_kernel(
             OPERAND, NORM, ACTIVATION, COMPUTE, ACC, EXACT,
         )  # fmt: skip
         if p_sums is not None:
-            b_total += tl.sum(b_a.to(ACC), axis=0)
+            b_a = compute_once(b_a)
+            b_total += b_a.to(ACC)
         row, o_t = token_rows(o_m, m, HW, P)
         p_block = p_tokens + row * C + (o_t[:, None] * C + o_c[None, :])
         b_new = ()
@@ -227,4 +228,4 @@ def leff_weight_gradient_kernel(
     for j in tl.static_range(NC):
         tl.store(p_block + j * BC * STRIDE_C, b_sums[j], mask=(o_c + j * BC < C)[:, None] & m_e[None, :])
     if p_sums is not None:
-        tl.store(p_sums + i_s * E + o_e, b_total, mask=m_e & (tl.program_id(1) == 0))
+        tl.store(p_sums + i_s * E + o_e, tl.sum(b_total, axis=0), mask=m_e & (tl.program_id(1) == 0))

@@ -6,11 +6,9 @@ import pytest
 import torch
 from support.leff import make_leff, make_tokens, make_training_leff, run, train_step
 from support.where import DEVICE
-from torch import nn
 
-import ceit
 from ceit.recompute import checkpoint_module
-from ceit_kernels import BatchNorm, FusedLeFF, leff_block, use_backend
+from ceit_kernels import BatchNorm, leff_block, use_backend
 from ceit_kernels.leff.functional import make_settings, pack
 from ceit_kernels.leff.norms import of_module
 
@@ -147,47 +145,6 @@ def test_images_are_tokens_in_another_shape(layout, training, images):
     torch.testing.assert_close(out, expected)
     assert layout == "NHWC" or out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(run("reference", module, x, None, residual), expected)
-
-
-def train(model, images, labels, steps):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images[step % len(images)]), labels[step % len(labels)])
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
-def compare_trainings(make_model, images, labels, steps):
-    losses = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        with use_backend("leff=triton" if fused else "reference"):
-            losses.append(train(make_model(fused), images, labels, steps))
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
-    assert losses[0][-10:].mean() < losses[0][:10].mean()
-
-
-def test_fifty_steps_of_training_have_the_losses_of_plain_pytorch():
-    def make_model(fused):
-        return nn.Sequential(FusedLeFF(4, 8), nn.LayerNorm(4), nn.Flatten(), nn.Linear(20, 3)).to(DEVICE)
-
-    images = [make_tokens(2, 5, 4, torch.float32, seed=seed) for seed in range(3)]
-    labels = [torch.arange(2, device=DEVICE)] * 3
-    compare_trainings(make_model, images, labels, 50)
-
-
-@pytest.mark.gpu
-def test_fifty_steps_of_training_ceit_have_the_losses_of_plain_pytorch():
-    def make_model(fused):
-        return ceit.create_model("ceit_tiny_patch16_224", num_classes=10, fused=["leff"] if fused else False).cuda()
-
-    images = [torch.randn(16, 3, 224, 224, device="cuda") for _ in range(5)]
-    labels = [torch.arange(16, device="cuda") % 10] * 5
-    compare_trainings(make_model, images, labels, 50)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,49 @@
+"""Training a CeiT with the fused operators and without, from one seed."""
+
+import pytest
+import torch
+from support.where import DEVICE
+from torch import nn
+
+import ceit
+from ceit_kernels import use_backend
+
+STEPS = 50
+
+
+def train(size, batch, fused, **options):
+    """The losses of some steps in float32, over a few batches again and again."""
+    torch.manual_seed(0)
+    model = ceit.create_model("ceit_tiny_patch16_224", img_size=size, num_classes=10, fused=fused, **options).to(DEVICE)
+    images = [torch.randn(batch, 3, size, size, device=DEVICE) for _ in range(5)]
+    labels = torch.arange(batch, device=DEVICE) % 10
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images[step % len(images)]), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def compare(backend, size, batch, fused=True, **options):
+    plain = train(size, batch, False, **options)
+    with use_backend(backend):
+        torch.testing.assert_close(train(size, batch, fused, **options), plain, rtol=1e-4, atol=0)
+    assert plain[-10:].mean() < plain[:10].mean()
+
+
+def test_fifty_steps_have_the_losses_of_plain_pytorch():
+    compare("auto", 64, 8, embed_dim=32, depth=2, num_heads=2)
+
+
+@pytest.mark.kernels(ttsem=False)
+def test_fifty_steps_with_the_triton_kernels_have_the_losses_of_plain_pytorch():
+    compare("leff=triton,lca=triton,norm=triton", 32, 2, embed_dim=8, depth=2, num_heads=1)
+
+
+@pytest.mark.gpu
+def test_fifty_steps_of_ceit_tiny_have_the_losses_of_plain_pytorch():
+    compare("leff=triton", 224, 16, fused=["leff"])
