@@ -11,7 +11,7 @@ from typing import Any
 
 from ceit_kernels.traffic import format_table
 
-from .report import disturbance_text, to_result
+from .report import again, disturbance_text, to_result
 
 _ROOT = Path(__file__).parents[1]
 README = _ROOT / "README.md"
@@ -37,7 +37,8 @@ def results_text(data: Mapping[str, Any]) -> str:
     return (
         f"Measured on {environment['chip']}, {environment['threads']} threads, torch "
         f"{environment['versions']['torch']}, commit {environment['commit']}, by `{data['command']}`. Medians, with "
-        "the 99% interval of the ratio. Where fused ran by reference it is plain PyTorch: no gain is claimed.\n\n"
+        "the 99% interval of the ratio. Where fused ran by reference it is plain PyTorch: no gain is claimed. "
+        f"A row again: `{again(data, 'GROUP')}`.\n\n"
         + format_table(rows, markdown=True)
         + (f"\n\nLeft out for want of time: {', '.join(data['left_out'])}." if data["left_out"] else "")
         + (f"\n\n{warning}" if warning else "")

@@ -59,7 +59,7 @@ def report_text(data: Report, pictures: Mapping[str, str]) -> str:
             + format_table([head, *(entry_row(entry, result) for entry in result.entries)], markdown=True)
             + f"\n\n{_rounds(result)}, {', '.join(methods)}"
             + (f"; launches: {', '.join(f'{k} {v}' for k, v in launches.items())}" if launches else "")
-            + f". Again: `python -m ceit bench --only {result.name}`"
+            + f". Again: `{again(data, result.name)}`"
             + _kernels_text(result)
         )
     if data.get("failed"):
@@ -68,6 +68,11 @@ def report_text(data: Report, pictures: Mapping[str, str]) -> str:
         parts.append(f"Left out, because the run's time was used up: {', '.join(data['left_out'])}.")
     parts.append(modelled_text(data))
     return "\n\n".join(parts) + "\n"
+
+
+def again(data: Report, group: str) -> str:
+    """The command that measures a group of a report again; those of a quick run are in no other plan."""
+    return f"python -m ceit bench {'--quick ' if '--quick' in data['command'] else ''}--only {group}"
 
 
 def _kernels_text(result: GroupResult) -> str:

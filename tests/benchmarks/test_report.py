@@ -8,7 +8,9 @@ import torch
 from benchmarks import __main__ as main
 from benchmarks import readme
 from benchmarks.pictures import ratio_bars
-from benchmarks.report import write_report
+from benchmarks.report import again, write_report
+from ceit.benchmarking.command import select_groups
+from ceit.benchmarking.groups import plan
 from ceit.benchmarking.machine import environment, measure_ceilings
 from ceit_kernels.backends import OPERATORS
 
@@ -55,6 +57,14 @@ def test_report_marks_what_is_modelled_and_what_refused(scaled, tmp_path):
     for name in ("roofline", "scaling", "ratios-leff"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "report.json").read_text())["environment"] == data["environment"]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_group_of_a_report_can_be_measured_again(quick):
+    command = "python -m benchmarks" + (" --quick" if quick else "")
+    for group in plan(torch.device("cpu"), quick=quick):
+        words = again({"command": command}, group.name).split()
+        assert select_groups(plan(torch.device("cpu"), quick="--quick" in words), words[-1]) == [group]
 
 
 def test_refused_contender_is_named_in_the_picture(stored):
