@@ -242,7 +242,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint_of_it(o
         ({"opt": "adamsky"}, "--opt adamsky: "),
         ({"auto_augment": "magic"}, "--auto-augment magic: "),
         ({"backend": "magic"}, "--backend: .*'magic'"),
-        ({"backend": "native", "fused": True}, "native"),
+        ({"backend": "triton", "fused": True}, "triton"),
         ({"device": "tpu9"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
         ({"device": "meta"}, "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         ({"sync_bn": True}, "--sync-bn needs several processes"),
