@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
@@ -106,7 +107,7 @@ def _takes(x: Tensor, norm1: nn.Module, attention: nn.Module, norm2: nn.Module, 
     channels = attention.proj.out_features
     if x.dim() != 3 or x.numel() == 0 or x.shape[2] != channels or leff.conv3.out_channels != channels:
         return False
-    if autocast_dtype(x) is not None:
+    if autocast_dtype(x) is not None or _has_any_global_hook():
         return False
     return all(backends.choose(name, x, x.dtype).backend == "native" for name in _OPERATORS)
 

@@ -111,6 +111,9 @@ def test_declines_where_someone_would_notice():
         handle = module.register_forward_hook(lambda *_: None)
         assert at_once(block, x) is None, module
         handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert at_once(block, x) is None
+    handle.remove()
     for module in (block.attn, block.leff, block.leff.bn3):
         module.train()
         assert at_once(block, x) is None, module
