@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import refuse_gradient, register_autocast
+from ..common.registration import is_plain_call, refuse_gradient, register_autocast
 from .native import add_norm_backward_native, add_norm_forward_native
 from .reference import add_layer_norm_reference
 
@@ -83,7 +83,7 @@ def add_layer_norm(
 def _call(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend) -> tuple[Tensor | None, ...]:
     """The sum, which is x without a branch, its LayerNorm and its prefix tokens; the arguments are checked."""
     arguments = (x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend)
-    eager = backend == "native" and not torch.compiler.is_compiling()
+    eager = backend == "native" and is_plain_call(x)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
     if training and (eager or branch is None):
         return _AddNorm.apply(*arguments)
@@ -256,7 +256,7 @@ def _gradients(ctx, grad_total, grad_out, grad_prefix, needs) -> tuple[Tensor | 
     total, weight, bias, mean, rstd = ctx.saved_tensors
     if grad_out is None:
         return _gradient_beside_norm(total, grad_total, grad_prefix) if needs[0] else None, None, None
-    eager = ctx.backend == "native" and not torch.compiler.is_compiling()
+    eager = ctx.backend == "native" and is_plain_call(total)
     # With gradients on, the operator refuses that of its own.
     run = _backward_checked if eager and not torch.is_grad_enabled() else torch.ops.ceit.add_layer_norm_backward
     arguments = (grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *needs, ctx.backend)
@@ -326,7 +326,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, branch: Tensor | None, *settings) -> tuple[Tensor | None, ...]:
         weight, bias, _, num_prefix_tokens, _, backend = settings
-        eager = backend == "native" and not torch.compiler.is_compiling()
+        eager = backend == "native" and is_plain_call(x)
         run = _forward_checked if eager else torch.ops.ceit.add_layer_norm
         total, out, prefix, mean, rstd = run(x, branch, *settings)
         _save(ctx, x if branch is None else total, weight, bias, mean, rstd, backend)

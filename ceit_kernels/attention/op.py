@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import refuse_gradient, register_autocast
+from ..common.registration import is_plain_call, refuse_gradient, register_autocast
 from .native_cpu import kernels
 from .reference import self_attention_reference
 
@@ -67,7 +67,10 @@ def self_attention(
     choice = backends.choose("attention", qkv, autocast_dtype(qkv) or qkv.dtype, limit, phase)
     if choice.backend == "reference":
         return self_attention_reference(qkv, num_heads, scale, num_queries, dropout_p)
-    return torch.ops.ceit.self_attention(qkv, num_heads, scale, num_queries, training, choice.backend)[0]
+    arguments = (qkv, num_heads, scale, num_queries, training, choice.backend)
+    if not is_plain_call(qkv) or autocast_dtype(qkv) is not None:
+        return torch.ops.ceit.self_attention(*arguments)[0]
+    return _Eager.apply(*arguments)[0] if training else _forward(*arguments)[0]
 
 
 def _check(qkv: Tensor, num_heads: int, num_queries: int) -> None:
@@ -89,13 +92,15 @@ def _results(qkv: Tensor, num_heads: int, num_queries: int, need_statistics: boo
     return qkv.new_empty((batch, num_queries, width // 3)), qkv.new_empty(statistics, dtype=wide)
 
 
-@torch.library.impl("ceit::self_attention", "default")
 def _forward(qkv, num_heads, scale, num_queries, need_statistics, backend):
     _check(qkv, num_heads, num_queries)
     backends.require("attention", backend, qkv, qkv.dtype)
     out, statistics = _results(qkv, num_heads, num_queries, need_statistics)
     kernels._attention(qkv.contiguous(), num_heads, scale, out, statistics if need_statistics else None)
     return out, statistics
+
+
+torch.library.impl("ceit::self_attention", "default", _forward)
 
 
 @torch.library.register_fake("ceit::self_attention")
@@ -114,7 +119,6 @@ def _check_backward(grad_out: Tensor, qkv: Tensor, statistics: Tensor, num_heads
         check_device(name, tensor, qkv, "qkv")
 
 
-@torch.library.impl("ceit::self_attention_backward", "default")
 def _backward(grad_out, qkv, statistics, num_heads, scale, backend):
     _check_backward(grad_out, qkv, statistics, num_heads)
     backends.require("attention", backend, qkv, qkv.dtype)
@@ -122,6 +126,9 @@ def _backward(grad_out, qkv, statistics, num_heads, scale, backend):
     tensors = grad_out.contiguous(), qkv.contiguous(), statistics.contiguous()
     kernels._attention_backward(*tensors, num_heads, scale, grad_qkv)
     return grad_qkv
+
+
+torch.library.impl("ceit::self_attention_backward", "default", _backward)
 
 
 @torch.library.register_fake("ceit::self_attention_backward")
@@ -137,13 +144,16 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(statistics)
 
 
-def _autograd_backward(ctx, grad_out, _):
+def _gradients(backward, ctx, grad_out):
+    """The gradients of the forward operator's arguments, by the backward operator or its implementation."""
     if not ctx.has_statistics:
         raise RuntimeError("ceit::self_attention: expected need_statistics=True where a gradient is taken, got False")
-    grad_qkv = torch.ops.ceit.self_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.backend
-    )
+    grad_qkv = backward(grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.backend)
     return grad_qkv, *(None,) * 5  # num_heads, scale, num_queries, need_statistics, backend
+
+
+def _autograd_backward(ctx, grad_out, _):
+    return _gradients(torch.ops.ceit.self_attention_backward, ctx, grad_out)
 
 
 torch.library.register_autograd("ceit::self_attention", _autograd_backward, setup_context=_setup_context)
@@ -157,3 +167,19 @@ refuse_gradient(
 @register_autocast("ceit::self_attention")
 def _autocast(dtype, qkv, *settings):
     return torch.ops.ceit.self_attention(qkv if qkv.dtype == torch.float64 else qkv.to(dtype), *settings)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator outside any graph, without what a registered one costs a call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        # The registered operator where the gradient of this gradient is to be refused.
+        backward = torch.ops.ceit.self_attention_backward if torch.is_grad_enabled() else _backward
+        return _gradients(backward, ctx, grad_out)

@@ -10,6 +10,7 @@ from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_input
 from ..common.module import adopt
+from ..common.registration import is_plain_call
 from .op import linear_eagerly
 
 __all__ = ["FusedLinear"]
@@ -38,12 +39,13 @@ class FusedLinear(nn.Linear):
             ValueError, TypeError: x is not of the layer's width, dtype or device.
             BackendError: the backend that was asked for cannot serve the call.
         """
-        weight, bias, in_graph = self.weight, self.bias, torch.compiler.is_compiling()
+        weight, bias = self.weight, self.bias
         # What an input mostly is, which is quicker to tell than whether it is allowed.
         if x.shape[-1:] != weight.shape[1:] or x.dtype != weight.dtype or x.device != weight.device:
             check_input("x", x, weight, "weight", *x.shape[:-1], self.in_features)
         # In a graph the number of rows may be any.
-        if not in_graph and x.numel() * self.out_features < _FEW and backends.current_backend("linear") == "auto":
+        few = not torch.compiler.is_compiling() and x.numel() * self.out_features < _FEW
+        if few and backends.current_backend("linear") == "auto":
             return F.linear(x, weight, bias)
         dtype = autocast_dtype(x) or x.dtype
         training = torch.is_grad_enabled() and (
@@ -53,6 +55,6 @@ class FusedLinear(nn.Linear):
         if backend == "reference":
             return F.linear(x, weight, bias)
         constant = not (training or self.training)
-        if in_graph:
-            return torch.ops.ceit.linear(x, weight, bias, constant, None, backend)
-        return linear_eagerly(x, weight, bias, constant, dtype, backend, training)
+        if is_plain_call(x):
+            return linear_eagerly(x, weight, bias, constant, dtype, backend, training)
+        return torch.ops.ceit.linear(x, weight, bias, constant, None, backend)

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
+from torch._subclasses import FakeTensorMode
 
 from ceit import CeiT
+from ceit_kernels import fuse
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
 
@@ -203,3 +205,13 @@ def test_bad_options_are_named_with_what_is_expected(options, message):
 def test_images_that_do_not_fit_are_refused(shape, options, message):
     with pytest.raises(ValueError, match=message):
         CeiT(**SMALL, **options)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fused_model_takes_fake_tensors_as_the_plain_one_does(training):
+    model = fuse(CeiT(**SMALL)).train(training)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(training):
+        out = model(torch.empty(2, 3, 64, 64))
+        if training:
+            out.sum().backward()
+    assert out.shape == (2, 7)
