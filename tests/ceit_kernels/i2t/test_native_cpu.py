@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.accuracy import assert_as_accurate
+from support.accuracy import assert_as_accurate, assert_as_accurate_over_draws
 from support.stems import GAMMAS, NAMES, make_stem, pooled_like, run_stem
 
 from ceit_kernels import use_backend
@@ -25,8 +25,8 @@ def host_code():
         yield
 
 
-def make_call(dtype, size, channels=(3, 64), batch=2, training=True, gamma="mixed"):
-    torch.manual_seed(0)
+def make_call(dtype, size, channels=(3, 64), batch=2, training=True, gamma="mixed", draw=0):
+    torch.manual_seed(draw)
     stem = make_stem(*channels, gamma=gamma, training=training).cpu().to(dtype)
     x = torch.randn(batch, channels[0], *size, dtype=torch.float64).to(dtype)
     return stem, x, pooled_like(x, channels[1])
@@ -53,6 +53,16 @@ def check(stem, x, grad_out):
 @pytest.mark.parametrize("training", [True, False])
 def test_agrees_with_plain_pytorch(poisoned_memory, training, size, dtype):
     check(*make_call(dtype, size, training=training))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_statistics_of_two_values_are_as_accurate_over_draws(poisoned_memory, dtype):
+    draws = []
+    for draw in range(12):
+        stem, x, grad_out = make_call(dtype, (2, 1), draw=draw)
+        exact = run_stem(copy.deepcopy(stem).double(), x.double(), grad_out.double(), "reference")
+        draws.append([run_stem(stem, x, grad_out, name)[0] for name in ("native", "reference")] + [exact[0]])
+    assert_as_accurate_over_draws(NAMES, draws)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
