@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..attention import FusedAttention
 from ..common.module import adopt
 from ..linear import FusedLinear
 from .op import lca_attention
@@ -11,41 +12,11 @@ from .op import lca_attention
 __all__ = ["FusedLCAAttention"]
 
 
-class FusedLCAAttention(nn.Module):
+class FusedLCAAttention(FusedAttention):
     """Attention of the last layer's class token to the class tokens of all layers (CeiT, section 3.4), fused.
 
-    Constructor, children and state_dict are the plain module's (``qkv``, ``attn_drop``, ``proj``, ``proj_drop``).
-
-    Args:
-        dim: channels C of a token, a multiple of ``num_heads``.
-        num_heads: heads H.
-        qkv_bias: give the query, key and value projections a bias.
-        qk_scale: factor of the scores, by default ``(C / H) ** -0.5``.
-        attn_drop: probability of dropping an attention weight, in [0, 1).
-        proj_drop: probability of dropping an output channel.
-
-    Raises:
-        ValueError: ``num_heads`` is no divisor of ``dim``.
+    Arguments, children and state_dict are those of ``FusedAttention``, of which it takes nothing else.
     """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        qk_scale: float | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
-        self.num_heads = num_heads
-        self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
 
     @classmethod
     def from_plain(cls, plain: nn.Module) -> FusedLCAAttention:
@@ -63,7 +34,3 @@ class FusedLCAAttention(nn.Module):
             dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
         )
         return self.proj_drop(self.proj(attention))
-
-    def extra_repr(self) -> str:
-        """What ``print`` shows beside the children."""
-        return f"num_heads={self.num_heads}, scale={self.scale:.4g}"
