@@ -15,7 +15,8 @@ from .blocks import (
     Blocks,
     contract_blocks,
     depthwise_blocks,
-    factored_blocks,
+    factored_weight_blocks,
+    fold_gradient_blocks,
     hidden_gradient_blocks,
     row_blocks,
     sum_blocks,
@@ -247,7 +248,7 @@ class _Backward:
                 dist.all_reduce(total, group=problem.group)
             tail = problem.empty(channels, channels, dtype=problem.dtype)
             bias, mean = problem.empty(channels), problem.empty(channels)
-        folded, blocks = torch.empty_like(weight), factored_blocks(channels)
+        folded, blocks = torch.empty_like(weight), fold_gradient_blocks(channels)
         columns = cdiv(channels, blocks.sizes["BC"])
         shared = {"p_weight": weight, "p_gradient": gradient1, "p_mean": mean, "HAS_TAIL": has_tail}
         problem.launch(
@@ -273,10 +274,10 @@ class _Backward:
             partial = self._weight_partial(channels, {**operand, **self._tokens_of_x()})
             parameter = problem.layers[0].weight
             gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-            blocks = factored_blocks(channels)
+            blocks = factored_weight_blocks(channels)
             problem.launch(
                 leff_factored_weight_kernel,
-                (cdiv(hidden, blocks.sizes["BE"]), columns),
+                (cdiv(hidden, blocks.sizes["BE"]), cdiv(channels, blocks.sizes["BC"])),
                 blocks,
                 {
                     **shared,

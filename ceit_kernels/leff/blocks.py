@@ -13,7 +13,8 @@ __all__ = [
     "contract_blocks",
     "depthwise_blocks",
     "expand_blocks",
-    "factored_blocks",
+    "factored_weight_blocks",
+    "fold_gradient_blocks",
     "hidden_gradient_blocks",
     "inference_contract_blocks",
     "inference_expand_blocks",
@@ -94,8 +95,14 @@ def weight_gradient_blocks(channels: int, width: int, dtype: torch.dtype, chip: 
     return Blocks({"BM": depth, "BE": _fit(columns, width), "BC": _fit(size, channels), "NC": count}, 8, 3)
 
 
-def factored_blocks(channels: int) -> Blocks:
-    """The small products of the factored gradients."""
+def fold_gradient_blocks(channels: int) -> Blocks:
+    """The product of weights of the factored gradients, which every program instance reads along one side."""
+    wide = channels % 128 == 0
+    return Blocks({"BE": 32, "BC": _fit(128 if wide else 64, channels)}, 8 if wide else 4, 2)
+
+
+def factored_weight_blocks(channels: int) -> Blocks:
+    """The small product of the factored gradient of the first weight."""
     return Blocks({"BE": 32, "BC": _fit(64, channels), "BK": 32}, 4, 2)
 
 

@@ -11,7 +11,7 @@ in which nothing has the hidden width but g1: z1 is not read again, and both pro
 import triton
 import triton.language as tl
 
-from .blocks import gradient_rows
+from .blocks import compute_once, gradient_rows
 
 __all__ = ["leff_factored_weight_kernel", "leff_fold_gradient_kernel"]
 
@@ -32,16 +32,18 @@ def leff_fold_gradient_kernel(
     for e in range(0, E, BE):
         o_e = e + tl.arange(0, BE)
         m_e = o_e < E
-        _, b_a, b_b, b_c = gradient_rows(p_gradient, o_e[:, None], m_e[:, None], E)
         offsets = o_e[:, None] * C + o_c[None, :]
         mask = m_e[:, None] & m_c[None, :]
         b_weight = tl.load(p_weight + offsets, mask=mask, other=0.0)  # [BE, BC]
-        tl.store(p_folded + offsets, (b_weight.to(ACC) * b_a).to(COMPUTE), mask=mask & (i_r == 0))
+        _, b_a, b_b, b_c = gradient_rows(p_gradient, o_e[:, None], m_e[:, None], E)
+        if i_r == 0:
+            tl.store(p_folded + offsets, (b_weight.to(ACC) * b_a).to(COMPUTE), mask=mask)
+            if HAS_TAIL:
+                b_bias += tl.sum(b_weight.to(ACC) * b_c, axis=0)
         if HAS_TAIL:
-            b_bias += tl.sum(b_weight.to(ACC) * b_c, axis=0)
             b_left = tl.load(p_weight + o_e[:, None] * C + o_r[None, :], mask=m_e[:, None] & m_r[None, :], other=0.0)
-            b_left = tl.trans((b_left.to(ACC) * b_b).to(COMPUTE))
-            b_tail = tl.dot(b_left, b_weight, b_tail, input_precision=PRECISION, out_dtype=ACC)
+            b_right = compute_once((b_weight.to(ACC) * b_b).to(COMPUTE))
+            b_tail = tl.dot(tl.trans(b_left), b_right, b_tail, input_precision=PRECISION, out_dtype=ACC)
     if HAS_TAIL:
         tl.store(p_tail + o_r[:, None] * C + o_c[None, :], b_tail.to(COMPUTE), mask=m_r[:, None] & m_c[None, :])
         if i_r == 0:
