@@ -1,6 +1,6 @@
 """The two kinds of transformer block of CeiT: the encoder's, and the one over class tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ceit_kernels import FusedAddNorm, FusedAttention, FusedLeFF
-from ceit_kernels.block import encoder_block_inference
+from ceit_kernels.block import EncoderParts, LayersParts, encoder_inference, layers_inference
 
 from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
 
@@ -68,10 +68,8 @@ class Block(nn.Module):
 
     def _at_once(self, x: Tensor, grid_size: tuple[int, int] | None) -> Tensor | None:
         """The block in one compiled call, None where it takes a call for every part."""
-        between = (self.add_norm, self.drop_path)
-        if type(self.add_norm) is not FusedAddNorm or any(part.training or _watched(part) for part in between):
-            return None
-        return encoder_block_inference(x, self.norm1, self.attn, self.norm2, self.leff, grid_size)
+        found = encoder_inference(x, (self,), _encoder_parts, grid_size)
+        return None if found is None else found[0]
 
     def passes_class_token(self) -> bool:
         """Whether to take the class token of this block's input from its `forward`, instead of from the input itself.
@@ -111,6 +109,32 @@ class Block(nn.Module):
         own_parts = own_attention and type(self.leff) in (LocallyEnhancedFeedForward, FusedLeFF)
         watched = any(_watched(module) for module in self.modules())
         return own_parts and not watched and (self.training or not torch.is_grad_enabled())
+
+
+def encode_at_once(
+    x: Tensor, blocks: Sequence[nn.Module], grid_size: tuple[int, int], class_token_only: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Run several blocks by one compiled call each, None where they take a call for every part.
+
+    Returns:
+        The last block's tokens (B, 1 + N, dim), or (B, 1, dim) with `class_token_only`; every block's class token
+        (B, len(blocks), dim).
+    """
+    if torch.is_grad_enabled() or not all(type(block) is Block for block in blocks):
+        return None
+    found = encoder_inference(x, blocks, _encoder_parts, grid_size, class_token_only)
+    if found is None and class_token_only and len(blocks) > 1 and blocks[-1].class_token_suffices():
+        found = encoder_inference(x, blocks[:-1], _encoder_parts, grid_size)
+        if found is not None:
+            out = blocks[-1].forward_class_token(found[0], grid_size)
+            return out, torch.cat((found[1], out), dim=1)
+    return found
+
+
+def _encoder_parts(block: Block) -> EncoderParts | None:
+    if type(block.add_norm) is not FusedAddNorm or type(block.drop_path) not in (DropPath, nn.Identity):
+        return None
+    return EncoderParts(block.norm1, block.attn, block.norm2, block.leff)
 
 
 def _watched(module: nn.Module) -> bool:
@@ -165,5 +189,15 @@ class LCABlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reduce class tokens (B, L, dim) to one (B, 1, dim)."""
+        if not torch.is_grad_enabled() and (out := self._at_once(x)) is not None:
+            return out
         x = x[:, -1:] + self.attn(self.norm1(x))
         return x + self.feedforward(self.norm2(x))
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The block in one compiled call, None where it takes a call for every part."""
+        mlp = self.feedforward
+        if type(mlp) is not Mlp or type(mlp.norm) is not nn.Identity:
+            return None
+        parts = LayersParts(self.norm1, self.attn, self.norm2, mlp.fc1, mlp.act, mlp.fc2)
+        return layers_inference(x, self, parts)

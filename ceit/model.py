@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .blocks import Block, LCABlock, NormLayer
+from .blocks import Block, LCABlock, NormLayer, encode_at_once
 from .embed import I2TEmbed
 from .recompute import checkpoint_module
 
@@ -295,7 +295,7 @@ class CeiT(nn.Module):
 
     def _encode(
         self, x: Tensor, taken: Sequence[int] = (), num_blocks: int | None = None, class_token_only: bool = False
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run the stem and the first `num_blocks` blocks.
 
         Args:
@@ -305,16 +305,18 @@ class CeiT(nn.Module):
             class_token_only: whether the last block may leave out its patch tokens, which it does where it can.
 
         Returns:
-            The last block's tokens (B, 1 + N, C), or (B, 1, C); every block's class token (B, C); the tokens of the
-            blocks `taken`.
+            The last block's tokens (B, 1 + N, C), or (B, 1, C); every block's class token (B, num_blocks, C); the
+            tokens of the blocks `taken`.
         """
         x = self.i2t(x)
         grid_size = x.shape[2], x.shape[3]
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
         x = x + (self._positions(grid_size, self.i2t.grid_size) if self.dynamic_img_size else self.pos_embed)
         x = self.pos_drop(x)
+        blocks = list(self.blocks)[:num_blocks]
+        if not taken and (found := encode_at_once(x, blocks, grid_size, class_token_only)) is not None:
+            return *found, []
         class_tokens, outputs = [], []
-        blocks = self.blocks[:num_blocks]
         for index, block in enumerate(blocks):
             run = partial(checkpoint_module, block) if self.grad_checkpointing else block
             if class_token_only and index == len(blocks) - 1 and block.class_token_suffices():
@@ -329,16 +331,16 @@ class CeiT(nn.Module):
             if index in taken:
                 outputs.append(x)
         class_tokens.append(x[:, 0])
-        return x, class_tokens, outputs
+        return x, torch.stack(class_tokens, dim=1), outputs
 
-    def _class_feature(self, tokens: Tensor, class_tokens: list[Tensor]) -> Tensor:
+    def _class_feature(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:
         """The normalised output of LCA (B, 1, C); that of the last block once LCA is pruned."""
         if self.lca is None:
             return self.norm(tokens[:, :1])
-        layers = torch.stack(class_tokens, dim=1) + self.pos_layer_embed[:, : len(class_tokens)]
+        layers = class_tokens + self.pos_layer_embed[:, : class_tokens.shape[1]]
         return self.norm(self.lca(layers))
 
-    def _features(self, tokens: Tensor, class_tokens: list[Tensor]) -> Tensor:
+    def _features(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:
         """Normalised tokens (B, 1 + N, C), the output of LCA first."""
         return torch.cat((self._class_feature(tokens, class_tokens), self.norm(tokens[:, 1:])), dim=1)
 

@@ -1,5 +1,6 @@
-"""An encoder block at inference on the CPU, in one call."""
+"""Whole blocks in one call, at inference on the CPU."""
 
-from .native_cpu import encoder_block_inference
+from .encoder import EncoderParts, encoder_inference
+from .layers import LayersParts, layers_inference
 
-__all__ = ["encoder_block_inference"]
+__all__ = ["EncoderParts", "LayersParts", "encoder_inference", "layers_inference"]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["linear", "packed", "product", "transposed", "weight_gradient"]
+from .extension import has_kernel
+
+__all__ = ["has_panels", "in_panels", "linear", "packed", "product", "transposed", "weight_gradient"]
 
 torch.library.define("ceit::_transpose", "(Tensor x, Tensor(a!) out) -> ()")
+torch.library.define("ceit::_has_panels", "(Tensor x) -> bool")
 
-_packed = WeakTensorKeyDictionary()
+_PANEL = 64  # columns, as csrc/cpu/panels has them
+_packed, _in_panels = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
@@ -33,12 +40,46 @@ def packed(weight: Tensor, rows: int, constant: bool = False) -> Tensor:
         return weight
     if weight.is_inference() and not constant:
         return weight
+    return _once(
+        _packed, weight, constant, lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+    )
+
+
+def in_panels(weight: Tensor, rows: int, constant: bool = False) -> Tensor:
+    """The weight for compiled code that goes through several products at a time; arguments as for ``packed``.
+
+    In panels (P, K, 64) where such code multiplies bands of rows in cache by itself: float32 on a processor with
+    AVX-512. Packed elsewhere.
+    """
+    if isinstance(weight, FakeTensor) or not has_panels(weight.dtype):
+        return packed(weight, rows, constant)
+
+    def make() -> Tensor:
+        rows = F.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % _PANEL))
+        return rows.unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
+
+    if weight.is_inference() and not constant:
+        return make()
+    return _once(_in_panels, weight, constant, make)
+
+
+def has_panels(dtype: torch.dtype) -> bool:
+    """Whether ``in_panels`` makes panels of a dtype's weights, and does not only pack them."""
+    return dtype == torch.float32 and _has_panels()
+
+
+@cache
+def _has_panels() -> bool:
+    return has_kernel("_has_panels", "cpu") and torch.ops.ceit._has_panels(torch.empty(0))
+
+
+def _once(kept: WeakTensorKeyDictionary, weight: Tensor, constant: bool, make: Callable[[], Tensor]) -> Tensor:
+    """What is made of a weight, once per version of it."""
     version = None if constant else (weight.data_ptr(), weight._version)
-    entry = _packed.get(weight)
+    entry = kept.get(weight)
     if entry is None or entry[0] != version:
         with torch.no_grad():
-            entry = version, torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-        _packed[weight] = entry
+            entry = kept[weight] = version, make()
     return entry[1]
 
 

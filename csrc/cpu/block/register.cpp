@@ -1,4 +1,4 @@
-// An encoder block's inference on the CPU and its registration, through libtorch's stable ABI. The schema is in
+// Blocks' inference on the CPU and its registration, through libtorch's stable ABI. The schemas are in
 // ceit_kernels/block/native_cpu.py.
 #include <algorithm>
 
@@ -6,6 +6,7 @@
 #include "../attention/attention.h"
 #include "../leff/stages.h"
 #include "../products.h"
+#include "block.h"
 
 namespace ceit::block {
 namespace {
@@ -25,6 +26,15 @@ void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, dou
   STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous() && x.numel() > 0, "x: expected contiguous tokens (B, N, C)");
   STD_TORCH_CHECK(images > 0, "images: expected a positive number, got ", images);
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2), most = std::min(images, batch);
+  if (panels::is_packed(qkv_weight)) {
+    const leff::Bands bands(channels, tokens - height * width, height, width, channels, weight1, bias1, taps, bias2,
+                            weight3, bias3, first, second);
+    infer_encoder({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
+                   panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
+                   panels::call(projection_weight, projection_bias, channels, channels)},
+                  bands, batch, tokens, array("x", x, x.numel()), array("out", out, x.numel()));
+    return;
+  }
   Tensor normalised = new_empty(x, {most, tokens, channels});
   Tensor attended = new_empty(x, {most, tokens, channels});
   Tensor total = new_empty(x, {most, tokens, channels});
@@ -43,10 +53,45 @@ void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, dou
   }
 }
 
+// out (B, 1, C) of tokens x (B, N, C): the class token of an encoder block.
+void infer_class_token_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1, Tensor qkv_weight,
+                       OptionalTensor qkv_bias, int64_t heads, double scale, Tensor projection_weight,
+                       OptionalTensor projection_bias, OptionalTensor norm_weight2, OptionalTensor norm_bias2,
+                       double eps2, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected tokens (B, N, C)");
+  const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
+  infer_class_token({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
+                     panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
+                     panels::call(projection_weight, projection_bias, channels, channels)},
+                    batch, tokens, channels, array("x", x, x.numel()), array("out", out, batch * channels));
+}
+
+// out (B, 1, C) of class tokens x (B, L, C).
+void infer_layers_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1, Tensor qkv_weight,
+                  OptionalTensor qkv_bias, int64_t heads, double scale, Tensor projection_weight,
+                  OptionalTensor projection_bias, OptionalTensor norm_weight2, OptionalTensor norm_bias2, double eps2,
+                  Tensor weight1, OptionalTensor bias1, Tensor weight2, OptionalTensor bias2, int64_t activation,
+                  int64_t hidden, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected class tokens (B, L, C)");
+  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::identity), "unknown activation ", activation);
+  const int64_t batch = x.size(0), layers = x.size(1), channels = x.size(2);
+  panels::Call expanding = panels::call(weight1, bias1, channels, hidden);
+  expanding.activation = Activation(activation);
+  infer_layers({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
+                panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
+                panels::call(projection_weight, projection_bias, channels, channels)},
+               expanding, panels::call(weight2, bias2, hidden, channels), batch, layers, channels,
+               array("x", x, x.numel()), array("out", out, batch * channels));
+}
+
 }  // namespace
 }  // namespace ceit::block
 
-STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) { m.impl("_block_infer", TORCH_BOX(&ceit::block::infer)); }
+STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) {
+  m.impl("_block_infer", TORCH_BOX(&ceit::block::infer));
+  m.impl("_block_infer_class_token", TORCH_BOX(&ceit::block::infer_class_token_tensors));
+  m.impl("_block_infer_layers", TORCH_BOX(&ceit::block::infer_layers_tensors));
+}
 
 // Packed weights have a layout of oneDNN's.
 STABLE_TORCH_LIBRARY_IMPL(ceit, MkldnnCPU, m) { m.impl("_block_infer", TORCH_BOX(&ceit::block::infer)); }

@@ -29,10 +29,12 @@ constexpr int kRows = 32;
 // Tokens that are fetched ahead: a task's channels of two tokens are too far apart for the processor to see a stream.
 constexpr int kPrefetch = 16;
 
-// out = second(taps * first(norm in) + bias), and the mean and centred sum of squares of each image and channel.
+// out = second(taps * first(norm in) + bias), and the mean and centred sum of squares of each image and channel; of the
+// image's rows from `top` to `bottom`, which are all that out has.
 struct DepthwiseCall {
   Shape shape;
   int height, width, side;
+  int top, bottom;
   Map in;
   const void* norm;
   Activation first;

@@ -71,9 +71,10 @@ void depthwise_task(const DepthwiseCall& call, const Task& task, const Ring<Real
   const int64_t channels = shape.channels;
   const int vectors = vectors_of<Real>(task), width = call.width;
   const T* in = tokens_of<const T>(call.in, shape, task.image) + task.channel;
-  T* out = tokens_of<T>(call.out, shape, task.image) + task.channel;
+  const Shape part{shape.images, int64_t(call.bottom - call.top) * width, channels};
+  T* out = tokens_of<T>(call.out, part, task.image) + task.channel;
   Moments<Real> moments;
-  for (int below = 0; below < call.height + side / 2; ++below) {
+  for (int below = call.top < side / 2 ? 0 : call.top - side / 2; below < call.bottom + side / 2; ++below) {
     if (below < call.height) {
       for (int v = 0; v < vectors; ++v) {
         const Slice<Real> s(task, v);
@@ -85,7 +86,7 @@ void depthwise_task(const DepthwiseCall& call, const Task& task, const Ring<Real
       }
     }
     const int y = below - side / 2;
-    if (y < 0) continue;
+    if (y < call.top) continue;
     for (int v = 0; v < vectors; ++v) {
       const Slice<Real> s(task, v);
       Vec<Real> taps[side * side];
@@ -96,7 +97,7 @@ void depthwise_task(const DepthwiseCall& call, const Task& task, const Ring<Real
       for (int dy = 0; dy < side; ++dy) rows[dy] = ring.read(y + dy - side / 2, call.height) + s.start;
       convolve<side, Real>(rows, taps, bias ? load(bias + task.channel + s.start, s.count) : splat(Real(0)),
                            line + s.start, width);
-      T* to = out + int64_t(y) * width * channels + s.start;
+      T* to = out + int64_t(y - call.top) * width * channels + s.start;
       with_activation(call.second, [&](auto kind) {
         store_activated<T, decltype(kind)::value>(line + s.start, to, channels, width, s.count);
       });

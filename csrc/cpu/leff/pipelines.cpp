@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../products.h"
+#include "bands.h"
 #include "stages.h"
 
 namespace ceit::leff {
@@ -72,6 +73,33 @@ class WeightGradient {
   Tensor sum_;
 };
 
+// `infer` with weights in panels.
+void infer_by_bands(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& taps,
+                    const Tensor& bias2, const Tensor& weight3, const Tensor& bias3, const OptionalTensor& residual,
+                    int64_t first, int64_t second, int64_t height, int64_t width, const Tensor& out) {
+  const int64_t rows = x.size(1), channels = x.size(2), outputs = out.size(2);
+  const bool of_float = x.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float &&
+                        (!residual || residual->scalar_type() == ScalarType::Float);
+  STD_TORCH_CHECK(of_float && x.is_contiguous() && out.is_contiguous() && out.size(1) == rows &&
+                      (!residual || (residual->is_contiguous() && residual->numel() == out.numel())),
+                  "x, residual, out: expected contiguous float32 tensors (B, rows, channels)");
+  STD_TORCH_CHECK(rows >= height * width && (rows == height * width || channels == outputs),
+                  "out: expected the rows of x, and its channels where there are prefix tokens");
+  const Bands bands(channels, rows - height * width, height, width, outputs, weight1, bias1, taps, bias2, weight3,
+                    bias3, first, second);
+  const float* from = static_cast<const float*>(x.data_ptr());
+  const float* rest = residual ? static_cast<const float*>(residual->data_ptr()) : nullptr;
+  float* to = static_cast<float*>(out.data_ptr());
+  panels::for_images(x.size(0), bands.memory(), [&](int64_t image, float* memory, auto run) {
+    const float* tokens = from + image * rows * channels;
+    const int64_t start = image * rows * outputs;
+    run(bands.tokens(), [&](int64_t begin, int64_t end) { bands.expand(tokens, memory, begin, end); });
+    run(height, [&](int64_t begin, int64_t end) {
+      bands.contract(tokens, rest ? rest + start : nullptr, memory, to + start, begin, end);
+    });
+  });
+}
+
 }  // namespace
 
 void infer(Tensor x, Tensor prefix, Tensor weight1, Tensor bias1, Tensor taps, Tensor bias2, Tensor weight3,
@@ -79,6 +107,10 @@ void infer(Tensor x, Tensor prefix, Tensor weight1, Tensor bias1, Tensor taps, T
            int64_t images, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0) && taps.dim() == 2,
                   "x, out, taps: expected (B, rows, C), (B, rows, O) and (side * side, E)");
+  if (panels::is_packed(weight1)) {
+    infer_by_bands(x, weight1, bias1, taps, bias2, weight3, bias3, residual, first, second, height, width, out);
+    return;
+  }
   const int64_t batch = x.size(0), tokens = height * width, hidden = taps.size(1);
   const int64_t side = taps.size(0) == 9 ? 3 : taps.size(0) == 25 ? 5 : 7;
   const Tensor h2 = new_empty(x, {std::min(images, batch), tokens, hidden});

@@ -70,7 +70,7 @@ void depthwise(Tensor in, OptionalTensor norm, int64_t first, Tensor taps, Optio
   const ScalarType type = in.scalar_type(), real = real_type(in);
   DepthwiseCall call{};
   const Shape shape = call.shape = shape_of(in, height * width);
-  call.height = int(height), call.width = int(width), call.side = checked_side(side);
+  call.height = call.bottom = int(height), call.width = int(width), call.side = checked_side(side);
   call.in = map("in", in, shape, type);
   call.norm = array("norm", norm, 5 * shape.channels, real);
   call.first = activation(first), call.second = activation(second);

@@ -1,4 +1,4 @@
-"""An encoder block in one call on the CPU: the same as its operators one by one, and only where nobody would notice."""
+"""Encoder blocks in one call each on the CPU: the same as their operators, and only where nobody would notice."""
 
 import copy
 
@@ -9,12 +9,13 @@ from torch import nn
 
 from ceit.blocks import Block
 from ceit_kernels import fuse, use_backend
-from ceit_kernels.block import encoder_block_inference
+from ceit_kernels.block import EncoderParts, encoder_inference
+from ceit_kernels.common.products import has_panels
 
 
-def make_block(dtype=torch.float32, **options) -> Block:
-    torch.manual_seed(0)
-    block = Block(24, 3, **options)
+def make_block(dtype=torch.float32, seed=0, dim=24, heads=3, **options) -> Block:
+    torch.manual_seed(seed)
+    block = Block(dim, heads, **options)
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
@@ -29,9 +30,14 @@ def make_tokens(batch=3, grid=(4, 5), dtype=torch.float32):
     return torch.randn(batch, 1 + grid[0] * grid[1], 24, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def parts_of(block: Block) -> EncoderParts:
+    return EncoderParts(block.norm1, block.attn, block.norm2, block.leff)
+
+
 def at_once(block: Block, x, grid_size=(4, 5)):
     with torch.no_grad():
-        return encoder_block_inference(x, block.norm1, block.attn, block.norm2, block.leff, grid_size)
+        found = encoder_inference(x, [block], parts_of, grid_size)
+    return None if found is None else found[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -68,22 +74,56 @@ def test_takes_tokens_of_any_strides():
 
 
 def test_the_block_runs_it_and_a_part_of_a_batch_at_a_time_gives_the_same(monkeypatch):
-    from ceit_kernels.block import native_cpu
-
     block, x, results = fuse(make_block(torch.float64)), make_tokens(7, dtype=torch.float64), []
     whole = at_once(block, x)
 
     def spy(*arguments):
-        results.append(encoder_block_inference(*arguments))
+        results.append(encoder_inference(*arguments))
         return results[-1]
 
-    monkeypatch.setattr("ceit.blocks.encoder_block_inference", spy)
-    monkeypatch.setattr(native_cpu, "bytes_in_cache", 1)
-    block.eval()
+    monkeypatch.setattr("ceit.blocks.encoder_inference", spy)
+    monkeypatch.setattr("ceit_kernels.block.encoder.bytes_in_cache", 1)
+    again = copy.deepcopy(block)
     with torch.no_grad():
-        out = block(x, (4, 5))
-    assert out is results[0]
+        out = again(x, (4, 5))
+    assert out is results[0][0]
     torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("class_token_only", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_several_blocks_give_the_class_token_of_each(dtype, class_token_only, batch):
+    blocks = [fuse(make_block(dtype, qkv_bias=True, seed=seed)) for seed in range(3)]
+    x = expected = make_tokens(batch, dtype=dtype)
+    with torch.no_grad():
+        class_tokens = []
+        for block in blocks:
+            expected = at_once(block, expected)
+            class_tokens.append(expected[:, 0])
+        result = encoder_inference(x, blocks, parts_of, (4, 5), class_token_only)
+    if class_token_only:
+        if not has_panels(dtype):
+            assert result is None
+            return
+        expected = expected[:, :1]
+    out, found = result
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, torch.stack(class_tokens, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("dim", "heads", "grid"), [(24, 3, (4, 5)), (100, 2, (7, 3)), (192, 3, (14, 14))])
+def test_panels_of_any_width_on_any_number_of_threads(threads, dim, heads, grid):
+    plain, x = make_block(dim=dim, heads=heads, mlp_ratio=2.3), torch.randn(3, 1 + grid[0] * grid[1], dim)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            expected, exact = plain(x, grid), copy.deepcopy(plain).double()(x.double(), grid)
+        assert_as_accurate(["tokens"], [at_once(fuse(plain), x, grid)], [expected], [exact])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_follows_weights_that_change():
@@ -107,7 +147,9 @@ class Watching(torch.utils._python_dispatch.TorchDispatchMode):
 def test_declines_where_someone_would_notice():
     block, x = fuse(make_block()), make_tokens()
     assert at_once(block, x) is not None
-    assert encoder_block_inference(x, block.norm1, block.attn, block.norm2, block.leff, (4, 5)) is None  # gradients
+    assert encoder_inference(x, [block], parts_of, (4, 5)) is None  # gradients
+    with torch.no_grad():
+        assert encoder_inference(x, [block], lambda _: None, (4, 5)) is None  # a block that does more
     with Watching():
         assert at_once(block, x) is None
     with torch.autocast("cpu", torch.bfloat16):

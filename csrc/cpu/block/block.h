@@ -1,0 +1,58 @@
+// Transformer blocks of CeiT at inference in float32, with weights in panels.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "../add_norm/calls.h"
+#include "../attention/calls.h"
+#include "../leff/bands.h"
+#include "../panels/panels.h"
+
+namespace ceit::block {
+
+// The contiguous elements of a tensor of float32, null where there is none.
+float* array(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t elements);
+
+// A LayerNorm of rows.
+class Norm {
+ public:
+  Norm(const std::optional<torch::stable::Tensor>& weight, const std::optional<torch::stable::Tensor>& bias, double eps,
+       int64_t channels);
+  // out = the norm of rows `begin` to `end` of x.
+  void operator()(const float* x, float* out, int64_t begin, int64_t end) const;
+
+ private:
+  add_norm::ForwardCall call_{};
+};
+
+// Attention of the first `queries` of `tokens` tokens of each image: attended (images, queries, channels).
+attention::ForwardCall attention_call(int64_t images, int64_t tokens, int64_t queries, int64_t channels, int64_t heads,
+                                      double scale, const float* qkv, float* attended);
+void attend(const attention::ForwardCall& call, int64_t begin, int64_t end);
+inline int64_t tasks_of(const attention::ForwardCall& call) {
+  return call.shape.images * call.shape.heads * call.shape.blocks();
+}
+
+// What all blocks begin with. Products are without their rows.
+struct Attention {
+  Norm norm1, norm2;
+  int64_t heads;
+  double scale;
+  panels::Call qkv, projection;
+};
+
+// out (images, rows, C) of an encoder block from x of the same shape.
+void infer_encoder(const Attention& attention, const leff::Bands& leff, int64_t images, int64_t rows, const float* x,
+                   float* out);
+
+// out (images, C), the class token of an encoder block that passes it unchanged through LeFF.
+void infer_class_token(const Attention& attention, int64_t images, int64_t rows, int64_t channels, const float* x,
+                       float* out);
+
+// out (images, C) of the block over class tokens, the last of x (images, layers, C) asking.
+void infer_layers(const Attention& attention, panels::Call hidden, panels::Call contracting, int64_t images,
+                  int64_t layers, int64_t channels, const float* x, float* out);
+
+}  // namespace ceit::block

@@ -1,0 +1,118 @@
+// Encoder blocks. All tokens: four stages an image, each on rows that stay with their thread. The class token alone:
+// keys and values of all tokens, and of the rest one row an image.
+#include <vector>
+
+#include "block.h"
+
+namespace ceit::block {
+namespace {
+
+// An image's memory.
+struct Memory {
+  float *normalised, *qkv, *attended, *total, *leff;
+  Memory(float* start, int64_t elements)
+      : normalised(start), qkv(start + elements), attended(start + 4 * elements), total(start + 5 * elements),
+        leff(start + 6 * elements) {}
+};
+
+panels::Call with_rows(panels::Call call, const float* a, float* out, const float* residual = nullptr) {
+  call.a = a, call.a_stride = call.terms;
+  call.out = out, call.out_stride = call.columns;
+  call.residual = residual;
+  return call;
+}
+
+// One row an image: the token that asks, what attention gives it, their sum and its norm.
+class ClassTokens {
+ public:
+  ClassTokens(int64_t images, int64_t channels)
+      : images_(images), channels_(channels), memory_(size_t(4 * images * channels)) {}
+  void ask(int64_t image, const float* token) { std::copy(token, token + channels_, row(0, image)); }
+  float* attended(int64_t image) { return row(1, image); }
+  float* total() { return row(2, 0); }
+  float* normalised() { return row(3, 0); }
+  void add_attention(const Attention& block) {
+    panels::multiply_few(with_rows(block.projection, attended(0), total(), row(0, 0)), images_, panels::Threads());
+    block.norm2(total(), normalised(), 0, images_);
+  }
+
+ private:
+  float* row(int64_t part, int64_t image) { return memory_.data() + (part * images_ + image) * channels_; }
+  int64_t images_, channels_;
+  std::vector<float> memory_;
+};
+
+}  // namespace
+
+void infer_encoder(const Attention& block, const leff::Bands& leff, int64_t images, int64_t rows, const float* x,
+                   float* out) {
+  const int64_t channels = leff.channels, elements = rows * channels;
+  panels::for_images(images, 6 * elements + leff.memory(), [&](int64_t image, float* start, auto run) {
+    const Memory memory(start, elements);
+    const float* in = x + image * elements;
+    run(rows, [&](int64_t begin, int64_t end) {
+      block.norm1(in, memory.normalised, begin, end);
+      panels::multiply(with_rows(block.qkv, memory.normalised, memory.qkv), begin, end);
+    });
+    const auto attention =
+        attention_call(1, rows, rows, channels, block.heads, block.scale, memory.qkv, memory.attended);
+    run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend(attention, begin, end); });
+    run(rows, [&](int64_t begin, int64_t end) {
+      panels::multiply(with_rows(block.projection, memory.attended, memory.total, in), begin, end);
+      block.norm2(memory.total, memory.normalised, begin, end);
+      leff.expand(memory.normalised, memory.leff, std::max<int64_t>(0, begin - leff.prefix), end - leff.prefix);
+    });
+    run(leff.height, [&](int64_t begin, int64_t end) {
+      leff.contract(memory.normalised, memory.total, memory.leff, out + image * elements, begin, end);
+    });
+  });
+}
+
+void infer_class_token(const Attention& block, int64_t images, int64_t rows, int64_t channels, const float* x,
+                       float* out) {
+  const int64_t elements = rows * channels;
+  ClassTokens tokens(images, channels);
+  panels::for_images(images, 4 * elements, [&](int64_t image, float* memory, auto run) {
+    const float* in = x + image * elements;
+    tokens.ask(image, in);
+    const panels::Call qkv = with_rows(block.qkv, memory, memory + elements);
+    // Panels with a column of keys or values of all rows, and those of queries, which may share one, of the first.
+    const panels::Range keys_and_values{channels / panels::kColumns, panels::panels_of(3 * channels)};
+    run(rows, [&](int64_t begin, int64_t end) {
+      block.norm1(in, memory, begin, end);
+      panels::multiply(qkv, {begin, end}, keys_and_values);
+      if (begin == 0) panels::multiply(qkv, {0, 1}, {0, panels::panels_of(channels)});
+    });
+    const auto attention =
+        attention_call(1, rows, 1, channels, block.heads, block.scale, qkv.out, tokens.attended(image));
+    run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend(attention, begin, end); });
+  });
+  tokens.add_attention(block);
+  for (int64_t i = 0; i < images * channels; ++i) out[i] = tokens.total()[i] + tokens.normalised()[i];
+}
+
+void infer_layers(const Attention& block, panels::Call expanding, panels::Call contracting, int64_t images,
+                  int64_t layers, int64_t channels, const float* x, float* out) {
+  const int64_t rows = images * layers, elements = rows * channels;
+  const panels::Threads run;
+  ClassTokens tokens(images, channels);
+  float *memory = panels::workspace(4 * elements + images * expanding.columns), *hidden = memory + 4 * elements;
+  for (int64_t image = 0; image < images; ++image) {
+    // Attention's queries are the first tokens, so the last goes ahead of the others.
+    const float *in = x + image * layers * channels, *last = in + (layers - 1) * channels;
+    float* turned = memory + elements + image * layers * channels;
+    tokens.ask(image, last);
+    std::copy(last, last + channels, turned);
+    std::copy(in, last, turned + channels);
+  }
+  block.norm1(memory + elements, memory, 0, rows);
+  panels::multiply_few(with_rows(block.qkv, memory, memory + elements), rows, run);
+  const auto attention = attention_call(images, layers, 1, channels, block.heads, block.scale, memory + elements,
+                                        tokens.attended(0));
+  run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend(attention, begin, end); });
+  tokens.add_attention(block);
+  panels::multiply_few(with_rows(expanding, tokens.normalised(), hidden), images, run);
+  panels::multiply_few(with_rows(contracting, hidden, out, tokens.total()), images, run);
+}
+
+}  // namespace ceit::block

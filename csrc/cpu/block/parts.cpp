@@ -1,0 +1,50 @@
+// What blocks are made of.
+#include "../capability.h"
+#include "block.h"
+
+namespace ceit::add_norm {
+CEIT_DECLARE_TABLE(Kernels, kernels, 3)
+}
+namespace ceit::attention {
+CEIT_DECLARE_TABLE(Kernels, kernels, 3)
+}
+
+namespace ceit::block {
+
+using torch::stable::Tensor;
+
+float* array(const char* name, const std::optional<Tensor>& tensor, int64_t elements) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == torch::headeronly::ScalarType::Float && tensor->is_contiguous() &&
+                      tensor->numel() == elements,
+                  name, ": expected ", elements, " contiguous elements of float32");
+  return static_cast<float*>(tensor->data_ptr());
+}
+
+Norm::Norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, int64_t channels) {
+  call_.channels = channels, call_.eps = eps;
+  call_.weight = array("norm.weight", weight, channels);
+  call_.bias = array("norm.bias", bias, channels);
+}
+
+void Norm::operator()(const float* x, float* out, int64_t begin, int64_t end) const {
+  add_norm::ForwardCall call = call_;
+  call.rows = end - begin;
+  call.x = x + begin * call.channels, call.out = out + begin * call.channels;
+  add_norm::chosen(0).forward(call, 0, (call.rows + add_norm::kRows - 1) / add_norm::kRows);
+}
+
+attention::ForwardCall attention_call(int64_t images, int64_t tokens, int64_t queries, int64_t channels, int64_t heads,
+                                      double scale, const float* qkv, float* attended) {
+  STD_TORCH_CHECK(heads > 0 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
+  attention::ForwardCall call{};
+  call.shape = {images, tokens, heads, channels / heads, queries};
+  call.scale = scale, call.qkv = qkv, call.out = attended;
+  return call;
+}
+
+void attend(const attention::ForwardCall& call, int64_t begin, int64_t end) {
+  attention::chosen(0).forward(call, begin, end);
+}
+
+}  // namespace ceit::block

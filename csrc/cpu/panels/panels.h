@@ -1,0 +1,75 @@
+// Weights packed in panels as tensors, and how the rows of images are shared between threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <optional>
+
+#include "calls.h"
+
+namespace ceit::panels {
+
+// Whether products with panels are fast here: with AVX-512, and a PyTorch that has them.
+bool available();
+
+// out = activation(a W^T + bias) + residual for some rows, of some panels or all.
+void multiply(const Call& call, Range rows, Range panels);
+inline void multiply(const Call& call, int64_t begin, int64_t end) {
+  multiply(call, {begin, end}, {0, panels_of(call.columns)});
+}
+
+// A weight (panels, terms, kColumns) of so many columns.
+inline bool is_packed(const torch::stable::Tensor& weight) { return weight.dim() == 3; }
+
+// The product with such a weight (columns, terms) and a bias, but for its rows; checks the tensors.
+Call call(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, int64_t terms,
+          int64_t columns);
+
+// Memory of the calling thread that lives as long as it does: what a call needs is not taken from the system anew,
+// which would zero it page by page.
+float* workspace(int64_t count);
+
+// Calls body(begin, end) for ranges of tasks, on all threads.
+struct Threads {
+  template <class Body>
+  void operator()(int64_t tasks, const Body& body) const {
+    torch::stable::parallel_for(0, tasks, 1, body);
+  }
+};
+
+// The same on the calling thread.
+struct Alone {
+  template <class Body>
+  void operator()(int64_t tasks, const Body& body) const {
+    body(0, tasks);
+  }
+};
+
+// The same for so few rows that threads share the panels.
+template <class Run>
+void multiply_few(const Call& call, int64_t rows, const Run& run) {
+  run(panels_of(call.columns), [&](int64_t begin, int64_t end) { multiply(call, {0, rows}, {begin, end}); });
+}
+
+// Calls body(image, memory, run) for every image, with `count` floats of memory: on a thread each as long as there are
+// images for all, the rest one after another on all threads. `run` is Alone or Threads.
+template <class Body>
+void for_images(int64_t images, int64_t count, const Body& body) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t shared = images % threads, each = images / threads, stride = (count + 15) / 16 * 16;
+  float* memory = workspace((each ? threads : 1) * stride);
+  if (each) {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread)
+        for (int64_t i = 0; i < each; ++i) body(thread * each + i, memory + thread * stride, Alone());
+    });
+  }
+  for (int64_t image = images - shared; image < images; ++image) body(image, memory, Threads());
+}
+
+}  // namespace ceit::panels
