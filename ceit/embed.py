@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from timm.layers import resample_patch_embed, to_2tuple
 from torch import Tensor, nn
 
-from .layers import Image2Tokens
+from .layers import Image2Tokens, PatchProjection
 
 
 class I2TEmbed(nn.Module):
@@ -40,7 +40,7 @@ class I2TEmbed(nn.Module):
         self.img_size = tuple(to_2tuple(img_size))
         self.patch_size = tuple(to_2tuple(patch_size))
         self.set_input_size()
-        self.proj = nn.Conv2d(self.backbone.conv.out_channels, embed_dim, self.patch_size, stride=self.patch_size)
+        self.proj = PatchProjection(self.backbone.conv.out_channels, embed_dim, self.patch_size, stride=self.patch_size)
 
     @property
     def num_patches(self) -> int:

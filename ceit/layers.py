@@ -16,6 +16,7 @@ from ceit_kernels import (
     FusedLCAAttention,
     FusedLeFF,
     FusedLinear,
+    FusedPatchProjection,
     register_fusion,
 )
 from ceit_kernels.leff import token_grid
@@ -45,6 +46,10 @@ class Image2Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Turn images (B, in_chans, H, W) into the map that patches are cut from."""
         return self.maxpool(self.bn(self.conv(x)))
+
+
+class PatchProjection(nn.Conv2d):
+    """Linear projection of square patches that lie side by side: a convolution with a stride of the kernel's size."""
 
 
 class LocallyEnhancedFeedForward(nn.Module):
@@ -226,4 +231,5 @@ register_fusion("lca", LCAAttention, FusedLCAAttention.from_plain)
 register_fusion("i2t", Image2Tokens, FusedImage2Tokens.from_plain)
 register_fusion("norm", AddNorm, FusedAddNorm.from_plain)
 register_fusion("linear", nn.Linear, FusedLinear.from_plain)
+register_fusion("linear", PatchProjection, FusedPatchProjection.from_plain)
 register_fusion("attention", Attention, FusedAttention.from_plain)

@@ -13,7 +13,7 @@ from .fuse import fuse, register_fusion, unfuse
 from .i2t import FusedImage2Tokens
 from .lca import FusedLCAAttention, lca_attention
 from .leff import BatchNorm, FusedLeFF, leff_block
-from .linear import FusedLinear
+from .linear import FusedLinear, FusedPatchProjection
 
 __all__ = [
     "BackendError",
@@ -24,6 +24,7 @@ __all__ = [
     "FusedLCAAttention",
     "FusedLeFF",
     "FusedLinear",
+    "FusedPatchProjection",
     "add_layer_norm",
     "autotune",
     "fast_operators",

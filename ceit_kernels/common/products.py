@@ -13,13 +13,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .extension import has_kernel
 
-__all__ = ["has_panels", "in_panels", "linear", "packed", "product", "transposed", "weight_gradient"]
+__all__ = [
+    "has_panels",
+    "in_panels",
+    "linear",
+    "once_per_version",
+    "packed",
+    "product",
+    "transposed",
+    "weight_gradient",
+]
 
 torch.library.define("ceit::_transpose", "(Tensor x, Tensor(a!) out) -> ()")
 torch.library.define("ceit::_has_panels", "(Tensor x) -> bool")
+torch.library.define("ceit::_product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+torch.library.define("ceit::_weight_gradient", "(Tensor grad, Tensor x) -> Tensor")
 
 _PANEL = 64  # columns, as csrc/cpu/panels has them
-_packed, _in_panels = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+_FEW = 48  # rows, of which a product costs less than to transpose a weight
+_packed, _in_panels, _made = (WeakTensorKeyDictionary() for _ in range(3))
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
@@ -73,6 +85,11 @@ def _has_panels() -> bool:
     return has_kernel("_has_panels", "cpu") and torch.ops.ceit._has_panels(torch.empty(0))
 
 
+def once_per_version(weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """``make(weight)``, made anew only where the weight has been written to since; without a gradient."""
+    return _once(_made, weight, False, lambda: make(weight.detach()))
+
+
 def _once(kept: WeakTensorKeyDictionary, weight: Tensor, constant: bool, make: Callable[[], Tensor]) -> Tensor:
     """What is made of a weight, once per version of it."""
     version = None if constant else (weight.data_ptr(), weight._version)
@@ -88,6 +105,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     A transposed view costs nothing: what oneDNN likes best to read is W^T.
     """
+    if weight.layout == torch.strided and has_panels(x.dtype) and x.shape[0] >= _FEW:
+        return torch.ops.ceit._product(
+            x, transposed(weight) if weight.is_contiguous() else weight.t().contiguous(), bias
+        )
     if weight.layout == torch._mkldnn or _has_onednn(x.dtype):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -95,6 +116,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``A B`` for contiguous matrices; (M, N)."""
+    if has_panels(a.dtype):
+        return torch.ops.ceit._product(a, b, None)
     return linear(a, b.t())
 
 
@@ -110,6 +133,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
     Of the two the narrower is copied transposed, the wider read as it lies.
     """
+    if has_panels(grad.dtype):
+        return torch.ops.ceit._weight_gradient(grad, x)
     if grad.shape[1] <= x.shape[1]:
         return product(transposed(grad), x)
     return transposed(product(transposed(x), grad))

@@ -13,7 +13,7 @@ from ..common.module import adopt
 from ..common.registration import is_plain_call
 from .op import linear_eagerly
 
-__all__ = ["FusedLinear"]
+__all__ = ["FusedLinear", "linear_layer"]
 
 
 # Multiply-adds of a product below which PyTorch's own is as fast, for its calls cost less.
@@ -39,22 +39,37 @@ class FusedLinear(nn.Linear):
             ValueError, TypeError: x is not of the layer's width, dtype or device.
             BackendError: the backend that was asked for cannot serve the call.
         """
-        weight, bias = self.weight, self.bias
+        weight = self.weight
         # What an input mostly is, which is quicker to tell than whether it is allowed.
         if x.shape[-1:] != weight.shape[1:] or x.dtype != weight.dtype or x.device != weight.device:
             check_input("x", x, weight, "weight", *x.shape[:-1], self.in_features)
-        # In a graph the number of rows may be any.
-        few = not torch.compiler.is_compiling() and x.numel() * self.out_features < _FEW
-        if few and backends.current_backend("linear") == "auto":
-            return F.linear(x, weight, bias)
-        dtype = autocast_dtype(x) or x.dtype
-        training = torch.is_grad_enabled() and (
-            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        backend = backends.choose("linear", x, dtype, phase="training" if training else "inference").backend
-        if backend == "reference":
-            return F.linear(x, weight, bias)
-        constant = not (training or self.training)
-        if is_plain_call(x):
-            return linear_eagerly(x, weight, bias, constant, dtype, backend, training)
-        return torch.ops.ceit.linear(x, weight, bias, constant, None, backend)
+        return linear_layer(x, weight, self.bias, not self.training)
+
+
+def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None, constant: bool) -> Tensor:
+    """``x W^T + b``, its arguments checked.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,).
+        constant: whether the weight is used again before it changes, unless a gradient is wanted.
+
+    Raises:
+        BackendError: the backend that was asked for cannot serve the call.
+    """
+    # In a graph the number of rows may be any.
+    few = not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < _FEW
+    if few and backends.current_backend("linear") == "auto":
+        return F.linear(x, weight, bias)
+    dtype = autocast_dtype(x) or x.dtype
+    training = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    backend = backends.choose("linear", x, dtype, phase="training" if training else "inference").backend
+    if backend == "reference":
+        return F.linear(x, weight, bias)
+    constant = constant and not training
+    if is_plain_call(x):
+        return linear_eagerly(x, weight, bias, constant, dtype, backend, training)
+    return torch.ops.ceit.linear(x, weight, bias, constant, None, backend)

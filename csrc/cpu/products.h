@@ -44,9 +44,10 @@ inline torch::stable::Tensor linear(const torch::stable::Tensor& x, const torch:
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
-// A B for contiguous matrices (M, K) and (K, N); (M, N).
-inline torch::stable::Tensor product(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
-  return linear(a, torch::stable::transpose(b, 0, 1), std::nullopt);
+// A B + bias for contiguous matrices (M, K) and (K, N); (M, N).
+inline torch::stable::Tensor product(const torch::stable::Tensor& a, const torch::stable::Tensor& b,
+                                     const std::optional<torch::stable::Tensor>& bias = std::nullopt) {
+  return linear(a, torch::stable::transpose(b, 0, 1), bias);
 }
 
 }  // namespace ceit

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...common.products import linear, transposed
+from ...common.products import transposed
 from ..problem import Forward, Needs, Problem
 from .norms import gradient_array, norm_array
 from .stages import activation_index, images_at_a_time, stages
@@ -44,10 +44,8 @@ def leff_forward_native(problem: Problem, residual: Tensor | None, out_dtype: to
         return problem.empty(batch, 2, channels) if problem.norms[layer] == "batch" else None
 
     x = problem.x.to(problem.dtype)
-    z1 = linear(_rows(x), transposed(problem.weight(0)).t(), problem.bias(0)).view(batch, rows, hidden)
     moments1, moments2, moments3 = moments(0, hidden), moments(1, hidden), moments(2, outputs)
-    if moments1 is not None:
-        stages._leff_moments(z1, tokens, moments1)
+    z1 = stages._leff_expand(x, problem.weight(0), problem.bias(0), tokens, moments1)
     norm1 = norm_array(problem, 0, moments1, count)
 
     z2 = problem.empty(batch, tokens, hidden, dtype=problem.dtype)
@@ -57,9 +55,7 @@ def leff_forward_native(problem: Problem, residual: Tensor | None, out_dtype: to
     stages._leff_depthwise(z1, norm1, first, problem.taps(), bias2, identity, side, *problem.grid_size, z2, moments2)
     norm2 = norm_array(problem, 1, moments2, count)
 
-    z3 = stages._leff_contract(z2, norm2, second, problem.weight(2), problem.bias(2), _images(problem))
-    if moments3 is not None:
-        stages._leff_moments(z3, tokens, moments3)
+    z3 = stages._leff_contract(z2, norm2, second, problem.weight(2), problem.bias(2), _images(problem), moments3)
     norm3 = norm_array(problem, 2, moments3, count)
 
     out = problem.empty(batch, rows, outputs, dtype=out_dtype)

@@ -75,13 +75,21 @@ struct ActivateCall {
   Map out;
 };
 
-// dz = g times the slope of the activation at norm z, with the sums of dz and dz (z - mean); out = activation(norm z).
+// A matrix of an image's tokens and some channels.
+struct Part {
+  void* data = nullptr;
+  int64_t stride = 0, channel = 0;  // the first of the channels that it has
+};
+
+// dz = g times the slope of the activation at norm z, with the sums of dz and dz (z - mean); out or `part`, which is for
+// one image, is activation(norm z).
 struct ActivateBackwardCall {
   Shape shape;
   Map g, z;
   const void* norm;
   Activation activation;
   Map dz, out;
+  Part part;
   void* sums;
 };
 
@@ -93,12 +101,14 @@ struct SumsCall {
   void* sums;
 };
 
-// out = a g + b (z - mean) + c, or g; prefix tokens of out are set to zero.
+// out = a g + b (z - mean) + c, or g; prefix tokens of out are set to zero. Of the channels from `first` to `last`.
 struct GradientCall {
   Shape shape;
   Map g, z;
   const void* gradient;
   Map out;
+  Part part;  // instead of out, for one image, without prefix tokens
+  int64_t first, last;
 };
 
 // out = norm z + residual; prefix tokens are those of x, + residual. x, residual and out are of one type.

@@ -4,6 +4,7 @@
 #include "../products.h"
 #include "bands.h"
 #include "stages.h"
+#include "training_bands.h"
 
 namespace ceit::leff {
 namespace {
@@ -125,8 +126,16 @@ void infer(Tensor x, Tensor prefix, Tensor weight1, Tensor bias1, Tensor taps, T
   });
 }
 
-Tensor contract(Tensor z2, OptionalTensor norm, int64_t activation, Tensor weight, OptionalTensor bias,
-                int64_t images) {
+Tensor expand(Tensor x, Tensor weight, OptionalTensor bias, int64_t tokens, OptionalTensor moments) {
+  if (has_bands(x)) return expand_by_bands(x, weight, bias, tokens, moments);
+  const Tensor z1 = as_images(product(matrix(x), transposed(weight), bias), x.size(0));
+  if (moments) leff::moments(z1, tokens, *moments);
+  return z1;
+}
+
+Tensor contract(Tensor z2, OptionalTensor norm, int64_t activation, Tensor weight, OptionalTensor bias, int64_t images,
+                OptionalTensor moments) {
+  if (has_bands(z2)) return contract_by_bands(z2, norm, activation, weight, bias, moments);
   const int64_t batch = z2.size(0), tokens = z2.size(1);
   const Tensor a2 = new_empty(z2, {std::min(images, batch), tokens, z2.size(2)});
   Tensor z3 = a2;
@@ -142,11 +151,13 @@ Tensor contract(Tensor z2, OptionalTensor norm, int64_t activation, Tensor weigh
       z3 = result;
     }
   });
+  if (moments) leff::moments(z3, tokens, *moments);
   return z3;
 }
 
 Tensor contract_backward(Tensor dz3, Tensor weight, Tensor z2, OptionalTensor norm, int64_t activation, int64_t images,
                          bool need_weight, Tensor g2, Tensor sums) {
+  if (has_bands(z2)) return contract_backward_by_bands(dz3, weight, z2, norm, activation, need_weight, g2, sums);
   const int64_t batch = z2.size(0), tokens = z2.size(1);
   OptionalTensor a2;
   if (need_weight) a2 = new_empty(z2, {std::min(images, batch), tokens, z2.size(2)});
@@ -165,6 +176,7 @@ Tensor contract_backward(Tensor dz3, Tensor weight, Tensor z2, OptionalTensor no
 
 std::tuple<Tensor, Tensor> expand_backward(Tensor g1, Tensor z1, OptionalTensor gradient, Tensor x, Tensor weight,
                                            int64_t tokens, int64_t images, bool need_x, bool need_weight) {
+  if (has_bands(x)) return expand_backward_by_bands(g1, z1, gradient, x, weight, tokens, need_x, need_weight);
   const int64_t batch = x.size(0);
   const bool whole = images >= batch;
   Tensor dx = new_empty(x, {0});

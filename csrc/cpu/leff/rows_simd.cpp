@@ -21,9 +21,13 @@ struct RowTask {
 
 // Calls body(channel, count) for every vector of channels.
 template <class Real, class Body>
-CEIT_INLINE void for_vectors(int64_t channels, Body body) {
+CEIT_INLINE void for_vectors(int64_t first, int64_t last, Body body) {
   constexpr int lanes = Lanes<Real>::count;
-  for (int64_t c = 0; c < channels; c += lanes) body(c, int(channels - c < lanes ? channels - c : lanes));
+  for (int64_t c = first; c < last; c += lanes) body(c, int(last - c < lanes ? last - c : lanes));
+}
+template <class Real, class Body>
+CEIT_INLINE void for_vectors(int64_t channels, Body body) {
+  for_vectors<Real>(0, channels, body);
 }
 
 // Adds up pairs of vectors of an image's tokens, kRows at a time: one chain of additions would lose digits.
@@ -111,6 +115,8 @@ void activate_backward(const ActivateBackwardCall& call, int64_t begin, int64_t 
     const T* z = tokens_of<const T>(call.z, call.shape, task.image) + task.channel;
     T* dz = tokens_of<T>(call.dz, call.shape, task.image) + task.channel;
     T* out = call.out.data ? tokens_of<T>(call.out, call.shape, task.image) + task.channel : nullptr;
+    if (call.part.data) out = static_cast<T*>(call.part.data) + task.channel - call.part.channel;
+    const int64_t out_stride = call.part.data ? call.part.stride : channels;
     with_activation(call.activation, [&](auto kind) {
       for (int v = 0; v < vectors_of<Real>(task); ++v) {
         const Slice<Real> s(task, v);
@@ -123,7 +129,7 @@ void activate_backward(const ActivateBackwardCall& call, int64_t begin, int64_t 
           __builtin_prefetch(z + at + kPrefetch * channels);
           __builtin_prefetch(g + at + kPrefetch * channels);
           store(dz + at, result, s.count);
-          if (out) store(out + at, both.value, s.count);
+          if (out) store(out + row * out_stride + s.start, both.value, s.count);
           sum += result;
           centred += result * (value - norm.mean);
         });
@@ -163,13 +169,17 @@ void gradient(const GradientCall& call, int64_t begin, int64_t end) {
     const RowTask task(call.shape.tokens, index);
     const T* g = tokens_of<const T>(call.g, call.shape, task.image);
     const T* z = call.z.data ? tokens_of<const T>(call.z, call.shape, task.image) : nullptr;
-    T* out = tokens_of<T>(call.out, call.shape, task.image);
-    for_vectors<Real>(channels, [&](int64_t c, int count) {
+    T* out = call.part.data ? static_cast<T*>(call.part.data) - call.part.channel
+                            : tokens_of<T>(call.out, call.shape, task.image);
+    const int64_t out_stride = call.part.data ? call.part.stride : channels;
+    for_vectors<Real>(call.first, call.last, [&](int64_t c, int count) {
       const Gradient<Real> of(call.gradient, channels, c, count);
-      for (int64_t at = task.first * channels + c; at < task.last * channels; at += channels)
-        store(out + at, z ? of(load(g + at, count), load(z + at, count)) : load(g + at, count), count);
+      for (int64_t row = task.first; row < task.last; ++row) {
+        const int64_t at = row * channels + c;
+        store(out + row * out_stride + c, z ? of(load(g + at, count), load(z + at, count)) : load(g + at, count), count);
+      }
     });
-    zero_prefix<T>(call.out, call.shape, task);
+    if (!call.part.data) zero_prefix<T>(call.out, call.shape, task);
   }
 }
 

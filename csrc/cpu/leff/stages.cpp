@@ -126,6 +126,7 @@ void activate_backward(Tensor g, Tensor z, OptionalTensor norm, int64_t kind, in
                                   activation(kind),
                                   map("dz", dz, shape, type),
                                   map("out", out, shape, type),
+                                  {},
                                   array("sums", sums, shape.images * 2 * shape.channels, real)};
   run(kernels_for(g).activate_backward, call, block_tasks(shape));
 }
@@ -143,8 +144,14 @@ void gradient(Tensor g, OptionalTensor z, OptionalTensor gradient, int64_t token
   const ScalarType type = g.scalar_type();
   const Shape shape = shape_of(g, tokens);
   STD_TORCH_CHECK(z.has_value() || !gradient.has_value(), "z: expected with gradient");
-  const GradientCall call{shape, map("g", g, shape, type), map("z", z, shape, type),
-                          array("gradient", gradient, 4 * shape.channels, real_type(g)), map("out", out, shape, type)};
+  const GradientCall call{shape,
+                          map("g", g, shape, type),
+                          map("z", z, shape, type),
+                          array("gradient", gradient, 4 * shape.channels, real_type(g)),
+                          map("out", out, shape, type),
+                          {},
+                          0,
+                          shape.channels};
   run(kernels_for(g).gradient, call, row_tasks(shape, tokens));
 }
 
@@ -170,6 +177,10 @@ void transpose(Tensor in, Tensor out) {
   STD_TORCH_CHECK(in.dim() == 2 && in.is_contiguous(), "in: expected a contiguous matrix");
   const TransposeCall call{in.size(0), in.size(1), in.data_ptr(), array("out", out, in.numel(), in.scalar_type())};
   run(kernels_for(in).transpose, call, (in.size(0) + kRows - 1) / kRows);
+}
+
+void transpose_rows(const float* in, int64_t rows, int64_t columns, float* out) {
+  chosen(int(Type::float32)).transpose({rows, columns, in, out}, 0, (rows + kRows - 1) / kRows);
 }
 
 }  // namespace ceit::leff

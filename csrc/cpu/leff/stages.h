@@ -33,6 +33,8 @@ void sums(Tensor g, OptionalTensor z, OptionalTensor norm, int64_t tokens, Tenso
 void gradient(Tensor g, OptionalTensor z, OptionalTensor gradient, int64_t tokens, Tensor out);
 void finish(Tensor z, OptionalTensor norm, Tensor x, OptionalTensor residual, int64_t tokens, Tensor out);
 void transpose(Tensor in, Tensor out);
+// out (columns, rows) of a matrix of float32, on the calling thread.
+void transpose_rows(const float* in, int64_t rows, int64_t columns, float* out);
 
 // The array of a norm (see calls.h) of the moments (P, 2, channels) of P parts of `counts` tokens each, or of running
 // statistics without moments. `total` (1,) receives the tokens of all parts.
@@ -53,13 +55,16 @@ void gradient_array(Tensor sums, OptionalTensor norm, OptionalTensor count, Opti
 void infer(Tensor x, Tensor prefix, Tensor weight1, Tensor bias1, Tensor taps, Tensor bias2, Tensor weight3,
            Tensor bias3, OptionalTensor residual, int64_t first, int64_t second, int64_t height, int64_t width,
            int64_t images, Tensor out);
-// z3 (B, tokens, O) of z2 (B, tokens, E).
-Tensor contract(Tensor z2, OptionalTensor norm, int64_t activation, Tensor weight, OptionalTensor bias, int64_t images);
+// z1 (B, rows, E) of x (B, rows, C), with the moments of its tokens where they are wanted.
+Tensor expand(Tensor x, Tensor weight, OptionalTensor bias, int64_t tokens, OptionalTensor moments);
+// z3 (B, tokens, O) of z2 (B, tokens, E), with its moments where they are wanted.
+Tensor contract(Tensor z2, OptionalTensor norm, int64_t activation, Tensor weight, OptionalTensor bias, int64_t images,
+                OptionalTensor moments);
 // g2, the gradient of the second norm's result, with its sums for each image; returns that of the weight (O, E) in the
 // type of the sums, without an element unless it is wanted.
 Tensor contract_backward(Tensor dz3, Tensor weight, Tensor z2, OptionalTensor norm, int64_t activation, int64_t images,
                          bool need_weight, Tensor g2, Tensor sums);
-// From g1 (B, rows, E), which is overwritten: the gradients of x (B, rows, C) and of the weight (E, C), without an
+// From g1 (B, rows, E), which may be overwritten: the gradients of x (B, rows, C) and of the weight (E, C), without an
 // element unless they are wanted. z1 has the rows of x.
 std::tuple<Tensor, Tensor> expand_backward(Tensor g1, Tensor z1, OptionalTensor gradient, Tensor x, Tensor weight,
                                            int64_t tokens, int64_t images, bool need_x, bool need_weight);

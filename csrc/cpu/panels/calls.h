@@ -13,16 +13,19 @@ namespace ceit::panels {
 // Columns of a panel.
 constexpr int kColumns = 64;
 
-// out = activation(a W^T + bias) + residual; float32.
+// out = activation(a B + bias) + residual, or out += a B; float32. Panel p of B, some columns of all its rows, starts at
+// b + p * b_panel: B is packed panel by panel, or a matrix as it lies.
 struct Call {
-  const float* a;
-  int64_t a_stride, terms, columns;
-  const float* weight;  // (panels, terms, kColumns), the last filled up with zeros
-  const float* bias;    // (columns,) or null
-  Activation activation;
-  const float* residual;  // with the rows of out, or null
-  float* out;
-  int64_t out_stride;
+  const float* a = nullptr;
+  int64_t a_stride = 0, terms = 0, columns = 0;
+  const float* b = nullptr;
+  int64_t b_stride = 0, b_panel = 0;
+  const float* bias = nullptr;  // (columns,)
+  Activation activation = Activation::identity;
+  const float* residual = nullptr;  // with the rows of out
+  float* out = nullptr;
+  int64_t out_stride = 0;
+  bool add = false;
 };
 
 inline int64_t panels_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }

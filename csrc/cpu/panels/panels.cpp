@@ -48,11 +48,11 @@ Call call(const torch::stable::Tensor& weight, const std::optional<torch::stable
                   "weight: expected panels (", panels, ", ", terms, ", ", kColumns, ") of float32");
   STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == columns),
                   "bias: expected ", columns, " contiguous elements of float32");
-  Call call{};
+  Call call;
   call.terms = terms, call.columns = columns;
-  call.weight = static_cast<const float*>(weight.data_ptr());
+  call.b = static_cast<const float*>(weight.data_ptr());
+  call.b_stride = kColumns, call.b_panel = terms * kColumns;
   call.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
-  call.activation = Activation::identity;
   return call;
 }
 

@@ -17,7 +17,7 @@ namespace ceit::panels {
 // Whether products with panels are fast here: with AVX-512, and a PyTorch that has them.
 bool available();
 
-// out = activation(a W^T + bias) + residual for some rows, of some panels or all.
+// Some rows of a product, of some panels or all.
 void multiply(const Call& call, Range rows, Range panels);
 inline void multiply(const Call& call, int64_t begin, int64_t end) {
   multiply(call, {begin, end}, {0, panels_of(call.columns)});
@@ -36,6 +36,7 @@ float* workspace(int64_t count);
 
 // Calls body(begin, end) for ranges of tasks, on all threads.
 struct Threads {
+  static constexpr bool alone = false;
   template <class Body>
   void operator()(int64_t tasks, const Body& body) const {
     torch::stable::parallel_for(0, tasks, 1, body);
@@ -44,6 +45,7 @@ struct Threads {
 
 // The same on the calling thread.
 struct Alone {
+  static constexpr bool alone = true;
   template <class Body>
   void operator()(int64_t tasks, const Body& body) const {
     body(0, tasks);
@@ -56,20 +58,38 @@ void multiply_few(const Call& call, int64_t rows, const Run& run) {
   run(panels_of(call.columns), [&](int64_t begin, int64_t end) { multiply(call, {0, rows}, {begin, end}); });
 }
 
-// Calls body(image, memory, run) for every image, with `count` floats of memory: on a thread each as long as there are
-// images for all, the rest one after another on all threads. `run` is Alone or Threads.
+// `Call`'s B as it lies: (terms, columns), rows `stride` apart.
+inline Call call_of(const float* b, int64_t stride, int64_t terms, int64_t columns) {
+  Call call;
+  call.terms = terms, call.columns = columns;
+  call.b = b, call.b_stride = stride, call.b_panel = kColumns;
+  return call;
+}
+
+// Memory of several threads.
+struct Memory {
+  float* start;
+  int64_t stride, threads;
+  float* of(int64_t thread) const { return start + thread * stride; }
+};
+
+// Calls body(image, memory, run) for every image, with `count` floats of memory, of which the first `zeros` are zero
+// before the first image: on a thread each as long as there are images for all, the rest one after another on all
+// threads. `run` is Alone or Threads.
 template <class Body>
-void for_images(int64_t images, int64_t count, const Body& body) {
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t shared = images % threads, each = images / threads, stride = (count + 15) / 16 * 16;
-  float* memory = workspace((each ? threads : 1) * stride);
-  if (each) {
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread)
-        for (int64_t i = 0; i < each; ++i) body(thread * each + i, memory + thread * stride, Alone());
-    });
-  }
-  for (int64_t image = images - shared; image < images; ++image) body(image, memory, Threads());
+Memory for_images(int64_t images, int64_t count, const Body& body, int64_t zeros = 0) {
+  const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t shared = images % most, each = images / most;
+  Memory memory{nullptr, (count + 15) / 16 * 16, each ? most : 1};
+  memory.start = workspace(memory.threads * memory.stride);
+  torch::stable::parallel_for(0, memory.threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      std::fill_n(memory.of(thread), zeros, 0.0f);
+      for (int64_t i = 0; i < each; ++i) body(thread * each + i, memory.of(thread), Alone());
+    }
+  });
+  for (int64_t image = images - shared; image < images; ++image) body(image, memory.of(0), Threads());
+  return memory;
 }
 
 }  // namespace ceit::panels

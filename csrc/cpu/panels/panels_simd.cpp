@@ -16,7 +16,7 @@ using namespace ceit::CEIT_CAPABILITY;
 namespace {
 
 // Rows that are multiplied at once, at most: their part of the result stays in the first level of cache.
-constexpr int64_t kRows = 36;
+constexpr int64_t kRows = 72;
 
 template <Activation kind>
 void finish(const Call& call, int64_t row, int64_t rows, int64_t column, int columns) {
@@ -38,12 +38,13 @@ void multiply(const Call& call, Range rows, Range panels) {
   if (blocks <= 0) return;
   const int64_t height = (rows.end - rows.begin + blocks - 1) / blocks;
   const bool plain = call.activation == Activation::identity && !call.bias && !call.residual;
-  for (int64_t column = panels.begin * kColumns; column < panels.end * kColumns; column += kColumns) {
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    const int64_t column = panel * kColumns;
     const int columns = int(call.columns - column < kColumns ? call.columns - column : kColumns);
     for (int64_t row = rows.begin; row < rows.end; row += height) {
       const int64_t count = rows.end - row < height ? rows.end - row : height;
-      ceit_brgemm(count, columns, call.terms, call.a_stride, kColumns, call.out_stride, false,
-                  call.a + row * call.a_stride, call.weight + column * call.terms,
+      ceit_brgemm(count, columns, call.terms, call.a_stride, call.b_stride, call.out_stride, call.add,
+                  call.a + row * call.a_stride, call.b + panel * call.b_panel,
                   call.out + row * call.out_stride + column, false);
       if (!plain)
         with_activation(call.activation,

@@ -242,7 +242,8 @@ def test_the_number_of_threads_changes_only_rounding_and_two_runs_nothing():
     # The products' sums may depend on the number of threads.
     for other in results[1:]:
         for name, value in results[0].items():
-            torch.testing.assert_close(value, other[name], rtol=0, atol=1e-5, msg=lambda m, n=name: n + m)
+            atol = max(1e-5, 5e-7 * value.abs().max().item())
+            torch.testing.assert_close(value, other[name], rtol=0, atol=atol, msg=lambda m, n=name: n + m)
     again = train_step("native", copy.deepcopy(leff), x, grad_out, grid_size)
     same = train_step("native", copy.deepcopy(leff), x, grad_out, grid_size)
     assert all(torch.equal(again[name], same[name]) for name in same)

@@ -1,0 +1,262 @@
+#include "training_bands.h"
+
+#include "../capability.h"
+#include "../panels/panels.h"
+
+namespace ceit::leff {
+
+CEIT_DECLARE_TABLE(Kernels, kernels, 3)
+
+namespace {
+
+using torch::stable::new_empty;
+
+// Rows whose hidden tokens, and hidden channels of an image's tokens, that stay in the second level of cache.
+constexpr int64_t kBandRows = 3 * kRows;
+constexpr int64_t kBandPanels = 3;
+constexpr int64_t kBandChannels = kBandPanels * kBlock;
+
+float* array(const char* name, const Tensor& tensor, int64_t elements) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == elements, name,
+                  ": expected ", elements, " contiguous elements of float32");
+  return static_cast<float*>(tensor.data_ptr());
+}
+float* array(const char* name, const OptionalTensor& tensor, int64_t elements) {
+  return tensor ? array(name, *tensor, elements) : nullptr;
+}
+
+Activation checked(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index <= int64_t(Activation::identity), "unknown activation ", index);
+  return Activation(index);
+}
+
+int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+Tensor transposed(const Tensor& in) {
+  Tensor out = new_empty(in, {in.size(1), in.size(0)});
+  transpose(in, out);
+  return out;
+}
+
+// out = in W^T + bias for the rows of an image, with their moments.
+class Projection {
+ public:
+  Projection(const Tensor& weight, const OptionalTensor& bias, int64_t tokens, int64_t images,
+             const OptionalTensor& moments)
+      : weight_(transposed(weight)),
+        call_(panels::call_of(array("weight", weight_, weight.numel()), weight.size(0), weight.size(1), weight.size(0))),
+        tokens_(tokens),
+        moments_(array("moments", moments, images * 2 * weight.size(0))) {
+    call_.bias = array("bias", bias, weight.size(0));
+    call_.a_stride = call_.terms, call_.out_stride = call_.columns;
+  }
+  void multiply(const float* a, float* out, int64_t begin, int64_t end) const {
+    panels::multiply(of(a, out), begin, end);
+  }
+  template <class Run>
+  void take_moments(float* out, int64_t image, const Run& run) const {
+    if (!moments_) return;
+    run(panels::panels_of(call_.columns), [&](int64_t begin, int64_t end) { take(out, image, begin, end); });
+  }
+  // Both for all rows, some channels at a time, of which the moments are taken before they leave the cache.
+  template <class Run>
+  void multiply_with_moments(const float* a, float* out, int64_t image, const Run& run) const {
+    run(panels::panels_of(call_.columns), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; panel += kBandPanels) {
+        const int64_t last = std::min(end, panel + kBandPanels);
+        panels::multiply(of(a, out), {0, tokens_}, {panel, last});
+        if (moments_) take(out, image, panel, last);
+      }
+    });
+  }
+
+ private:
+  static_assert(panels::kColumns == kBlock, "a panel has the channels of a task");
+  panels::Call of(const float* a, float* out) const {
+    panels::Call rows = call_;
+    rows.a = a, rows.out = out;
+    return rows;
+  }
+  void take(float* out, int64_t image, int64_t begin, int64_t end) const {
+    const int64_t columns = call_.columns;
+    chosen(0).moments({{1, tokens_, columns}, {out, tokens_}, moments_ + image * 2 * columns}, begin, end);
+  }
+
+  Tensor weight_;
+  panels::Call call_;
+  int64_t tokens_;
+  float* moments_;  // of all images, or null
+};
+
+// The sum of what threads left at the start of their memory.
+Tensor sum_of(const panels::Memory& memory, const Tensor& like, int64_t rows, int64_t columns) {
+  const Tensor sum = new_empty(like, {rows, columns});
+  float* to = array("sum", sum, rows * columns);
+  torch::stable::parallel_for(0, rows * columns, 1 << 14, [&](int64_t begin, int64_t end) {
+    std::copy(memory.of(0) + begin, memory.of(0) + end, to + begin);
+    for (int64_t thread = 1; thread < memory.threads; ++thread) {
+      const float* from = memory.of(thread);
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    }
+  });
+  return sum;
+}
+
+}  // namespace
+
+bool has_bands(const Tensor& like) { return like.scalar_type() == ScalarType::Float && panels::available(); }
+
+Tensor expand_by_bands(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t tokens,
+                       const OptionalTensor& moments) {
+  const int64_t images = x.size(0), rows = x.size(1), channels = x.size(2), hidden = weight.size(0);
+  const int64_t prefix = rows - tokens;
+  const Projection projection(weight, bias, tokens, images, moments);
+  const Tensor z1 = new_empty(x, {images, rows, hidden});
+  const float* from = array("x", x, images * rows * channels);
+  float* to = array("z1", z1, images * rows * hidden);
+  panels::for_images(images, 0, [&](int64_t image, float*, auto run) {
+    float* out = to + image * rows * hidden;
+    std::fill_n(out, prefix * hidden, 0.0f);
+    out += prefix * hidden;
+    const float* in = from + (image * rows + prefix) * channels;
+    projection.multiply_with_moments(in, out, image, run);
+  });
+  return z1;
+}
+
+Tensor contract_by_bands(const Tensor& z2, const OptionalTensor& norm, int64_t activation, const Tensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& moments) {
+  const int64_t images = z2.size(0), tokens = z2.size(1), hidden = z2.size(2), outputs = weight.size(0);
+  const Projection projection(weight, bias, tokens, images, moments);
+  const Tensor z3 = new_empty(z2, {images, tokens, outputs});
+  const float* from = array("z2", z2, z2.numel());
+  float* to = array("z3", z3, z3.numel());
+  const float* of_norm = array("norm", norm, 5 * hidden);
+  const Activation kind = checked(activation);
+  panels::for_images(images, tokens * hidden, [&](int64_t image, float* memory, auto run) {
+    const float* in = from + image * tokens * hidden;
+    float* out = to + image * tokens * outputs;
+    run(blocks_of(tokens, kBandRows), [&](int64_t begin, int64_t end) {
+      float* activated = memory + begin * kBandRows * hidden;
+      for (int64_t row = begin * kBandRows; row < std::min(tokens, end * kBandRows); row += kBandRows) {
+        const int64_t rows = std::min(kBandRows, tokens - row);
+        const Map band{const_cast<float*>(in) + row * hidden, rows};
+        const ActivateCall call{{1, rows, hidden}, band, of_norm, kind, {activated, rows}};
+        chosen(0).activate(call, 0, blocks_of(rows, kRows));
+        projection.multiply(activated, out + row * outputs, 0, rows);
+      }
+    });
+    projection.take_moments(out, image, run);
+  });
+  return z3;
+}
+
+Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const Tensor& z2, const OptionalTensor& norm,
+                                  int64_t activation, bool need_weight, const Tensor& g2, const Tensor& sums) {
+  const int64_t images = z2.size(0), tokens = z2.size(1), hidden = z2.size(2), outputs = weight.size(0);
+  const int64_t g_rows = g2.size(1);
+  const float *dz = array("dz3", dz3, images * tokens * outputs), *z = array("z2", z2, z2.numel());
+  float *g = array("g2", g2, images * g_rows * hidden), *of_sums = array("sums", sums, images * 2 * hidden);
+  const float *of_weight = array("weight", weight, outputs * hidden), *of_norm = array("norm", norm, 5 * hidden);
+  const Activation kind = checked(activation);
+  const int64_t size = need_weight ? outputs * hidden : 0, turned_size = need_weight ? outputs * tokens : 0;
+  const int64_t parts = blocks_of(hidden, kBandChannels);
+  const auto body = [&](int64_t image, float* memory, auto run) {
+    const float* in = dz + image * tokens * outputs;
+    float *turned = memory + size, *scratch = turned + turned_size;
+    float* out = g + (image * g_rows + g_rows - tokens) * hidden;
+    if (need_weight) transpose_rows(in, tokens, outputs, turned);
+    ActivateBackwardCall call{};
+    call.shape = {1, tokens, hidden};
+    call.g = call.dz = {out, tokens};
+    call.z = {const_cast<float*>(z) + image * tokens * hidden, tokens};
+    call.norm = of_norm, call.activation = kind;
+    call.sums = of_sums + image * 2 * hidden;
+    run(parts, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t channel = part * kBandChannels, channels = std::min(kBandChannels, hidden - channel);
+        panels::Call product = panels::call_of(of_weight + channel, hidden, outputs, channels);
+        product.a = in, product.a_stride = outputs;
+        product.out = out + channel, product.out_stride = hidden;
+        panels::multiply(product, 0, tokens);
+        ActivateBackwardCall of_part = call;
+        // Alone every part may have the same memory.
+        float* activated = scratch + begin * tokens * kBandChannels;
+        if (need_weight) of_part.part = {activated, channels, channel};
+        chosen(0).activate_backward(of_part, channel / kBlock, blocks_of(channel + channels, kBlock));
+        if (!need_weight) continue;
+        panels::Call gradient = panels::call_of(activated, channels, tokens, channels);
+        gradient.a = turned, gradient.a_stride = tokens;
+        gradient.out = memory + channel, gradient.out_stride = hidden, gradient.add = true;
+        panels::multiply(gradient, 0, outputs);
+      }
+    });
+  };
+  const int64_t scratch = need_weight ? parts * tokens * kBandChannels : 0;
+  const panels::Memory memory = panels::for_images(images, size + turned_size + scratch, body, size);
+  return need_weight ? sum_of(memory, dz3, outputs, hidden) : new_empty(sums, {0});
+}
+
+std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tensor& z1, const OptionalTensor& gradient,
+                                                    const Tensor& x, const Tensor& weight, int64_t tokens, bool need_x,
+                                                    bool need_weight) {
+  const int64_t images = x.size(0), rows = x.size(1), channels = x.size(2), hidden = weight.size(0);
+  const int64_t prefix = rows - tokens;
+  const float *g = array("g1", g1, images * rows * hidden), *z = array("z1", z1, images * rows * hidden);
+  const float *from = array("x", x, images * rows * channels), *of_weight = array("weight", weight, weight.numel());
+  const float* of_gradient = array("gradient", gradient, 4 * hidden);
+  const Tensor dx = need_x ? new_empty(x, {images, rows, channels}) : new_empty(x, {0});
+  const int64_t size = need_weight ? channels * hidden : 0, turned_size = need_weight ? channels * tokens : 0;
+  const int64_t parts = blocks_of(hidden, kBandChannels);
+  const auto body = [&](int64_t image, float* memory, auto run) {
+    const int64_t start = image * rows + prefix;
+    float *turned = memory + size, *scratch = turned + turned_size;
+    if (need_weight) transpose_rows(from + start * channels, tokens, channels, turned);
+    GradientCall call{};
+    call.shape = {1, tokens, hidden};
+    call.g = {const_cast<float*>(g) + start * hidden, tokens};
+    if (gradient) call.z = {const_cast<float*>(z) + start * hidden, tokens};
+    call.gradient = of_gradient;
+    const auto memory_of = [&](int64_t part) { return scratch + part * tokens * kBandChannels; };
+    const auto prepare = [&](int64_t part, float* dz1) {
+      const int64_t channel = part * kBandChannels, count = std::min(kBandChannels, hidden - channel);
+      GradientCall of_part = call;
+      of_part.part = {dz1, count, channel};
+      of_part.first = channel, of_part.last = channel + count;
+      chosen(0).gradient(of_part, 0, blocks_of(tokens, kRows));
+      if (!need_weight) return;
+      panels::Call product = panels::call_of(dz1, count, tokens, count);
+      product.a = turned, product.a_stride = tokens;
+      product.out = memory + channel, product.out_stride = hidden, product.add = true;
+      panels::multiply(product, 0, channels);
+    };
+    const auto finish = [&](int64_t part, const float* dz1, int64_t begin, int64_t end) {
+      if (!need_x) return;
+      const int64_t channel = part * kBandChannels, count = std::min(kBandChannels, hidden - channel);
+      panels::Call product = panels::call_of(of_weight + channel * channels, channels, count, channels);
+      product.a = dz1, product.a_stride = count;
+      product.out = array("dx", dx, images * rows * channels) + start * channels, product.out_stride = channels;
+      product.add = part > 0;
+      panels::multiply(product, begin, end);
+    };
+    if (run.alone) {
+      for (int64_t part = 0; part < parts; ++part) {
+        prepare(part, scratch);
+        finish(part, scratch, 0, tokens);
+      }
+    } else {
+      run(parts, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) prepare(part, memory_of(part));
+      });
+      run(tokens, [&](int64_t begin, int64_t end) {
+        for (int64_t part = 0; part < parts; ++part) finish(part, memory_of(part), begin, end);
+      });
+    }
+    if (need_x) std::fill_n(array("dx", dx, images * rows * channels) + image * rows * channels, prefix * channels, 0.0f);
+  };
+  const int64_t scratch = parts * tokens * kBandChannels;
+  const panels::Memory memory = panels::for_images(images, size + turned_size + scratch, body, size);
+  return {dx, need_weight ? transposed(sum_of(memory, x, channels, hidden)) : new_empty(x, {0})};
+}
+
+}  // namespace ceit::leff
