@@ -85,19 +85,35 @@ class Block(nn.Module):
         """The class token (B, 1, dim) of what `forward` returns, for where no other token is used.
 
         At inference no other token is computed. In training the others count for LeFF's batch statistics and for
-        nothing else: values, gradients and buffers are those of `forward`, and LeFF's gradients of zero come for free.
+        nothing else: to rounding, values, gradients and buffers are those of `forward`, and gradients of zero come for
+        free.
         """
         x, y, class_token = self.add_norm(x, None, self.norm1, 1)
         if not any(module.training for module in self.modules()):
             out, y = self.add_norm(class_token, self.attn(y, num_queries=1), self.norm2)
             out = out + y
             return (out, class_token) if with_class_token else out
-        x, normalised = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
+        if self._attends_for_class_token():
+            every, first = self.attn.forward_first(y, 1)
+            kept = self.drop_path(y.new_ones(y.shape[0], 1, 1))
+            with torch.no_grad():
+                _, normalised = self.add_norm(x, kept * every, self.norm2)
+            x, class_normalised = self.add_norm(class_token, kept * first, self.norm2)
+        else:
+            x, normalised = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
+            x, class_normalised = x[:, :1], normalised[:, :1]
         if any(isinstance(module, _BatchNorm) and module.training for module in self.leff.modules()):
             with torch.no_grad():
                 self.leff(normalised, grid_size)
-        out = x[:, :1] + self.drop_path(_Unused.apply(normalised[:, :1], *self.leff.parameters()))
+        out = x + self.drop_path(_Unused.apply(class_normalised, *self.leff.parameters()))
         return (out, class_token) if with_class_token else out
+
+    def _attends_for_class_token(self) -> bool:
+        """Whether the attention of the other tokens, which only counts for statistics, can go without a gradient."""
+        attention = self.attn
+        if type(attention) is not FusedAttention or not torch.is_grad_enabled():
+            return False
+        return not (attention.attn_drop.p or attention.proj_drop.p)
 
     def class_token_suffices(self) -> bool:
         """Whether `forward_class_token` may stand in for `forward` where only the class token is used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..common.module import adopt
@@ -57,8 +58,26 @@ class FusedAttention(nn.Module):
         Raises:
             ValueError, TypeError, BackendError: as ``self_attention``.
         """
+        return self._attend(self.qkv(x), num_queries)
+
+    def forward_first(self, x: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+        """What ``forward`` returns for all tokens, without a gradient, and for the first ``num_queries``, with theirs.
+
+        For tokens of which the others count for statistics alone: a gradient that is zero is not computed.
+
+        Raises:
+            ValueError: for dropout, whose draws would differ.
+        """
+        if self.training and (self.attn_drop.p or self.proj_drop.p):
+            raise ValueError(f"attn_drop, proj_drop: expected none, got {self.attn_drop.p} and {self.proj_drop.p}")
+        qkv = self.qkv(x)
+        with torch.no_grad():
+            every = self._attend(qkv, None)
+        return every, self._attend(qkv, num_queries)
+
+    def _attend(self, qkv: Tensor, num_queries: int | None) -> Tensor:
         attention = self_attention(
-            self.qkv(x),
+            qkv,
             num_heads=self.num_heads,
             scale=self.scale,
             num_queries=num_queries,

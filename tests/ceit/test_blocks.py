@@ -73,19 +73,34 @@ def test_the_last_block_makes_only_its_class_token_where_only_logits_are_wanted(
 @pytest.mark.parametrize("options", [{}, DROPPING, {"leff_with_bn": False}], ids=str)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_training_gives_the_bits_of_the_whole_block(options, fused, frozen, images, monkeypatch):
+def test_training_gives_what_the_whole_block_does(options, fused, frozen, images, monkeypatch):
     def step():
         torch.manual_seed(0)
-        model = CeiT(**SMALL, **options)
+        model = CeiT(**SMALL, **options).double()
         model.blocks[-1].leff.bn2.train(not frozen)
         model = fuse(model) if fused else model
-        logits = model(images.float())
+        logits = model(images)
         logits.square().sum().backward()
         return logits, [p.grad for p in model.parameters()], list(model.buffers())
 
     short = step()
     monkeypatch.setattr(Block, "class_token_suffices", lambda self: False)
-    torch.testing.assert_close(short, step(), rtol=0, atol=0)
+    # The fused block takes its class token's attention by itself, in sums of another order; dropout does not let it.
+    tolerance = 1e-11 if fused and options is not DROPPING else 0
+    torch.testing.assert_close(short, step(), rtol=tolerance, atol=tolerance)
+
+
+def test_the_last_block_drops_the_paths_that_the_whole_block_drops(images, monkeypatch):
+    def step():
+        torch.manual_seed(0)
+        model = fuse(CeiT(**SMALL, drop_path_rate=0.5).double())
+        logits = model(images)
+        logits.square().sum().backward()
+        return logits, [p.grad for p in model.parameters()], list(model.buffers())
+
+    short = step()
+    monkeypatch.setattr(Block, "class_token_suffices", lambda self: False)
+    torch.testing.assert_close(short, step(), rtol=1e-11, atol=1e-11)
 
 
 def test_training_keeps_nothing_of_the_last_leff_for_backward(model, images, last_tokens):

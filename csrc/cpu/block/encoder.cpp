@@ -47,8 +47,8 @@ class ClassTokens {
 void infer_encoder(const Attention& block, const leff::Bands& leff, int64_t images, int64_t rows, const float* x,
                    float* out) {
   const int64_t channels = leff.channels, elements = rows * channels;
-  panels::for_images(images, 6 * elements + leff.memory(), [&](int64_t image, float* start, auto run) {
-    const Memory memory(start, elements);
+  panels::for_images(images, 6 * elements + leff.memory(), [&](int64_t image, panels::Place place, auto run) {
+    const Memory memory(place.memory, elements);
     const float* in = x + image * elements;
     run(rows, [&](int64_t begin, int64_t end) {
       block.norm1(in, memory.normalised, begin, end);
@@ -72,7 +72,8 @@ void infer_class_token(const Attention& block, int64_t images, int64_t rows, int
                        float* out) {
   const int64_t elements = rows * channels;
   ClassTokens tokens(images, channels);
-  panels::for_images(images, 4 * elements, [&](int64_t image, float* memory, auto run) {
+  panels::for_images(images, 4 * elements, [&](int64_t image, panels::Place place, auto run) {
+    float* memory = place.memory;
     const float* in = x + image * elements;
     tokens.ask(image, in);
     const panels::Call qkv = with_rows(block.qkv, memory, memory + elements);

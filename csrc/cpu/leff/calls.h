@@ -125,6 +125,7 @@ struct TransposeCall {
   int64_t rows, columns;
   const void* in;
   void* out;
+  int64_t out_stride;  // elements from one of its rows, a column of in, to the next
 };
 
 template <class Call>

@@ -91,7 +91,8 @@ void infer_by_bands(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
   const float* from = static_cast<const float*>(x.data_ptr());
   const float* rest = residual ? static_cast<const float*>(residual->data_ptr()) : nullptr;
   float* to = static_cast<float*>(out.data_ptr());
-  panels::for_images(x.size(0), bands.memory(), [&](int64_t image, float* memory, auto run) {
+  panels::for_images(x.size(0), bands.memory(), [&](int64_t image, panels::Place place, auto run) {
+    float* memory = place.memory;
     const float* tokens = from + image * rows * channels;
     const int64_t start = image * rows * outputs;
     run(bands.tokens(), [&](int64_t begin, int64_t end) { bands.expand(tokens, memory, begin, end); });

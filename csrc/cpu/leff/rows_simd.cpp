@@ -222,7 +222,7 @@ void transpose(const TransposeCall& call, int64_t begin, int64_t end) {
         for (int i = 0; i < lanes; ++i)
           square.rows[i] = i < rows ? load(in + (r + i) * call.columns + c, columns) : splat(Real(0));
         square.transpose();
-        for (int j = 0; j < columns; ++j) store(out + (c + j) * call.rows + r, square.rows[j], rows);
+        for (int j = 0; j < columns; ++j) store(out + (c + j) * call.out_stride + r, square.rows[j], rows);
       }
     }
   }

@@ -175,12 +175,14 @@ void finish(Tensor z, OptionalTensor norm, Tensor x, OptionalTensor residual, in
 
 void transpose(Tensor in, Tensor out) {
   STD_TORCH_CHECK(in.dim() == 2 && in.is_contiguous(), "in: expected a contiguous matrix");
-  const TransposeCall call{in.size(0), in.size(1), in.data_ptr(), array("out", out, in.numel(), in.scalar_type())};
+  const TransposeCall call{in.size(0), in.size(1), in.data_ptr(), array("out", out, in.numel(), in.scalar_type()),
+                           in.size(0)};
   run(kernels_for(in).transpose, call, (in.size(0) + kRows - 1) / kRows);
 }
 
 void transpose_rows(const float* in, int64_t rows, int64_t columns, float* out) {
-  chosen(int(Type::float32)).transpose({rows, columns, in, out}, 0, (rows + kRows - 1) / kRows);
+  const TransposeCall call{rows, columns, in, out, turned_stride(rows)};
+  chosen(int(Type::float32)).transpose(call, 0, (rows + kRows - 1) / kRows);
 }
 
 }  // namespace ceit::leff

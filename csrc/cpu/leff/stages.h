@@ -33,7 +33,12 @@ void sums(Tensor g, OptionalTensor z, OptionalTensor norm, int64_t tokens, Tenso
 void gradient(Tensor g, OptionalTensor z, OptionalTensor gradient, int64_t tokens, Tensor out);
 void finish(Tensor z, OptionalTensor norm, Tensor x, OptionalTensor residual, int64_t tokens, Tensor out);
 void transpose(Tensor in, Tensor out);
-// out (columns, rows) of a matrix of float32, on the calling thread.
+// A matrix (columns, rows) of the columns of some rows: whole lines of the cache from one row to the next, and no large
+// power of two of them, which would share few sets of it.
+inline int64_t turned_stride(int64_t rows) {
+  const int64_t lines = (rows + 15) / 16;
+  return (lines % 4 == 0 ? lines + 1 : lines) * 16;
+}
 void transpose_rows(const float* in, int64_t rows, int64_t columns, float* out);
 
 // The array of a norm (see calls.h) of the moments (P, 2, channels) of P parts of `counts` tokens each, or of running

@@ -88,18 +88,15 @@ class Projection {
   float* moments_;  // of all images, or null
 };
 
-// The sum of what threads left at the start of their memory.
-Tensor sum_of(const panels::Memory& memory, const Tensor& like, int64_t rows, int64_t columns) {
-  const Tensor sum = new_empty(like, {rows, columns});
-  float* to = array("sum", sum, rows * columns);
-  torch::stable::parallel_for(0, rows * columns, 1 << 14, [&](int64_t begin, int64_t end) {
-    std::copy(memory.of(0) + begin, memory.of(0) + end, to + begin);
+// Adds to a matrix what threads beyond the first left at the start of their memory.
+void add_others(const panels::Memory& memory, const Tensor& sum) {
+  float* to = array("sum", sum, sum.numel());
+  torch::stable::parallel_for(0, sum.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t thread = 1; thread < memory.threads; ++thread) {
       const float* from = memory.of(thread);
       for (int64_t i = begin; i < end; ++i) to[i] += from[i];
     }
   });
-  return sum;
 }
 
 }  // namespace
@@ -114,7 +111,7 @@ Tensor expand_by_bands(const Tensor& x, const Tensor& weight, const OptionalTens
   const Tensor z1 = new_empty(x, {images, rows, hidden});
   const float* from = array("x", x, images * rows * channels);
   float* to = array("z1", z1, images * rows * hidden);
-  panels::for_images(images, 0, [&](int64_t image, float*, auto run) {
+  panels::for_images(images, 0, [&](int64_t image, panels::Place, auto run) {
     float* out = to + image * rows * hidden;
     std::fill_n(out, prefix * hidden, 0.0f);
     out += prefix * hidden;
@@ -133,7 +130,8 @@ Tensor contract_by_bands(const Tensor& z2, const OptionalTensor& norm, int64_t a
   float* to = array("z3", z3, z3.numel());
   const float* of_norm = array("norm", norm, 5 * hidden);
   const Activation kind = checked(activation);
-  panels::for_images(images, tokens * hidden, [&](int64_t image, float* memory, auto run) {
+  panels::for_images(images, tokens * hidden, [&](int64_t image, panels::Place place, auto run) {
+    float* memory = place.memory;
     const float* in = from + image * tokens * hidden;
     float* out = to + image * tokens * outputs;
     run(blocks_of(tokens, kBandRows), [&](int64_t begin, int64_t end) {
@@ -159,11 +157,14 @@ Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const
   float *g = array("g2", g2, images * g_rows * hidden), *of_sums = array("sums", sums, images * 2 * hidden);
   const float *of_weight = array("weight", weight, outputs * hidden), *of_norm = array("norm", norm, 5 * hidden);
   const Activation kind = checked(activation);
-  const int64_t size = need_weight ? outputs * hidden : 0, turned_size = need_weight ? outputs * tokens : 0;
+  const Tensor dweight = new_empty(sums, {need_weight ? outputs : 0, hidden});
+  float* of_dweight = array("dweight", dweight, dweight.numel());
+  const int64_t stride = turned_stride(tokens), turned_size = need_weight ? outputs * stride : 0;
   const int64_t parts = blocks_of(hidden, kBandChannels);
-  const auto body = [&](int64_t image, float* memory, auto run) {
+  const auto body = [&](int64_t image, panels::Place place, auto run) {
     const float* in = dz + image * tokens * outputs;
-    float *turned = memory + size, *scratch = turned + turned_size;
+    float *total = place.thread ? place.memory : of_dweight, *turned = place.memory + dweight.numel();
+    float* scratch = turned + turned_size;
     float* out = g + (image * g_rows + g_rows - tokens) * hidden;
     if (need_weight) transpose_rows(in, tokens, outputs, turned);
     ActivateBackwardCall call{};
@@ -186,15 +187,15 @@ Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const
         chosen(0).activate_backward(of_part, channel / kBlock, blocks_of(channel + channels, kBlock));
         if (!need_weight) continue;
         panels::Call gradient = panels::call_of(activated, channels, tokens, channels);
-        gradient.a = turned, gradient.a_stride = tokens;
-        gradient.out = memory + channel, gradient.out_stride = hidden, gradient.add = true;
+        gradient.a = turned, gradient.a_stride = stride;
+        gradient.out = total + channel, gradient.out_stride = hidden, gradient.add = !place.first;
         panels::multiply(gradient, 0, outputs);
       }
     });
   };
   const int64_t scratch = need_weight ? parts * tokens * kBandChannels : 0;
-  const panels::Memory memory = panels::for_images(images, size + turned_size + scratch, body, size);
-  return need_weight ? sum_of(memory, dz3, outputs, hidden) : new_empty(sums, {0});
+  add_others(panels::for_images(images, dweight.numel() + turned_size + scratch, body), dweight);
+  return dweight;
 }
 
 std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tensor& z1, const OptionalTensor& gradient,
@@ -206,11 +207,14 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
   const float *from = array("x", x, images * rows * channels), *of_weight = array("weight", weight, weight.numel());
   const float* of_gradient = array("gradient", gradient, 4 * hidden);
   const Tensor dx = need_x ? new_empty(x, {images, rows, channels}) : new_empty(x, {0});
-  const int64_t size = need_weight ? channels * hidden : 0, turned_size = need_weight ? channels * tokens : 0;
+  const Tensor dweight = new_empty(x, {need_weight ? channels : 0, hidden});  // transposed
+  float* of_dweight = array("dweight", dweight, dweight.numel());
+  const int64_t stride = turned_stride(tokens), turned_size = need_weight ? channels * stride : 0;
   const int64_t parts = blocks_of(hidden, kBandChannels);
-  const auto body = [&](int64_t image, float* memory, auto run) {
+  const auto body = [&](int64_t image, panels::Place place, auto run) {
     const int64_t start = image * rows + prefix;
-    float *turned = memory + size, *scratch = turned + turned_size;
+    float *total = place.thread ? place.memory : of_dweight, *turned = place.memory + dweight.numel();
+    float* scratch = turned + turned_size;
     if (need_weight) transpose_rows(from + start * channels, tokens, channels, turned);
     GradientCall call{};
     call.shape = {1, tokens, hidden};
@@ -226,8 +230,8 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
       chosen(0).gradient(of_part, 0, blocks_of(tokens, kRows));
       if (!need_weight) return;
       panels::Call product = panels::call_of(dz1, count, tokens, count);
-      product.a = turned, product.a_stride = tokens;
-      product.out = memory + channel, product.out_stride = hidden, product.add = true;
+      product.a = turned, product.a_stride = stride;
+      product.out = total + channel, product.out_stride = hidden, product.add = !place.first;
       panels::multiply(product, 0, channels);
     };
     const auto finish = [&](int64_t part, const float* dz1, int64_t begin, int64_t end) {
@@ -255,8 +259,8 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
     if (need_x) std::fill_n(array("dx", dx, images * rows * channels) + image * rows * channels, prefix * channels, 0.0f);
   };
   const int64_t scratch = parts * tokens * kBandChannels;
-  const panels::Memory memory = panels::for_images(images, size + turned_size + scratch, body, size);
-  return {dx, need_weight ? transposed(sum_of(memory, x, channels, hidden)) : new_empty(x, {0})};
+  add_others(panels::for_images(images, dweight.numel() + turned_size + scratch, body), dweight);
+  return {dx, need_weight ? transposed(dweight) : dweight};
 }
 
 }  // namespace ceit::leff

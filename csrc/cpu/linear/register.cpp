@@ -44,12 +44,12 @@ Tensor transposed_product(const Tensor& narrow, const Tensor& wide) {
   const int64_t terms = wide.size(0), rows = narrow.size(1), columns = wide.size(1);
   const Tensor out = new_empty(wide, {rows, columns});
   const float *from = matrix("narrow", narrow), *b = matrix("wide", wide);
-  float *turned = panels::workspace(terms * rows), *to = matrix("out", out);
-  const int64_t bands = (terms + kRows - 1) / kRows;
+  const int64_t bands = (terms + kRows - 1) / kRows, stride = leff::turned_stride(kRows);
+  float *turned = panels::workspace(bands * stride * rows), *to = matrix("out", out);
   torch::stable::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
     for (int64_t band = begin; band < end; ++band) {
       const int64_t first = band * kRows, count = std::min(kRows, terms - first);
-      leff::transpose_rows(from + first * rows, count, rows, turned + first * rows);
+      leff::transpose_rows(from + first * rows, count, rows, turned + band * stride * rows);
     }
   });
   const int64_t blocks = (rows + kBlock - 1) / kBlock;
@@ -57,7 +57,7 @@ Tensor transposed_product(const Tensor& narrow, const Tensor& wide) {
     for (int64_t band = 0; band < bands; ++band) {
       const int64_t first = band * kRows, count = std::min(kRows, terms - first);
       panels::Call call = panels::call_of(b + first * columns, columns, count, columns);
-      call.a = turned + first * rows, call.a_stride = count;
+      call.a = turned + band * stride * rows, call.a_stride = leff::turned_stride(count);
       call.out = to, call.out_stride = columns;
       call.add = band > 0;
       for (int64_t task = begin; task < end; ++task) {

@@ -73,22 +73,29 @@ struct Memory {
   float* of(int64_t thread) const { return start + thread * stride; }
 };
 
-// Calls body(image, memory, run) for every image, with `count` floats of memory, of which the first `zeros` are zero
-// before the first image: on a thread each as long as there are images for all, the rest one after another on all
-// threads. `run` is Alone or Threads.
+// Where an image is worked on.
+struct Place {
+  int64_t thread;
+  float* memory;
+  bool first;  // the first image of this thread's memory
+};
+
+// Calls body(image, place, run) for every image, with `count` floats of memory: on a thread each as long as there are
+// images for all, the rest one after another on all threads. `run` is Alone or Threads.
 template <class Body>
-Memory for_images(int64_t images, int64_t count, const Body& body, int64_t zeros = 0) {
+Memory for_images(int64_t images, int64_t count, const Body& body) {
   const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t shared = images % most, each = images / most;
   Memory memory{nullptr, (count + 15) / 16 * 16, each ? most : 1};
   memory.start = workspace(memory.threads * memory.stride);
-  torch::stable::parallel_for(0, memory.threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      std::fill_n(memory.of(thread), zeros, 0.0f);
-      for (int64_t i = 0; i < each; ++i) body(thread * each + i, memory.of(thread), Alone());
-    }
-  });
-  for (int64_t image = images - shared; image < images; ++image) body(image, memory.of(0), Threads());
+  if (each) {
+    torch::stable::parallel_for(0, most, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread)
+        for (int64_t i = 0; i < each; ++i) body(thread * each + i, Place{thread, memory.of(thread), i == 0}, Alone());
+    });
+  }
+  for (int64_t image = images - shared; image < images; ++image)
+    body(image, Place{0, memory.of(0), image == 0}, Threads());
   return memory;
 }
 

@@ -59,7 +59,9 @@ def test_agrees_with_plain_pytorch(poisoned_memory, shape, out_features, bias, d
 @given(rows=st.integers(1, 500), in_features=st.integers(1, 150), out_features=st.integers(1, 150))
 def test_agrees_at_any_size(rows, in_features, out_features):
     check(*make_call((rows, in_features), out_features, torch.float64))
-    check(*make_call((rows, in_features), out_features, torch.float32))
+    layer, x, grad_out = make_call((rows, in_features), out_features, torch.float32)
+    fused, plain = (run(backend, layer, x, grad_out) for backend in ("native", "reference"))
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=2e-4)
     check(*make_call((rows, in_features), out_features, torch.bfloat16))
 
 
