@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ceit_kernels import FusedAddNorm, FusedAttention, FusedLeFF
 from ceit_kernels.block import EncoderParts, LayersParts, encoder_inference, layers_inference
 
-from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
+from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward, is_watched
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
         The fused norm adds that token's gradient to the others in its own pass, which slicing would cost four. Hooks
         of the block get to see what they expect, a result without it.
         """
-        return type(self.add_norm) is FusedAddNorm and torch.is_grad_enabled() and not _watched(self)
+        return type(self.add_norm) is FusedAddNorm and torch.is_grad_enabled() and not is_watched(self)
 
     def forward_class_token(
         self, x: Tensor, grid_size: tuple[int, int] | None = None, with_class_token: bool = False
@@ -123,7 +123,7 @@ class Block(nn.Module):
         """
         own_attention = type(self.attn) in (Attention, FusedAttention)
         own_parts = own_attention and type(self.leff) in (LocallyEnhancedFeedForward, FusedLeFF)
-        watched = any(_watched(module) for module in self.modules())
+        watched = any(is_watched(module) for module in self.modules())
         return own_parts and not watched and (self.training or not torch.is_grad_enabled())
 
 
@@ -151,12 +151,6 @@ def _encoder_parts(block: Block) -> EncoderParts | None:
     if type(block.add_norm) is not FusedAddNorm or type(block.drop_path) not in (DropPath, nn.Identity):
         return None
     return EncoderParts(block.norm1, block.attn, block.norm2, block.leff)
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether someone has hooked a module."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in hooks)
 
 
 class _Unused(torch.autograd.Function):

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from timm.layers import resample_patch_embed, to_2tuple
 from torch import Tensor, nn
 
-from .layers import Image2Tokens, PatchProjection
+from ceit_kernels.block import embedding_inference
+
+from .layers import Image2Tokens, PatchProjection, is_watched
 
 
 class I2TEmbed(nn.Module):
@@ -100,6 +103,30 @@ class I2TEmbed(nn.Module):
         Raises:
             ValueError: for other channels, or another size while `strict_img_size`.
         """
+        self._check_images(x)
+        return self.proj(self.backbone(x))
+
+    def tokens_at_once(self, x: Tensor, class_token: Tensor, positions: Tensor) -> Tensor | None:
+        """The class token and the embedded patches with their positions added (B, 1 + H' * W', embed_dim).
+
+        In one compiled call; None where it takes a call for every part.
+
+        Args:
+            x: images, as for `forward`.
+            class_token: (1, 1, embed_dim).
+            positions: (1, 1 + H' * W', embed_dim).
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if type(self) is not I2TEmbed or "forward" in self.__dict__ or is_watched(self):
+            return None
+        self._check_images(x)
+        return embedding_inference(x, self.backbone, self.proj, class_token, positions)
+
+    def _check_images(self, x: Tensor) -> None:
         in_chans = self.backbone.conv.in_channels
         if x.ndim != 4 or x.shape[1] != in_chans:
             raise ValueError(f"x: expected images (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
@@ -110,4 +137,3 @@ class I2TEmbed(nn.Module):
             )
         if min(self.dynamic_feat_size(x.shape[2:])) < 1:
             raise ValueError(f"x: expected images of at least one patch, got {x.shape[2]}x{x.shape[3]} pixels")
-        return self.proj(self.backbone(x))

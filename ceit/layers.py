@@ -226,6 +226,12 @@ class AddNorm(nn.Module):
         return (x, norm(x)) if num_prefix_tokens is None else (x, norm(x), x[:, :num_prefix_tokens])
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone has hooked a module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in hooks)
+
+
 register_fusion("leff", LocallyEnhancedFeedForward, FusedLeFF.from_plain)
 register_fusion("lca", LCAAttention, FusedLCAAttention.from_plain)
 register_fusion("i2t", Image2Tokens, FusedImage2Tokens.from_plain)

@@ -293,6 +293,19 @@ class CeiT(nn.Module):
         """Position embeddings (1, 1 + H * W, C) for a grid of `new_size` (H, W)."""
         return resample_abs_pos_embed(self.pos_embed, new_size, old_size, self.num_prefix_tokens)
 
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, 1 + H * W, C) of images with their positions added, and their grid (H, W)."""
+        if not self.dynamic_img_size:
+            tokens = self.i2t.tokens_at_once(x, self.cls_token, self.pos_embed)
+            if tokens is not None:
+                return tokens, self.i2t.grid_size
+        x = self.i2t(x)
+        grid_size = x.shape[2], x.shape[3]
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
+        return x + (
+            self._positions(grid_size, self.i2t.grid_size) if self.dynamic_img_size else self.pos_embed
+        ), grid_size
+
     def _encode(
         self, x: Tensor, taken: Sequence[int] = (), num_blocks: int | None = None, class_token_only: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -308,10 +321,7 @@ class CeiT(nn.Module):
             The last block's tokens (B, 1 + N, C), or (B, 1, C); every block's class token (B, num_blocks, C); the
             tokens of the blocks `taken`.
         """
-        x = self.i2t(x)
-        grid_size = x.shape[2], x.shape[3]
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
-        x = x + (self._positions(grid_size, self.i2t.grid_size) if self.dynamic_img_size else self.pos_embed)
+        x, grid_size = self._embed(x)
         x = self.pos_drop(x)
         blocks = list(self.blocks)[:num_blocks]
         if not taken and (found := encode_at_once(x, blocks, grid_size, class_token_only)) is not None:

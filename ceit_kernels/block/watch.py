@@ -20,7 +20,8 @@ class Watch:
     are, and a change of a tensor would be seen, which it is not where one was made in inference mode.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], settings: Iterable[str] = ()) -> None:
+        """Watch modules, and of them further attributes that ``settings`` names."""
         found = list(dict.fromkeys(child for module in modules for child in module.modules()))
         self._hooks = [getattr(module, kind) for module in found for kind in _HOOKS]
         own = not any(module.training or "forward" in module.__dict__ for module in found)
@@ -28,7 +29,7 @@ class Watch:
         self.can_tell = False
         if not self.is_idle:
             return
-        self._places = [place for module in found for place in _places(module)]
+        self._places = [place for module in found for place in _places(module, (*_SETTINGS, *settings))]
         self._values = [space.get(name) for space, name in self._places]
         self._tensors = list({id(value): value for value in self._values if isinstance(value, Tensor)}.values())
         self.can_tell = not any(tensor.is_inference() for tensor in self._tensors)
@@ -47,12 +48,12 @@ class Watch:
         return [tensor.data_ptr() for tensor in tensors] + [tensor._version for tensor in tensors]
 
 
-def _places(module: nn.Module) -> Iterator[tuple[dict, str]]:
+def _places(module: nn.Module, settings: Iterable[str]) -> Iterator[tuple[dict, str]]:
     """Where a module keeps what it is made of."""
     own = module.__dict__
     yield own, "training"
     yield own, "forward"
-    for name in _SETTINGS:
+    for name in settings:
         if name in own:
             yield own, name
     for space in (module._parameters, module._buffers, module._modules):

@@ -9,6 +9,7 @@ from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_input
 from ..common.module import adopt
+from .native_cpu import stem_arguments
 from .op import size_limit
 from .reference import image2tokens_reference
 
@@ -73,6 +74,13 @@ class FusedImage2Tokens(nn.Module):
         if bn.training and bn.track_running_stats and bn.running_mean is not None:
             _update_running_statistics(bn, mean, variance, values_per_channel)
         return out
+
+    def inference_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the CPU's kernel takes beside images such as x; None where it does not serve the module."""
+        bn = self.bn
+        if bn.training or bn.running_mean is None or self._limit(x) is not None:
+            return None
+        return stem_arguments(self.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, x.dtype)
 
     def _limit(self, x: Tensor) -> str | None:
         for child, expected in ((self.conv, _CONVOLUTION), (self.maxpool, _POOL)):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["i2t_backward_cpu", "i2t_forward_cpu"]
+__all__ = ["i2t_backward_cpu", "i2t_forward_cpu", "stem_arguments"]
 
 for _schema in (
     "_i2t_forward_cpu(Tensor image, Tensor weight, Tensor sign, Tensor? norm, Tensor(a!) out, Tensor(b!)? indices, "
@@ -37,6 +37,28 @@ def _scale(variance: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     return rstd if gamma is None else rstd * gamma
 
 
+def _norm(gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    shift = torch.zeros_like(mean) if beta is None else beta
+    return torch.stack((mean, _scale(variance, gamma, eps), shift))
+
+
+def stem_arguments(
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the kernel takes beside the image: weight, sign of gamma, and the norm; none in training."""
+    wide = torch.promote_types(dtype, torch.float32)
+    gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in (gamma, beta, mean, variance))
+    sign = torch.ones(weight.shape[0], dtype=wide) if gamma is None else gamma.sign()
+    norm = None if mean is None else _norm(gamma, beta, mean, variance, eps)
+    return _packed(weight, dtype, wide), sign, norm
+
+
 def _merged(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of rows (B, H, 2, O) of so many pixels each, from their means and centred sums of squares."""
     means, squares = moments.flatten(0, 1).unbind(1)
@@ -64,15 +86,11 @@ def i2t_forward_cpu(
     keep = training or need_indices
     indices = torch.empty(out.shape if keep else (0, 0, 0, 0), dtype=torch.uint8)
     moments = torch.empty((x.shape[0], conv_sizes[0], 2, channels), dtype=wide) if training else None
-    sign = torch.ones(channels, dtype=wide) if gamma is None else gamma.sign()
-    shift = torch.zeros(channels, dtype=wide) if beta is None else beta
-    norm = None if training else torch.stack((mean, _scale(variance, gamma, eps), shift))
-    torch.ops.ceit._i2t_forward_cpu(
-        x.to(dtype), _packed(weight, dtype, wide), sign, norm, out, indices if keep else None, moments
-    )
+    packed, sign, norm = stem_arguments(weight, gamma, beta, mean, variance, eps, dtype)
+    torch.ops.ceit._i2t_forward_cpu(x.to(dtype), packed, sign, norm, out, indices if keep else None, moments)
     if training:
         mean, variance = _merged(moments, conv_sizes[1])
-        torch.ops.ceit._i2t_normalise_cpu(out, torch.stack((mean, _scale(variance, gamma, eps), shift)))
+        torch.ops.ceit._i2t_normalise_cpu(out, _norm(gamma, beta, mean, variance, eps))
     return out.permute(0, 3, 1, 2), indices.permute(0, 3, 1, 2) if keep else indices.view(0), mean, variance
 
 

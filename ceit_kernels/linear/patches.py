@@ -13,7 +13,7 @@ from ..common.products import once_per_version
 from ..common.registration import is_plain_call
 from .module import linear_layer
 
-__all__ = ["FusedPatchProjection"]
+__all__ = ["FusedPatchProjection", "flattened"]
 
 # What a convolution has to have for its patches to be side by side and whole.
 _WHOLE = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "transposed": False}
@@ -56,13 +56,13 @@ class FusedPatchProjection(nn.Conv2d):
         x = x[:, :, : rows * height, : columns * width].permute(0, 2, 3, 1)
         patches = x.unflatten(2, (columns, width)).unflatten(1, (rows, height)).transpose(2, 3).flatten(3)
         if torch.is_grad_enabled() or not is_plain_call(weight) or weight.is_inference():
-            flat = _flattened(weight)
+            flat = flattened(weight)
         else:
-            flat = once_per_version(weight, _flattened)
+            flat = once_per_version(weight, flattened)
         training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return linear_layer(patches, flat, self.bias, constant=not (training or self.training)).permute(0, 3, 1, 2)
 
 
-def _flattened(weight: Tensor) -> Tensor:
+def flattened(weight: Tensor) -> Tensor:
     """(out_channels, patch), with the channels of a pixel side by side."""
     return weight.permute(0, 2, 3, 1).flatten(1)

@@ -83,3 +83,17 @@ def test_what_drops_weights_in_another_way_is_refused():
     plain.attn_drop = nn.Identity()
     with pytest.raises(TypeError, match=r"needs Attention\.attn_drop to be Dropout, got Identity"):
         FusedAttention.from_plain(plain)
+
+
+def test_the_first_tokens_alone_have_a_gradient_where_the_others_count_for_statistics():
+    torch.manual_seed(0)
+    attention, x = FusedAttention(24, 3).double(), torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
+    every, first = attention.forward_first(x, 2)
+    expected = attention(x)
+    assert not every.requires_grad
+    torch.testing.assert_close(every, expected.detach(), rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(first.square().sum(), [x, *attention.parameters()])
+    wanted = torch.autograd.grad(expected[:, :2].square().sum(), [x, *attention.parameters()])
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match=r"attn_drop, proj_drop: expected none, got 0\.1 and 0\.0"):
+        FusedAttention(24, 3, attn_drop=0.1).forward_first(x.float(), 1)

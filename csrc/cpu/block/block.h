@@ -55,4 +55,13 @@ void infer_class_token(const Attention& attention, int64_t images, int64_t rows,
 void infer_layers(const Attention& attention, panels::Call hidden, panels::Call contracting, int64_t images,
                   int64_t layers, int64_t channels, const float* x, float* out);
 
+// A map (map_height, map_width, channels) of an image, and its patches.
+struct Patches {
+  int64_t map_height, map_width, channels, height, width;
+};
+
+// out (images, 1 + tokens, C): `class_token` (C), then the projections of patches, and `positions` (1 + tokens, C) added.
+void infer_patches(const Patches& patches, panels::Call projection, int64_t images, const float* map,
+                   const float* class_token, const float* positions, float* out);
+
 }  // namespace ceit::block

@@ -4,6 +4,7 @@
 
 #include "../add_norm/add_norm.h"
 #include "../attention/attention.h"
+#include "../i2t/i2t.h"
 #include "../leff/stages.h"
 #include "../products.h"
 #include "block.h"
@@ -84,11 +85,27 @@ void infer_layers_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor 
                array("x", x, x.numel()), array("out", out, batch * channels));
 }
 
+// out (B, 1 + H * W, C) of images: the stem's map, its patches projected, the class token ahead, positions added.
+void infer_embedding(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor projection, OptionalTensor bias,
+                     int64_t patch_height, int64_t patch_width, Tensor class_token, Tensor positions, Tensor out) {
+  STD_TORCH_CHECK(image.dim() == 4 && out.dim() == 3, "image, out: expected (B, I, H, W) and (B, 1 + tokens, C)");
+  STD_TORCH_CHECK(patch_height > 0 && patch_width > 0, "patch: expected a height and a width");
+  const int64_t batch = image.size(0), channels = sign.numel(), width = out.size(2);
+  const Patches patches{(image.size(2) + 3) / 4, (image.size(3) + 3) / 4, channels, patch_height, patch_width};
+  const int64_t tokens = (patches.map_height / patch_height) * (patches.map_width / patch_width);
+  const Tensor map = new_empty(image, {batch, patches.map_height, patches.map_width, channels});
+  i2t_cpu::forward(image, stem, sign, norm, map, std::nullopt, std::nullopt);
+  infer_patches(patches, panels::call(projection, bias, patch_height * patch_width * channels, width), batch,
+                array("map", map, map.numel()), array("class_token", class_token, width),
+                array("positions", positions, (1 + tokens) * width), array("out", out, batch * (1 + tokens) * width));
+}
+
 }  // namespace
 }  // namespace ceit::block
 
 STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) {
   m.impl("_block_infer", TORCH_BOX(&ceit::block::infer));
+  m.impl("_embedding_infer", TORCH_BOX(&ceit::block::infer_embedding));
   m.impl("_block_infer_class_token", TORCH_BOX(&ceit::block::infer_class_token_tensors));
   m.impl("_block_infer_layers", TORCH_BOX(&ceit::block::infer_layers_tensors));
 }

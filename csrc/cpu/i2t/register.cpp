@@ -8,6 +8,7 @@
 
 #include "../capability.h"
 #include "calls.h"
+#include "i2t.h"
 
 namespace ceit::i2t_cpu {
 
@@ -61,6 +62,8 @@ void run(Kernel<Call> kernel, const Call& call, int64_t tasks, int64_t grain = 1
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
+}  // namespace
+
 void forward(Tensor image, Tensor weight, Tensor sign, OptionalTensor norm, Tensor out, OptionalTensor indices,
              OptionalTensor moments) {
   const ScalarType type = image.scalar_type(), real = real_type(image);
@@ -75,6 +78,8 @@ void forward(Tensor image, Tensor weight, Tensor sign, OptionalTensor norm, Tens
   call.moments = array("moments", moments, s.batch * s.conv_height * 2 * channels, real);
   run(kernels_for(image).forward, call, s.batch * s.pooled_height);
 }
+
+namespace {
 
 void normalise(Tensor x, Tensor norm) {
   const int64_t channels = norm.numel() / 3;
