@@ -27,8 +27,11 @@ struct Rows {
 struct Block {
   int64_t task, index, first, count;
   Block(const Shape& shape, int64_t number)
-      : task(number / shape.blocks()), index(number % shape.blocks()), first(index * kQueries) {
-    count = shape.queries - first < kQueries ? shape.queries - first : kQueries;
+      : task(number / shape.blocks()), index(number % shape.blocks()) {
+    // The first is the one that may be short: threads' shares begin with it, and the earlier have a task more.
+    const int64_t end = shape.queries - (shape.blocks() - 1 - index) * kQueries;
+    first = end > kQueries ? end - kQueries : 0;
+    count = end - first;
   }
 };
 

@@ -24,9 +24,15 @@ void infer_patches(const Patches& patches, panels::Call projection, int64_t imag
           for (int64_t column = 0; column < columns; ++column, pixels += line, patch += projection.terms)
             std::copy(pixels, pixels + line, patch);
         }
-      panels::Call call = projection;
-      call.a = place.memory, call.out = to + channels;
-      panels::multiply(call, begin * columns, end * columns);
+      // A sum for each row of a patch: one long chain would lose digits.
+      for (int64_t y = 0; y < patches.height; ++y) {
+        panels::Call call = projection;
+        call.terms = line, call.add = y > 0;
+        call.a = place.memory + y * line, call.b = projection.b + y * line * panels::kColumns;
+        call.out = to + channels;
+        if (y + 1 < patches.height) call.bias = call.residual = nullptr;
+        panels::multiply(call, begin * columns, end * columns);
+      }
     });
   });
 }
