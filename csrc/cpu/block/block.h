@@ -12,8 +12,7 @@
 
 namespace ceit::block {
 
-// The contiguous elements of a tensor of float32, null where there is none.
-float* array(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t elements);
+using panels::floats;
 
 // A LayerNorm of rows.
 class Norm {

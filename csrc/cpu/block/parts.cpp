@@ -13,18 +13,10 @@ namespace ceit::block {
 
 using torch::stable::Tensor;
 
-float* array(const char* name, const std::optional<Tensor>& tensor, int64_t elements) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == torch::headeronly::ScalarType::Float && tensor->is_contiguous() &&
-                      tensor->numel() == elements,
-                  name, ": expected ", elements, " contiguous elements of float32");
-  return static_cast<float*>(tensor->data_ptr());
-}
-
 Norm::Norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, int64_t channels) {
   call_.channels = channels, call_.eps = eps;
-  call_.weight = array("norm.weight", weight, channels);
-  call_.bias = array("norm.bias", bias, channels);
+  call_.weight = floats("norm.weight", weight, channels);
+  call_.bias = floats("norm.bias", bias, channels);
 }
 
 void Norm::operator()(const float* x, float* out, int64_t begin, int64_t end) const {

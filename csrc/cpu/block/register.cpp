@@ -33,7 +33,7 @@ void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, dou
     infer_encoder({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
                    panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
                    panels::call(projection_weight, projection_bias, channels, channels)},
-                  bands, batch, tokens, array("x", x, x.numel()), array("out", out, x.numel()));
+                  bands, batch, tokens, floats("x", x, x.numel()), floats("out", out, x.numel()));
     return;
   }
   Tensor normalised = new_empty(x, {most, tokens, channels});
@@ -64,7 +64,7 @@ void infer_class_token_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTe
   infer_class_token({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
                      panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
                      panels::call(projection_weight, projection_bias, channels, channels)},
-                    batch, tokens, channels, array("x", x, x.numel()), array("out", out, batch * channels));
+                    batch, tokens, channels, floats("x", x, x.numel()), floats("out", out, batch * channels));
 }
 
 // out (B, 1, C) of class tokens x (B, L, C).
@@ -74,15 +74,14 @@ void infer_layers_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor 
                   Tensor weight1, OptionalTensor bias1, Tensor weight2, OptionalTensor bias2, int64_t activation,
                   int64_t hidden, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected class tokens (B, L, C)");
-  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::identity), "unknown activation ", activation);
   const int64_t batch = x.size(0), layers = x.size(1), channels = x.size(2);
   panels::Call expanding = panels::call(weight1, bias1, channels, hidden);
-  expanding.activation = Activation(activation);
+  expanding.activation = leff::checked_activation(activation);
   infer_layers({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
                 panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
                 panels::call(projection_weight, projection_bias, channels, channels)},
                expanding, panels::call(weight2, bias2, hidden, channels), batch, layers, channels,
-               array("x", x, x.numel()), array("out", out, batch * channels));
+               floats("x", x, x.numel()), floats("out", out, batch * channels));
 }
 
 // out (B, 1 + H * W, C) of images: the stem's map, its patches projected, the class token ahead, positions added.
@@ -96,8 +95,8 @@ void infer_embedding(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor
   const Tensor map = new_empty(image, {batch, patches.map_height, patches.map_width, channels});
   i2t_cpu::forward(image, stem, sign, norm, map, std::nullopt, std::nullopt);
   infer_patches(patches, panels::call(projection, bias, patch_height * patch_width * channels, width), batch,
-                array("map", map, map.numel()), array("class_token", class_token, width),
-                array("positions", positions, (1 + tokens) * width), array("out", out, batch * (1 + tokens) * width));
+                floats("map", map, map.numel()), floats("class_token", class_token, width),
+                floats("positions", positions, (1 + tokens) * width), floats("out", out, batch * (1 + tokens) * width));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "bands.h"
 
 #include "../capability.h"
+#include "stages.h"
 
 namespace ceit::leff {
 
@@ -12,18 +13,6 @@ namespace {
 constexpr int64_t kBandFloats = (640 << 10) / sizeof(float);
 
 using torch::stable::Tensor;
-
-const float* array(const char* name, const Tensor& tensor, int64_t elements) {
-  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float && tensor.is_contiguous() &&
-                      tensor.numel() == elements,
-                  name, ": expected ", elements, " contiguous elements of float32");
-  return static_cast<const float*>(tensor.data_ptr());
-}
-
-Activation activation(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index <= int64_t(Activation::identity), "unknown activation ", index);
-  return Activation(index);
-}
 
 }  // namespace
 
@@ -37,12 +26,12 @@ Bands::Bands(int64_t channels, int64_t prefix, int64_t height, int64_t width, in
       height(int(height)),
       width(int(width)),
       side(taps.size(0) == 9 ? 3 : taps.size(0) == 25 ? 5 : 7),
-      first(activation(first)),
-      second(activation(second)),
+      first(checked_activation(first)),
+      second(checked_activation(second)),
       expanding(panels::call(weight1, bias1, channels, hidden)),
       contracting(panels::call(weight3, bias3, hidden, outputs)),
-      taps(array("taps", taps, int64_t(side) * side * hidden)),
-      bias2(array("bias2", bias2, hidden)) {
+      taps(panels::floats("taps", taps, int64_t(side) * side * hidden)),
+      bias2(panels::floats("bias2", bias2, hidden)) {
   expanding.activation = this->first;
 }
 

@@ -79,18 +79,13 @@ void infer_by_bands(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                     const Tensor& bias2, const Tensor& weight3, const Tensor& bias3, const OptionalTensor& residual,
                     int64_t first, int64_t second, int64_t height, int64_t width, const Tensor& out) {
   const int64_t rows = x.size(1), channels = x.size(2), outputs = out.size(2);
-  const bool of_float = x.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float &&
-                        (!residual || residual->scalar_type() == ScalarType::Float);
-  STD_TORCH_CHECK(of_float && x.is_contiguous() && out.is_contiguous() && out.size(1) == rows &&
-                      (!residual || (residual->is_contiguous() && residual->numel() == out.numel())),
-                  "x, residual, out: expected contiguous float32 tensors (B, rows, channels)");
   STD_TORCH_CHECK(rows >= height * width && (rows == height * width || channels == outputs),
                   "out: expected the rows of x, and its channels where there are prefix tokens");
   const Bands bands(channels, rows - height * width, height, width, outputs, weight1, bias1, taps, bias2, weight3,
                     bias3, first, second);
-  const float* from = static_cast<const float*>(x.data_ptr());
-  const float* rest = residual ? static_cast<const float*>(residual->data_ptr()) : nullptr;
-  float* to = static_cast<float*>(out.data_ptr());
+  const float* from = panels::floats("x", x, x.numel());
+  float* to = panels::floats("out", out, x.size(0) * rows * outputs);
+  const float* rest = panels::floats("residual", residual, out.numel());
   panels::for_images(x.size(0), bands.memory(), [&](int64_t image, panels::Place place, auto run) {
     float* memory = place.memory;
     const float* tokens = from + image * rows * channels;

@@ -45,11 +45,6 @@ Shape shape_of(const Tensor& tensor, int64_t tokens) {
   return {tensor.size(0), tokens, tensor.size(2)};
 }
 
-Activation activation(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index <= int64_t(Activation::identity), "unknown activation ", index);
-  return Activation(index);
-}
-
 int checked_side(int64_t side) {
   STD_TORCH_CHECK(side == 3 || side == 5 || side == 7, "taps: expected a side of 3, 5 or 7, got ", side);
   return int(side);
@@ -65,6 +60,11 @@ void run(Kernel<Call> kernel, const Call& call, int64_t tasks) {
 
 }  // namespace
 
+Activation checked_activation(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index <= int64_t(Activation::identity), "unknown activation ", index);
+  return Activation(index);
+}
+
 void depthwise(Tensor in, OptionalTensor norm, int64_t first, Tensor taps, OptionalTensor bias, int64_t second,
                int64_t side, int64_t height, int64_t width, Tensor out, OptionalTensor moments) {
   const ScalarType type = in.scalar_type(), real = real_type(in);
@@ -73,7 +73,7 @@ void depthwise(Tensor in, OptionalTensor norm, int64_t first, Tensor taps, Optio
   call.height = call.bottom = int(height), call.width = int(width), call.side = checked_side(side);
   call.in = map("in", in, shape, type);
   call.norm = array("norm", norm, 5 * shape.channels, real);
-  call.first = activation(first), call.second = activation(second);
+  call.first = checked_activation(first), call.second = checked_activation(second);
   call.taps = array("taps", taps, side * side * shape.channels, real);
   call.bias = array("bias", bias, shape.channels, real);
   call.out = map("out", out, shape, type);
@@ -94,7 +94,7 @@ void depthwise_backward(Tensor g, Tensor z2, OptionalTensor gradient2, Tensor ta
   call.taps = array("taps", taps, side * side * shape.channels, real);
   call.z1 = map("z1", z1, shape, type);
   call.norm1 = array("norm1", norm1, 5 * shape.channels, real);
-  call.first = activation(first);
+  call.first = checked_activation(first);
   call.sums1 = array("sums1", sums1, shape.images * 2 * shape.channels, real);
   call.grad_taps = array("grad_taps", grad_taps, shape.images * side * side * shape.channels, real);
   run(kernels_for(g).depthwise_backward, call, block_tasks(shape));
@@ -110,7 +110,7 @@ void moments(Tensor in, int64_t tokens, Tensor moments) {
 void activate(Tensor in, OptionalTensor norm, int64_t kind, int64_t tokens, Tensor out) {
   const Shape shape = shape_of(in, tokens);
   const ActivateCall call{shape, map("in", in, shape, in.scalar_type()),
-                          array("norm", norm, 5 * shape.channels, real_type(in)), activation(kind),
+                          array("norm", norm, 5 * shape.channels, real_type(in)), checked_activation(kind),
                           map("out", out, shape, in.scalar_type())};
   run(kernels_for(in).activate, call, row_tasks(shape, tokens));
 }
@@ -123,7 +123,7 @@ void activate_backward(Tensor g, Tensor z, OptionalTensor norm, int64_t kind, in
                                   map("g", g, shape, type),
                                   map("z", z, shape, type),
                                   array("norm", norm, 5 * shape.channels, real),
-                                  activation(kind),
+                                  checked_activation(kind),
                                   map("dz", dz, shape, type),
                                   map("out", out, shape, type),
                                   {},

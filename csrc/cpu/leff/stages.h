@@ -20,6 +20,9 @@ inline ScalarType real_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Of an activation's number; an error for any other.
+Activation checked_activation(int64_t index);
+
 void depthwise(Tensor in, OptionalTensor norm, int64_t first, Tensor taps, OptionalTensor bias, int64_t second,
                int64_t side, int64_t height, int64_t width, Tensor out, OptionalTensor moments);
 void depthwise_backward(Tensor g, Tensor z2, OptionalTensor gradient2, Tensor taps, Tensor z1, OptionalTensor norm1,

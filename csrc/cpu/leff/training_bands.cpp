@@ -16,20 +16,6 @@ constexpr int64_t kBandRows = 3 * kRows;
 constexpr int64_t kBandPanels = 3;
 constexpr int64_t kBandChannels = kBandPanels * kBlock;
 
-float* array(const char* name, const Tensor& tensor, int64_t elements) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == elements, name,
-                  ": expected ", elements, " contiguous elements of float32");
-  return static_cast<float*>(tensor.data_ptr());
-}
-float* array(const char* name, const OptionalTensor& tensor, int64_t elements) {
-  return tensor ? array(name, *tensor, elements) : nullptr;
-}
-
-Activation checked(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index <= int64_t(Activation::identity), "unknown activation ", index);
-  return Activation(index);
-}
-
 int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 Tensor transposed(const Tensor& in) {
@@ -44,10 +30,10 @@ class Projection {
   Projection(const Tensor& weight, const OptionalTensor& bias, int64_t tokens, int64_t images,
              const OptionalTensor& moments)
       : weight_(transposed(weight)),
-        call_(panels::call_of(array("weight", weight_, weight.numel()), weight.size(0), weight.size(1), weight.size(0))),
+        call_(panels::call_of(panels::floats("weight", weight_, weight.numel()), weight.size(0), weight.size(1), weight.size(0))),
         tokens_(tokens),
-        moments_(array("moments", moments, images * 2 * weight.size(0))) {
-    call_.bias = array("bias", bias, weight.size(0));
+        moments_(panels::floats("moments", moments, images * 2 * weight.size(0))) {
+    call_.bias = panels::floats("bias", bias, weight.size(0));
     call_.a_stride = call_.terms, call_.out_stride = call_.columns;
   }
   void multiply(const float* a, float* out, int64_t begin, int64_t end) const {
@@ -90,7 +76,7 @@ class Projection {
 
 // Adds to a matrix what threads beyond the first left at the start of their memory.
 void add_others(const panels::Memory& memory, const Tensor& sum) {
-  float* to = array("sum", sum, sum.numel());
+  float* to = panels::floats("sum", sum, sum.numel());
   torch::stable::parallel_for(0, sum.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t thread = 1; thread < memory.threads; ++thread) {
       const float* from = memory.of(thread);
@@ -109,8 +95,8 @@ Tensor expand_by_bands(const Tensor& x, const Tensor& weight, const OptionalTens
   const int64_t prefix = rows - tokens;
   const Projection projection(weight, bias, tokens, images, moments);
   const Tensor z1 = new_empty(x, {images, rows, hidden});
-  const float* from = array("x", x, images * rows * channels);
-  float* to = array("z1", z1, images * rows * hidden);
+  const float* from = panels::floats("x", x, images * rows * channels);
+  float* to = panels::floats("z1", z1, images * rows * hidden);
   panels::for_images(images, 0, [&](int64_t image, panels::Place, auto run) {
     float* out = to + image * rows * hidden;
     std::fill_n(out, prefix * hidden, 0.0f);
@@ -126,10 +112,10 @@ Tensor contract_by_bands(const Tensor& z2, const OptionalTensor& norm, int64_t a
   const int64_t images = z2.size(0), tokens = z2.size(1), hidden = z2.size(2), outputs = weight.size(0);
   const Projection projection(weight, bias, tokens, images, moments);
   const Tensor z3 = new_empty(z2, {images, tokens, outputs});
-  const float* from = array("z2", z2, z2.numel());
-  float* to = array("z3", z3, z3.numel());
-  const float* of_norm = array("norm", norm, 5 * hidden);
-  const Activation kind = checked(activation);
+  const float* from = panels::floats("z2", z2, z2.numel());
+  float* to = panels::floats("z3", z3, z3.numel());
+  const float* of_norm = panels::floats("norm", norm, 5 * hidden);
+  const Activation kind = checked_activation(activation);
   panels::for_images(images, tokens * hidden, [&](int64_t image, panels::Place place, auto run) {
     float* memory = place.memory;
     const float* in = from + image * tokens * hidden;
@@ -153,12 +139,12 @@ Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const
                                   int64_t activation, bool need_weight, const Tensor& g2, const Tensor& sums) {
   const int64_t images = z2.size(0), tokens = z2.size(1), hidden = z2.size(2), outputs = weight.size(0);
   const int64_t g_rows = g2.size(1);
-  const float *dz = array("dz3", dz3, images * tokens * outputs), *z = array("z2", z2, z2.numel());
-  float *g = array("g2", g2, images * g_rows * hidden), *of_sums = array("sums", sums, images * 2 * hidden);
-  const float *of_weight = array("weight", weight, outputs * hidden), *of_norm = array("norm", norm, 5 * hidden);
-  const Activation kind = checked(activation);
+  const float *dz = panels::floats("dz3", dz3, images * tokens * outputs), *z = panels::floats("z2", z2, z2.numel());
+  float *g = panels::floats("g2", g2, images * g_rows * hidden), *of_sums = panels::floats("sums", sums, images * 2 * hidden);
+  const float *of_weight = panels::floats("weight", weight, outputs * hidden), *of_norm = panels::floats("norm", norm, 5 * hidden);
+  const Activation kind = checked_activation(activation);
   const Tensor dweight = new_empty(sums, {need_weight ? outputs : 0, hidden});
-  float* of_dweight = array("dweight", dweight, dweight.numel());
+  float* of_dweight = panels::floats("dweight", dweight, dweight.numel());
   const int64_t stride = turned_stride(tokens), turned_size = need_weight ? outputs * stride : 0;
   const int64_t parts = blocks_of(hidden, kBandChannels);
   const auto body = [&](int64_t image, panels::Place place, auto run) {
@@ -203,12 +189,12 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
                                                     bool need_weight) {
   const int64_t images = x.size(0), rows = x.size(1), channels = x.size(2), hidden = weight.size(0);
   const int64_t prefix = rows - tokens;
-  const float *g = array("g1", g1, images * rows * hidden), *z = array("z1", z1, images * rows * hidden);
-  const float *from = array("x", x, images * rows * channels), *of_weight = array("weight", weight, weight.numel());
-  const float* of_gradient = array("gradient", gradient, 4 * hidden);
+  const float *g = panels::floats("g1", g1, images * rows * hidden), *z = panels::floats("z1", z1, images * rows * hidden);
+  const float *from = panels::floats("x", x, images * rows * channels), *of_weight = panels::floats("weight", weight, weight.numel());
+  const float* of_gradient = panels::floats("gradient", gradient, 4 * hidden);
   const Tensor dx = need_x ? new_empty(x, {images, rows, channels}) : new_empty(x, {0});
   const Tensor dweight = new_empty(x, {need_weight ? channels : 0, hidden});  // transposed
-  float* of_dweight = array("dweight", dweight, dweight.numel());
+  float* of_dweight = panels::floats("dweight", dweight, dweight.numel());
   const int64_t stride = turned_stride(tokens), turned_size = need_weight ? channels * stride : 0;
   const int64_t parts = blocks_of(hidden, kBandChannels);
   const auto body = [&](int64_t image, panels::Place place, auto run) {
@@ -239,7 +225,7 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
       const int64_t channel = part * kBandChannels, count = std::min(kBandChannels, hidden - channel);
       panels::Call product = panels::call_of(of_weight + channel * channels, channels, count, channels);
       product.a = dz1, product.a_stride = count;
-      product.out = array("dx", dx, images * rows * channels) + start * channels, product.out_stride = channels;
+      product.out = panels::floats("dx", dx, images * rows * channels) + start * channels, product.out_stride = channels;
       product.add = part > 0;
       panels::multiply(product, begin, end);
     };
@@ -256,7 +242,7 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
         for (int64_t part = 0; part < parts; ++part) finish(part, memory_of(part), begin, end);
       });
     }
-    if (need_x) std::fill_n(array("dx", dx, images * rows * channels) + image * rows * channels, prefix * channels, 0.0f);
+    if (need_x) std::fill_n(panels::floats("dx", dx, images * rows * channels) + image * rows * channels, prefix * channels, 0.0f);
   };
   const int64_t scratch = parts * tokens * kBandChannels;
   add_others(panels::for_images(images, dweight.numel() + turned_size + scratch, body), dweight);

@@ -6,7 +6,6 @@
 namespace ceit::linear_layer {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
 using torch::stable::Tensor;
 
@@ -17,9 +16,8 @@ constexpr int64_t kRows = 216;
 constexpr int64_t kBlock = 96;
 
 float* matrix(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 && tensor.is_contiguous(), name,
-                  ": expected a contiguous matrix of float32");
-  return static_cast<float*>(tensor.data_ptr());
+  STD_TORCH_CHECK(tensor.dim() == 2, name, ": expected a matrix");
+  return panels::floats(name, tensor, tensor.numel());
 }
 
 // A B + bias; (M, N).
@@ -27,12 +25,10 @@ Tensor product(Tensor a, Tensor b, std::optional<Tensor> bias) {
   const int64_t rows = a.size(0), terms = a.size(1), columns = b.size(1);
   panels::Call call = panels::call_of(matrix("b", b), columns, terms, columns);
   STD_TORCH_CHECK(b.size(0) == terms, "b: expected ", terms, " rows, got ", b.size(0));
-  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == columns),
-                  "bias: expected ", columns, " contiguous elements of float32");
   const Tensor out = new_empty(a, {rows, columns});
   call.a = matrix("a", a), call.a_stride = terms;
   call.out = matrix("out", out), call.out_stride = columns;
-  call.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
+  call.bias = panels::floats("bias", bias, columns);
   torch::stable::parallel_for(0, rows, kRows / 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += kRows) panels::multiply(call, row, std::min(end, row + kRows));
   });

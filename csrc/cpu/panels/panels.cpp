@@ -39,20 +39,24 @@ bool available() { return capability() == Capability::avx512 && chosen(0).multip
 
 void multiply(const Call& call, Range rows, Range panels) { chosen(0).multiply(call, rows, panels); }
 
+float* floats(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t elements) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == torch::headeronly::ScalarType::Float && tensor->is_contiguous() &&
+                      tensor->numel() == elements,
+                  name, ": expected ", elements, " contiguous elements of float32, got ", tensor->numel());
+  return static_cast<float*>(tensor->data_ptr());
+}
+
 Call call(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, int64_t terms,
           int64_t columns) {
-  using torch::headeronly::ScalarType;
   const int64_t panels = panels_of(columns);
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() && weight.dim() == 3 &&
-                      weight.size(0) == panels && weight.size(1) == terms && weight.size(2) == kColumns,
-                  "weight: expected panels (", panels, ", ", terms, ", ", kColumns, ") of float32");
-  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == columns),
-                  "bias: expected ", columns, " contiguous elements of float32");
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == panels && weight.size(1) == terms && weight.size(2) == kColumns,
+                  "weight: expected panels (", panels, ", ", terms, ", ", kColumns, ")");
   Call call;
   call.terms = terms, call.columns = columns;
-  call.b = static_cast<const float*>(weight.data_ptr());
+  call.b = floats("weight", weight, panels * terms * kColumns);
   call.b_stride = kColumns, call.b_panel = terms * kColumns;
-  call.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
+  call.bias = floats("bias", bias, columns);
   return call;
 }
 

@@ -26,6 +26,9 @@ inline void multiply(const Call& call, int64_t begin, int64_t end) {
 // A weight (panels, terms, kColumns) of so many columns.
 inline bool is_packed(const torch::stable::Tensor& weight) { return weight.dim() == 3; }
 
+// The contiguous elements of a tensor of float32, null where there is none.
+float* floats(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t elements);
+
 // The product with such a weight (columns, terms) and a bias, but for its rows; checks the tensors.
 Call call(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, int64_t terms,
           int64_t columns);
