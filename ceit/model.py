@@ -302,9 +302,8 @@ class CeiT(nn.Module):
         x = self.i2t(x)
         grid_size = x.shape[2], x.shape[3]
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
-        return x + (
-            self._positions(grid_size, self.i2t.grid_size) if self.dynamic_img_size else self.pos_embed
-        ), grid_size
+        positions = self._positions(grid_size, self.i2t.grid_size) if self.dynamic_img_size else self.pos_embed
+        return x + positions, grid_size
 
     def _encode(
         self, x: Tensor, taken: Sequence[int] = (), num_blocks: int | None = None, class_token_only: bool = False
