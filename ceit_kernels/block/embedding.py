@@ -46,7 +46,7 @@ def embedding_inference(
         class_token: (1, 1, C).
         positions: (1, 1 + tokens, C).
     """
-    if x.dim() != 4 or x.numel() == 0 or not has_panels(x.dtype) or not may_go_at_once(x, _OPERATORS):
+    if x.dim() != 4 or x.numel() == 0 or not may_go_at_once(x, _OPERATORS) or not has_panels(x.dtype):
         return None
     if type(stem) is not FusedImage2Tokens or type(projection) is not FusedPatchProjection:
         return None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .extension import has_kernel
@@ -82,7 +83,10 @@ def has_panels(dtype: torch.dtype) -> bool:
 
 @cache
 def _has_panels() -> bool:
-    return has_kernel("_has_panels", "cpu") and torch.ops.ceit._has_panels(torch.empty(0))
+    if not has_kernel("_has_panels", "cpu"):
+        return False
+    with no_dispatch():  # the first to ask may be a mode of fake tensors
+        return torch.ops.ceit._has_panels(torch.empty(0, device="cpu"))
 
 
 def once_per_version(weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
