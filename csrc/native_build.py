@@ -201,13 +201,15 @@ def decide(environ: Mapping[str, str] = os.environ, assume_torch: bool = False) 
     return Plan("cpu", problem, root, compiler)
 
 
-def _capabilities() -> dict[str, list[str]]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+def _capabilities(compiler: str) -> dict[str, list[str]]:
+    """By the machine that is compiled for; without flags GCC and Clang take SSE2 on x86, NEON on a 64-bit Arm."""
+    target = _run([compiler, "-dumpmachine"]).stdout.strip() or platform.machine()
+    x86 = target.lower().startswith(("x86_64", "amd64"))
     return _CAPABILITIES if x86 else {"baseline": []}
 
 
 def _ninja_file(plan: Plan, folder: Path, library: Path) -> str:
-    capabilities = _capabilities()
+    capabilities = _capabilities(plan.compiler)
     flags = [*_FLAGS, *(f"-DCEIT_HAS_{name.upper()}" for name in capabilities)]
     libraries, linker = ["-ltorch_cpu", "-lc10"], [plan.compiler, "-shared"]
     dependencies = "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
