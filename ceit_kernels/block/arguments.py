@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.products import in_panels
 from ..common.registration import is_plain_call
 
 __all__ = ["attention_arguments", "attention_schema", "may_go_at_once"]
@@ -33,13 +32,15 @@ def may_go_at_once(x: Tensor, operators: Sequence[str]) -> bool:
     )
 
 
-def attention_arguments(norm1: nn.Module, attention: nn.Module, norm2: nn.Module, rows: int) -> tuple:
+def attention_arguments(
+    norm1: nn.Module, attention: nn.Module, norm2: nn.Module, rows: int, pack: Callable[[Tensor, int], Tensor]
+) -> tuple:
     """Of ``attention_schema``: norms in the type of sums, weights packed for products of about so many rows."""
     wide = torch.promote_types(attention.qkv.weight.dtype, torch.float32)
     norms = [
         tuple(None if tensor is None else tensor.detach().to(wide).contiguous() for tensor in (norm.weight, norm.bias))
         for norm in (norm1, norm2)
     ]
-    qkv, projection = ((in_panels(layer.weight, rows), layer.bias) for layer in (attention.qkv, attention.proj))
+    qkv, projection = ((pack(layer.weight, rows), layer.bias) for layer in (attention.qkv, attention.proj))
     of_attention = (*qkv, attention.num_heads, attention.scale, *projection)
     return (*norms[0], norm1.eps, *of_attention, *norms[1], norm2.eps)

@@ -46,9 +46,11 @@ def embedding_inference(
         class_token: (1, 1, C).
         positions: (1, 1 + tokens, C).
     """
-    if x.dim() != 4 or x.numel() == 0 or not may_go_at_once(x, _OPERATORS) or not has_panels(x.dtype):
+    if x.dim() != 4 or x.numel() == 0 or not may_go_at_once(x, _OPERATORS):
         return None
     if type(stem) is not FusedImage2Tokens or type(projection) is not FusedPatchProjection:
+        return None
+    if not has_panels(x.dtype, projection.weight[0].numel()):
         return None
     tensors = (class_token, positions, stem.conv.weight, projection.weight)
     if any((tensor.dtype, tensor.device) != (x.dtype, x.device) for tensor in tensors):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..add_norm.module import is_plain_layer_norm
 from ..attention import FusedAttention
-from ..common.products import has_panels, in_panels
+from ..common.products import has_panels, in_panels, packed
 from ..leff import FusedLeFF
 from ..leff.folding import FoldedWeights, fold, is_kept
 from ..leff.grid import token_grid
@@ -175,10 +175,14 @@ def _prepare(
         hidden_bytes = height * width * folded.weight1.shape[0] * x.dtype.itemsize
         images = images_at_a_time(hidden_bytes, bytes_in_cache)
         rows = images * height * width
-        weight1, weight3 = (in_panels(weight, rows, constant=True) for weight in (folded.weight1, folded.weight3))
+        banded = has_panels(x.dtype, *folded.weight3.shape)
+        if class_token_only and not banded:
+            return None
+        pack = in_panels if banded else packed
+        weight1, weight3 = (pack(weight, rows, constant=True) for weight in (folded.weight1, folded.weight3))
         of_leff = (weight1, folded.bias1.to(x.dtype), folded.taps, folded.bias2, weight3, folded.bias3.to(x.dtype))
         indices = [activation_index(name) for name in activations]
-        of_attention = attention_arguments(norm1, attention, norm2, rows)
+        of_attention = attention_arguments(norm1, attention, norm2, rows, pack)
         calls.append((*of_attention, *of_leff, *indices, height, width, images))
     if class_token_only:
         calls.pop()

@@ -63,7 +63,7 @@ def layers_inference(x: Tensor, block: nn.Module, parts: LayersParts) -> Tensor 
 
 
 def _prepared(x: Tensor, block: nn.Module, parts: LayersParts) -> tuple | None:
-    if type(parts.attention) is not FusedLCAAttention or not has_panels(x.dtype):
+    if type(parts.attention) is not FusedLCAAttention or not has_panels(x.dtype, x.shape[2]):
         return None
     kept, setting = kept_by(block), (x.shape, x.dtype)
     known = kept.get("layers")
@@ -73,7 +73,7 @@ def _prepared(x: Tensor, block: nn.Module, parts: LayersParts) -> tuple | None:
     if not (watch.can_tell and _is_known(parts, x)):
         return None
     with torch.no_grad():
-        attention = attention_arguments(parts.norm1, parts.attention, parts.norm2, x.shape[0] * x.shape[1])
+        attention = attention_arguments(parts.norm1, parts.attention, parts.norm2, x.shape[0] * x.shape[1], in_panels)
         fc1, fc2 = ((in_panels(layer.weight, x.shape[0]), layer.bias) for layer in (parts.fc1, parts.fc2))
     exact = parts.activation.approximate == "none"
     activation = activation_index("gelu" if exact else "gelu_tanh")
@@ -90,4 +90,5 @@ def _is_known(parts: LayersParts, x: Tensor) -> bool:
         return False
     tensors = [tensor for layer in (*layers, parts.norm1, parts.norm2) for tensor in (layer.weight, layer.bias)]
     here = all(tensor is None or (tensor.dtype, tensor.device) == (x.dtype, x.device) for tensor in tensors)
-    return here and x.shape[2] == parts.fc2.out_features == parts.attention.proj.out_features
+    fits = x.shape[2] == parts.fc2.out_features == parts.attention.proj.out_features
+    return here and fits and has_panels(x.dtype, parts.fc2.in_features)

@@ -31,6 +31,7 @@ torch.library.define("ceit::_product", "(Tensor a, Tensor b, Tensor? bias) -> Te
 torch.library.define("ceit::_weight_gradient", "(Tensor grad, Tensor x) -> Tensor")
 
 _PANEL = 64  # columns, as csrc/cpu/panels has them
+_TOGETHER = {torch.float32: 1, torch.bfloat16: 2}  # terms of a sum that lie side by side
 _FEW = 48  # rows, of which a product costs less than to transpose a weight
 _packed, _in_panels, _made = (WeakTensorKeyDictionary() for _ in range(3))
 
@@ -61,32 +62,40 @@ def packed(weight: Tensor, rows: int, constant: bool = False) -> Tensor:
 def in_panels(weight: Tensor, rows: int, constant: bool = False) -> Tensor:
     """The weight for compiled code that goes through several products at a time; arguments as for ``packed``.
 
-    In panels (P, K, 64) where such code multiplies bands of rows in cache by itself: float32 on a processor with
-    AVX-512. Packed elsewhere.
+    In panels where such code multiplies bands of rows in cache by itself, see ``has_panels``: float32 (P, K, 64),
+    bfloat16, with the terms in pairs, (P, K / 2, 128). Packed elsewhere.
     """
-    if isinstance(weight, FakeTensor) or not has_panels(weight.dtype):
+    if isinstance(weight, FakeTensor) or not has_panels(weight.dtype, weight.shape[1]):
         return packed(weight, rows, constant)
 
     def make() -> Tensor:
+        together = _TOGETHER[weight.dtype]
         rows = F.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % _PANEL))
-        return rows.unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
+        return rows.unflatten(0, (-1, _PANEL)).unflatten(2, (-1, together)).transpose(1, 2).flatten(2).contiguous()
 
     if weight.is_inference() and not constant:
         return make()
     return _once(_in_panels, weight, constant, make)
 
 
-def has_panels(dtype: torch.dtype) -> bool:
-    """Whether ``in_panels`` makes panels of a dtype's weights, and does not only pack them."""
-    return dtype == torch.float32 and _has_panels()
+def has_panels(dtype: torch.dtype, *terms: int) -> bool:
+    """Whether ``in_panels`` makes panels of a dtype's weights, and does not only pack them.
+
+    It does in float32 on a processor with AVX-512, in bfloat16 on one that multiplies it (AVX512-BF16).
+
+    Args:
+        terms: of the sums, the weights' K, even in bfloat16.
+    """
+    together = _TOGETHER.get(dtype)
+    return together is not None and _has_panels(dtype) and not any(count % together for count in terms)
 
 
 @cache
-def _has_panels() -> bool:
+def _has_panels(dtype: torch.dtype) -> bool:
     if not has_kernel("_has_panels", "cpu"):
         return False
     with no_dispatch():  # the first to ask may be a mode of fake tensors
-        return torch.ops.ceit._has_panels(torch.empty(0, device="cpu"))
+        return torch.ops.ceit._has_panels(torch.empty(0, dtype=dtype, device="cpu"))
 
 
 def once_per_version(weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -104,12 +113,17 @@ def _once(kept: WeakTensorKeyDictionary, weight: Tensor, constant: bool, make: C
     return entry[1]
 
 
+def _multiplies_bands(x: Tensor) -> bool:
+    """Whether matrices are multiplied in cache, band by band, as they lie."""
+    return x.dtype == torch.float32 and has_panels(x.dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` for a contiguous x (M, K) and a weight (N, K), packed or not and of any strides; (M, N).
 
     A transposed view costs nothing: what oneDNN likes best to read is W^T.
     """
-    if weight.layout == torch.strided and has_panels(x.dtype) and x.shape[0] >= _FEW:
+    if weight.layout == torch.strided and _multiplies_bands(x) and x.shape[0] >= _FEW:
         return torch.ops.ceit._product(
             x, transposed(weight) if weight.is_contiguous() else weight.t().contiguous(), bias
         )
@@ -120,7 +134,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``A B`` for contiguous matrices; (M, N)."""
-    if has_panels(a.dtype):
+    if _multiplies_bands(a):
         return torch.ops.ceit._product(a, b, None)
     return linear(a, b.t())
 
@@ -137,7 +151,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
     Of the two the narrower is copied transposed, the wider read as it lies.
     """
-    if has_panels(grad.dtype):
+    if _multiplies_bands(grad):
         return torch.ops.ceit._weight_gradient(grad, x)
     if grad.shape[1] <= x.shape[1]:
         return product(transposed(grad), x)

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "types.h"
+
 #ifndef CEIT_CAPABILITY
 #error "compile with -DCEIT_CAPABILITY=<name>"
 #endif
@@ -27,11 +29,9 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-#define CEIT_INLINE inline __attribute__((always_inline))
+using ceit::Bf16;
 
-struct Bf16 {
-  uint16_t bits;
-};
+#define CEIT_INLINE inline __attribute__((always_inline))
 
 template <class Real>
 struct Lanes {

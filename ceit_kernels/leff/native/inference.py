@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...common.products import in_panels, packed
+from ...common.products import has_panels, in_panels, packed
 from ..folding import FoldedWeights
 from .stages import activation_index, images_at_a_time, stages
 
@@ -29,7 +29,7 @@ def leff_inference_native(
     tokens, hidden = grid_size[0] * grid_size[1], folded.weight1.shape[0]
     first, second = (activation_index(name) for name in activations)
     images = min(x.shape[0], images_at_a_time(tokens * hidden * dtype.itemsize, bytes_in_cache))
-    pack = in_panels if out_dtype == dtype else packed
+    pack = in_panels if out_dtype == dtype and has_panels(dtype, x.shape[2], hidden) else packed
     weight1, weight3 = (pack(w, images * tokens, constant=True) for w in (folded.weight1, folded.weight3))
     out = x.new_empty((*x.shape[:2], folded.weight3.shape[0]), dtype=out_dtype)
     stages._leff_infer(

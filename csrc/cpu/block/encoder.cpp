@@ -2,20 +2,23 @@
 // keys and values of all tokens, and of the rest one row an image.
 #include <vector>
 
+#include "../sums.h"
 #include "block.h"
 
 namespace ceit::block {
 namespace {
 
 // An image's memory.
+template <class T>
 struct Memory {
-  float *normalised, *qkv, *attended, *total, *leff;
-  Memory(float* start, int64_t elements)
+  T *normalised, *qkv, *attended, *total, *leff;
+  Memory(T* start, int64_t elements)
       : normalised(start), qkv(start + elements), attended(start + 4 * elements), total(start + 5 * elements),
         leff(start + 6 * elements) {}
 };
 
-panels::Call with_rows(panels::Call call, const float* a, float* out, const float* residual = nullptr) {
+template <class T>
+panels::Call<T> with_rows(panels::Call<T> call, const T* a, T* out, const T* residual = nullptr) {
   call.a = a, call.a_stride = call.terms;
   call.out = out, call.out_stride = call.columns;
   call.residual = residual;
@@ -23,42 +26,45 @@ panels::Call with_rows(panels::Call call, const float* a, float* out, const floa
 }
 
 // One row an image: the token that asks, what attention gives it, their sum and its norm.
+template <class T>
 class ClassTokens {
  public:
   ClassTokens(int64_t images, int64_t channels)
       : images_(images), channels_(channels), memory_(size_t(4 * images * channels)) {}
-  void ask(int64_t image, const float* token) { std::copy(token, token + channels_, row(0, image)); }
-  float* attended(int64_t image) { return row(1, image); }
-  float* total() { return row(2, 0); }
-  float* normalised() { return row(3, 0); }
-  void add_attention(const Attention& block) {
-    panels::multiply_few(with_rows(block.projection, attended(0), total(), row(0, 0)), images_, panels::Threads());
+  void ask(int64_t image, const T* token) { std::copy(token, token + channels_, row(0, image)); }
+  T* attended(int64_t image) { return row(1, image); }
+  T* total() { return row(2, 0); }
+  T* normalised() { return row(3, 0); }
+  void add_attention(const Attention<T>& block) {
+    panels::multiply_few(with_rows<T>(block.projection, attended(0), total(), row(0, 0)), images_, panels::Threads());
     block.norm2(total(), normalised(), 0, images_);
   }
 
  private:
-  float* row(int64_t part, int64_t image) { return memory_.data() + (part * images_ + image) * channels_; }
+  T* row(int64_t part, int64_t image) { return memory_.data() + (part * images_ + image) * channels_; }
   int64_t images_, channels_;
-  std::vector<float> memory_;
+  std::vector<T> memory_;
 };
 
 }  // namespace
 
-void infer_encoder(const Attention& block, const leff::Bands& leff, int64_t images, int64_t rows, const float* x,
-                   float* out) {
+template <class T>
+void infer_encoder(const Attention<T>& block, const leff::Bands<T>& leff, int64_t images, int64_t rows, const T* x,
+                   T* out) {
   const int64_t channels = leff.channels, elements = rows * channels;
-  panels::for_images(images, 6 * elements + leff.memory(), [&](int64_t image, panels::Place place, auto run) {
-    const Memory memory(place.memory, elements);
-    const float* in = x + image * elements;
+  const int64_t floats = panels::floats_for<T>(6 * elements + leff.memory());
+  panels::for_images(images, floats, [&](int64_t image, panels::Place place, auto run) {
+    const Memory<T> memory(reinterpret_cast<T*>(place.memory), elements);
+    const T* in = x + image * elements;
     run(rows, [&](int64_t begin, int64_t end) {
       block.norm1(in, memory.normalised, begin, end);
-      panels::multiply(with_rows(block.qkv, memory.normalised, memory.qkv), begin, end);
+      panels::multiply(with_rows<T>(block.qkv, memory.normalised, memory.qkv), begin, end);
     });
     const auto attention =
-        attention_call(1, rows, rows, channels, block.heads, block.scale, memory.qkv, memory.attended);
-    run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend(attention, begin, end); });
+        attention_call<T>(1, rows, rows, channels, block.heads, block.scale, memory.qkv, memory.attended);
+    run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
     run(rows, [&](int64_t begin, int64_t end) {
-      panels::multiply(with_rows(block.projection, memory.attended, memory.total, in), begin, end);
+      panels::multiply(with_rows<T>(block.projection, memory.attended, memory.total, in), begin, end);
       block.norm2(memory.total, memory.normalised, begin, end);
       leff.expand(memory.normalised, memory.leff, std::max<int64_t>(0, begin - leff.prefix), end - leff.prefix);
     });
@@ -68,52 +74,63 @@ void infer_encoder(const Attention& block, const leff::Bands& leff, int64_t imag
   });
 }
 
-void infer_class_token(const Attention& block, int64_t images, int64_t rows, int64_t channels, const float* x,
-                       float* out) {
+template <class T>
+void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, int64_t channels, const T* x,
+                       T* out) {
   const int64_t elements = rows * channels;
-  ClassTokens tokens(images, channels);
-  panels::for_images(images, 4 * elements, [&](int64_t image, panels::Place place, auto run) {
-    float* memory = place.memory;
-    const float* in = x + image * elements;
+  ClassTokens<T> tokens(images, channels);
+  panels::for_images(images, panels::floats_for<T>(4 * elements), [&](int64_t image, panels::Place place, auto run) {
+    T* memory = reinterpret_cast<T*>(place.memory);
+    const T* in = x + image * elements;
     tokens.ask(image, in);
-    const panels::Call qkv = with_rows(block.qkv, memory, memory + elements);
+    const panels::Call<T> qkv = with_rows<T>(block.qkv, memory, memory + elements);
     // Panels with a column of keys or values of all rows, and those of queries, which may share one, of the first.
     const panels::Range keys_and_values{channels / panels::kColumns, panels::panels_of(3 * channels)};
     run(rows, [&](int64_t begin, int64_t end) {
       block.norm1(in, memory, begin, end);
-      panels::multiply(qkv, {begin, end}, keys_and_values);
-      if (begin == 0) panels::multiply(qkv, {0, 1}, {0, panels::panels_of(channels)});
+      panels::multiply(qkv, panels::Range{begin, end}, keys_and_values);
+      if (begin == 0) panels::multiply(qkv, panels::Range{0, 1}, panels::Range{0, panels::panels_of(channels)});
     });
     const auto attention =
-        attention_call(1, rows, 1, channels, block.heads, block.scale, qkv.out, tokens.attended(image));
-    run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend(attention, begin, end); });
+        attention_call<T>(1, rows, 1, channels, block.heads, block.scale, qkv.out, tokens.attended(image));
+    run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
   });
   tokens.add_attention(block);
-  for (int64_t i = 0; i < images * channels; ++i) out[i] = tokens.total()[i] + tokens.normalised()[i];
+  for (int64_t i = 0; i < images * channels; ++i) out[i] = sum_of(tokens.total()[i], tokens.normalised()[i]);
 }
 
-void infer_layers(const Attention& block, panels::Call expanding, panels::Call contracting, int64_t images,
-                  int64_t layers, int64_t channels, const float* x, float* out) {
+template <class T>
+void infer_layers(const Attention<T>& block, panels::Call<T> expanding, panels::Call<T> contracting, int64_t images,
+                  int64_t layers, int64_t channels, const T* x, T* out) {
   const int64_t rows = images * layers, elements = rows * channels;
   const panels::Threads run;
-  ClassTokens tokens(images, channels);
-  float *memory = panels::workspace(4 * elements + images * expanding.columns), *hidden = memory + 4 * elements;
+  ClassTokens<T> tokens(images, channels);
+  const int64_t floats = panels::floats_for<T>(4 * elements + images * expanding.columns);
+  T *memory = reinterpret_cast<T*>(panels::workspace(floats)), *hidden = memory + 4 * elements;
   for (int64_t image = 0; image < images; ++image) {
     // Attention's queries are the first tokens, so the last goes ahead of the others.
-    const float *in = x + image * layers * channels, *last = in + (layers - 1) * channels;
-    float* turned = memory + elements + image * layers * channels;
+    const T *in = x + image * layers * channels, *last = in + (layers - 1) * channels;
+    T* turned = memory + elements + image * layers * channels;
     tokens.ask(image, last);
     std::copy(last, last + channels, turned);
     std::copy(in, last, turned + channels);
   }
   block.norm1(memory + elements, memory, 0, rows);
-  panels::multiply_few(with_rows(block.qkv, memory, memory + elements), rows, run);
-  const auto attention = attention_call(images, layers, 1, channels, block.heads, block.scale, memory + elements,
-                                        tokens.attended(0));
-  run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend(attention, begin, end); });
+  panels::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows, run);
+  const auto attention = attention_call<T>(images, layers, 1, channels, block.heads, block.scale, memory + elements,
+                                           tokens.attended(0));
+  run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
   tokens.add_attention(block);
-  panels::multiply_few(with_rows(expanding, tokens.normalised(), hidden), images, run);
-  panels::multiply_few(with_rows(contracting, hidden, out, tokens.total()), images, run);
+  panels::multiply_few(with_rows<T>(expanding, tokens.normalised(), hidden), images, run);
+  panels::multiply_few(with_rows<T>(contracting, hidden, out, tokens.total()), images, run);
 }
+
+#define CEIT_INSTANTIATE(T)                                                                                       \
+  template void infer_encoder(const Attention<T>&, const leff::Bands<T>&, int64_t, int64_t, const T*, T*);        \
+  template void infer_class_token(const Attention<T>&, int64_t, int64_t, int64_t, const T*, T*);                  \
+  template void infer_layers(const Attention<T>&, panels::Call<T>, panels::Call<T>, int64_t, int64_t, int64_t, \
+                             const T*, T*);
+CEIT_INSTANTIATE(float)
+CEIT_INSTANTIATE(Bf16)
 
 }  // namespace ceit::block

@@ -19,15 +19,17 @@ Norm::Norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bia
   call_.bias = floats("norm.bias", bias, channels);
 }
 
-void Norm::operator()(const float* x, float* out, int64_t begin, int64_t end) const {
+template <class T>
+void Norm::operator()(const T* x, T* out, int64_t begin, int64_t end) const {
   add_norm::ForwardCall call = call_;
   call.rows = end - begin;
   call.x = x + begin * call.channels, call.out = out + begin * call.channels;
-  add_norm::chosen(0).forward(call, 0, (call.rows + add_norm::kRows - 1) / add_norm::kRows);
+  add_norm::chosen(kIndex<T>).forward(call, 0, (call.rows + add_norm::kRows - 1) / add_norm::kRows);
 }
 
+template <class T>
 attention::ForwardCall attention_call(int64_t images, int64_t tokens, int64_t queries, int64_t channels, int64_t heads,
-                                      double scale, const float* qkv, float* attended) {
+                                      double scale, const T* qkv, T* attended) {
   STD_TORCH_CHECK(heads > 0 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
   attention::ForwardCall call{};
   call.shape = {images, tokens, heads, channels / heads, queries};
@@ -35,8 +37,16 @@ attention::ForwardCall attention_call(int64_t images, int64_t tokens, int64_t qu
   return call;
 }
 
+template <class T>
 void attend(const attention::ForwardCall& call, int64_t begin, int64_t end) {
-  attention::chosen(0).forward(call, begin, end);
+  attention::chosen(kIndex<T>).forward(call, begin, end);
 }
+
+#define CEIT_INSTANTIATE(T)                                                                             \
+  template void Norm::operator()(const T*, T*, int64_t, int64_t) const;                                 \
+  template attention::ForwardCall attention_call(int64_t, int64_t, int64_t, int64_t, int64_t, double, const T*, T*); \
+  template void attend<T>(const attention::ForwardCall&, int64_t, int64_t);
+CEIT_INSTANTIATE(float)
+CEIT_INSTANTIATE(Bf16)
 
 }  // namespace ceit::block

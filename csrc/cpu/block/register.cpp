@@ -1,5 +1,5 @@
 // Blocks' inference on the CPU and its registration, through libtorch's stable ABI. The schemas are in
-// ceit_kernels/block/native_cpu.py.
+// ceit_kernels/block.
 #include <algorithm>
 
 #include "../add_norm/add_norm.h"
@@ -18,6 +18,38 @@ using torch::stable::Tensor;
 using torch::stable::view;
 using OptionalTensor = std::optional<Tensor>;
 
+// Calls body with a value of the type that a tensor has: Bf16, or else float, which is checked where elements are read.
+template <class Body>
+void with_type(const Tensor& like, Body body) {
+  if (like.scalar_type() == torch::headeronly::ScalarType::BFloat16)
+    body(Bf16{});
+  else
+    body(float{});
+}
+
+// The arguments that all blocks have.
+struct AttentionTensors {
+  const OptionalTensor &norm_weight1, &norm_bias1;
+  double eps1;
+  const Tensor& qkv_weight;
+  const OptionalTensor& qkv_bias;
+  int64_t heads;
+  double scale;
+  const Tensor& projection_weight;
+  const OptionalTensor &projection_bias, &norm_weight2, &norm_bias2;
+  double eps2;
+
+  template <class T>
+  Attention<T> of(int64_t channels) const {
+    return {{norm_weight1, norm_bias1, eps1, channels},
+            {norm_weight2, norm_bias2, eps2, channels},
+            heads,
+            scale,
+            panels::call<T>(qkv_weight, qkv_bias, channels, 3 * channels),
+            panels::call<T>(projection_weight, projection_bias, channels, channels)};
+  }
+};
+
 // out (B, N, C) of tokens x, some images at a time, so that what is between the products stays in cache.
 void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1, Tensor qkv_weight,
            OptionalTensor qkv_bias, int64_t heads, double scale, Tensor projection_weight,
@@ -28,12 +60,15 @@ void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, dou
   STD_TORCH_CHECK(images > 0, "images: expected a positive number, got ", images);
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2), most = std::min(images, batch);
   if (panels::is_packed(qkv_weight)) {
-    const leff::Bands bands(channels, tokens - height * width, height, width, channels, weight1, bias1, taps, bias2,
-                            weight3, bias3, first, second);
-    infer_encoder({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
-                   panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
-                   panels::call(projection_weight, projection_bias, channels, channels)},
-                  bands, batch, tokens, floats("x", x, x.numel()), floats("out", out, x.numel()));
+    const AttentionTensors attention{norm_weight1, norm_bias1,        eps1,            qkv_weight,   qkv_bias,   heads,
+                                     scale,        projection_weight, projection_bias, norm_weight2, norm_bias2, eps2};
+    with_type(x, [&](auto type) {
+      using T = decltype(type);
+      const leff::Bands<T> bands(channels, tokens - height * width, height, width, channels, weight1, bias1, taps, bias2,
+                                 weight3, bias3, first, second);
+      infer_encoder(attention.of<T>(channels), bands, batch, tokens, panels::elements<T>("x", x, x.numel()),
+                    panels::elements<T>("out", out, x.numel()));
+    });
     return;
   }
   Tensor normalised = new_empty(x, {most, tokens, channels});
@@ -55,33 +90,38 @@ void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, dou
 }
 
 // out (B, 1, C) of tokens x (B, N, C): the class token of an encoder block.
-void infer_class_token_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1, Tensor qkv_weight,
-                       OptionalTensor qkv_bias, int64_t heads, double scale, Tensor projection_weight,
-                       OptionalTensor projection_bias, OptionalTensor norm_weight2, OptionalTensor norm_bias2,
-                       double eps2, Tensor out) {
+void infer_class_token_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1,
+                               Tensor qkv_weight, OptionalTensor qkv_bias, int64_t heads, double scale,
+                               Tensor projection_weight, OptionalTensor projection_bias, OptionalTensor norm_weight2,
+                               OptionalTensor norm_bias2, double eps2, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected tokens (B, N, C)");
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
-  infer_class_token({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
-                     panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
-                     panels::call(projection_weight, projection_bias, channels, channels)},
-                    batch, tokens, channels, floats("x", x, x.numel()), floats("out", out, batch * channels));
+  const AttentionTensors attention{norm_weight1, norm_bias1,        eps1,            qkv_weight,   qkv_bias,   heads,
+                                   scale,        projection_weight, projection_bias, norm_weight2, norm_bias2, eps2};
+  with_type(x, [&](auto type) {
+    using T = decltype(type);
+    infer_class_token(attention.of<T>(channels), batch, tokens, channels, panels::elements<T>("x", x, x.numel()),
+                      panels::elements<T>("out", out, batch * channels));
+  });
 }
 
 // out (B, 1, C) of class tokens x (B, L, C).
-void infer_layers_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1, Tensor qkv_weight,
-                  OptionalTensor qkv_bias, int64_t heads, double scale, Tensor projection_weight,
-                  OptionalTensor projection_bias, OptionalTensor norm_weight2, OptionalTensor norm_bias2, double eps2,
-                  Tensor weight1, OptionalTensor bias1, Tensor weight2, OptionalTensor bias2, int64_t activation,
-                  int64_t hidden, Tensor out) {
+void infer_layers_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1,
+                          Tensor qkv_weight, OptionalTensor qkv_bias, int64_t heads, double scale,
+                          Tensor projection_weight, OptionalTensor projection_bias, OptionalTensor norm_weight2,
+                          OptionalTensor norm_bias2, double eps2, Tensor weight1, OptionalTensor bias1, Tensor weight2,
+                          OptionalTensor bias2, int64_t activation, int64_t hidden, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected class tokens (B, L, C)");
   const int64_t batch = x.size(0), layers = x.size(1), channels = x.size(2);
-  panels::Call expanding = panels::call(weight1, bias1, channels, hidden);
-  expanding.activation = leff::checked_activation(activation);
-  infer_layers({{norm_weight1, norm_bias1, eps1, channels}, {norm_weight2, norm_bias2, eps2, channels}, heads, scale,
-                panels::call(qkv_weight, qkv_bias, channels, 3 * channels),
-                panels::call(projection_weight, projection_bias, channels, channels)},
-               expanding, panels::call(weight2, bias2, hidden, channels), batch, layers, channels,
-               floats("x", x, x.numel()), floats("out", out, batch * channels));
+  const AttentionTensors attention{norm_weight1, norm_bias1,        eps1,            qkv_weight,   qkv_bias,   heads,
+                                   scale,        projection_weight, projection_bias, norm_weight2, norm_bias2, eps2};
+  with_type(x, [&](auto type) {
+    using T = decltype(type);
+    auto expanding = panels::call<T>(weight1, bias1, channels, hidden);
+    expanding.activation = leff::checked_activation(activation);
+    infer_layers(attention.of<T>(channels), expanding, panels::call<T>(weight2, bias2, hidden, channels), batch, layers,
+                 channels, panels::elements<T>("x", x, x.numel()), panels::elements<T>("out", out, batch * channels));
+  });
 }
 
 // out (B, 1 + H * W, C) of images: the stem's map, its patches projected, the class token ahead, positions added.
@@ -94,9 +134,13 @@ void infer_embedding(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor
   const int64_t tokens = (patches.map_height / patch_height) * (patches.map_width / patch_width);
   const Tensor map = new_empty(image, {batch, patches.map_height, patches.map_width, channels});
   i2t_cpu::forward(image, stem, sign, norm, map, std::nullopt, std::nullopt);
-  infer_patches(patches, panels::call(projection, bias, patch_height * patch_width * channels, width), batch,
-                floats("map", map, map.numel()), floats("class_token", class_token, width),
-                floats("positions", positions, (1 + tokens) * width), floats("out", out, batch * (1 + tokens) * width));
+  with_type(image, [&](auto type) {
+    using T = decltype(type);
+    infer_patches(patches, panels::call<T>(projection, bias, patch_height * patch_width * channels, width), batch,
+                  panels::elements<T>("map", map, map.numel()), panels::elements<T>("class_token", class_token, width),
+                  panels::elements<T>("positions", positions, (1 + tokens) * width),
+                  panels::elements<T>("out", out, batch * (1 + tokens) * width));
+  });
 }
 
 }  // namespace

@@ -75,20 +75,22 @@ class WeightGradient {
 };
 
 // `infer` with weights in panels.
+template <class T>
 void infer_by_bands(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& taps,
                     const Tensor& bias2, const Tensor& weight3, const Tensor& bias3, const OptionalTensor& residual,
                     int64_t first, int64_t second, int64_t height, int64_t width, const Tensor& out) {
   const int64_t rows = x.size(1), channels = x.size(2), outputs = out.size(2);
   STD_TORCH_CHECK(rows >= height * width && (rows == height * width || channels == outputs),
                   "out: expected the rows of x, and its channels where there are prefix tokens");
-  const Bands bands(channels, rows - height * width, height, width, outputs, weight1, bias1, taps, bias2, weight3,
-                    bias3, first, second);
-  const float* from = panels::floats("x", x, x.numel());
-  float* to = panels::floats("out", out, x.size(0) * rows * outputs);
-  const float* rest = panels::floats("residual", residual, out.numel());
-  panels::for_images(x.size(0), bands.memory(), [&](int64_t image, panels::Place place, auto run) {
-    float* memory = place.memory;
-    const float* tokens = from + image * rows * channels;
+  const Bands<T> bands(channels, rows - height * width, height, width, outputs, weight1, bias1, taps, bias2, weight3,
+                       bias3, first, second);
+  const T* from = panels::elements<T>("x", x, x.numel());
+  T* to = panels::elements<T>("out", out, x.size(0) * rows * outputs);
+  const T* rest = panels::elements<T>("residual", residual, out.numel());
+  const int64_t floats = panels::floats_for<T>(bands.memory());
+  panels::for_images(x.size(0), floats, [&](int64_t image, panels::Place place, auto run) {
+    T* memory = reinterpret_cast<T*>(place.memory);
+    const T* tokens = from + image * rows * channels;
     const int64_t start = image * rows * outputs;
     run(bands.tokens(), [&](int64_t begin, int64_t end) { bands.expand(tokens, memory, begin, end); });
     run(height, [&](int64_t begin, int64_t end) {
@@ -105,7 +107,8 @@ void infer(Tensor x, Tensor prefix, Tensor weight1, Tensor bias1, Tensor taps, T
   STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0) && taps.dim() == 2,
                   "x, out, taps: expected (B, rows, C), (B, rows, O) and (side * side, E)");
   if (panels::is_packed(weight1)) {
-    infer_by_bands(x, weight1, bias1, taps, bias2, weight3, bias3, residual, first, second, height, width, out);
+    (x.scalar_type() == ScalarType::BFloat16 ? infer_by_bands<Bf16> : infer_by_bands<float>)(
+        x, weight1, bias1, taps, bias2, weight3, bias3, residual, first, second, height, width, out);
     return;
   }
   const int64_t batch = x.size(0), tokens = height * width, hidden = taps.size(1);

@@ -50,7 +50,7 @@ class Projection {
     run(panels::panels_of(call_.columns), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; panel += kBandPanels) {
         const int64_t last = std::min(end, panel + kBandPanels);
-        panels::multiply(of(a, out), {0, tokens_}, {panel, last});
+        panels::multiply(of(a, out), panels::Range{0, tokens_}, panels::Range{panel, last});
         if (moments_) take(out, image, panel, last);
       }
     });
@@ -58,8 +58,8 @@ class Projection {
 
  private:
   static_assert(panels::kColumns == kBlock, "a panel has the channels of a task");
-  panels::Call of(const float* a, float* out) const {
-    panels::Call rows = call_;
+  panels::Call<float> of(const float* a, float* out) const {
+    panels::Call<float> rows = call_;
     rows.a = a, rows.out = out;
     return rows;
   }
@@ -69,7 +69,7 @@ class Projection {
   }
 
   Tensor weight_;
-  panels::Call call_;
+  panels::Call<float> call_;
   int64_t tokens_;
   float* moments_;  // of all images, or null
 };
@@ -87,7 +87,7 @@ void add_others(const panels::Memory& memory, const Tensor& sum) {
 
 }  // namespace
 
-bool has_bands(const Tensor& like) { return like.scalar_type() == ScalarType::Float && panels::available(); }
+bool has_bands(const Tensor& like) { return like.scalar_type() == ScalarType::Float && panels::available<float>(); }
 
 Tensor expand_by_bands(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t tokens,
                        const OptionalTensor& moments) {
@@ -162,7 +162,7 @@ Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const
     run(parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t channel = part * kBandChannels, channels = std::min(kBandChannels, hidden - channel);
-        panels::Call product = panels::call_of(of_weight + channel, hidden, outputs, channels);
+        panels::Call<float> product = panels::call_of(of_weight + channel, hidden, outputs, channels);
         product.a = in, product.a_stride = outputs;
         product.out = out + channel, product.out_stride = hidden;
         panels::multiply(product, 0, tokens);
@@ -172,7 +172,7 @@ Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const
         if (need_weight) of_part.part = {activated, channels, channel};
         chosen(0).activate_backward(of_part, channel / kBlock, blocks_of(channel + channels, kBlock));
         if (!need_weight) continue;
-        panels::Call gradient = panels::call_of(activated, channels, tokens, channels);
+        panels::Call<float> gradient = panels::call_of(activated, channels, tokens, channels);
         gradient.a = turned, gradient.a_stride = stride;
         gradient.out = total + channel, gradient.out_stride = hidden, gradient.add = !place.first;
         panels::multiply(gradient, 0, outputs);
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
       of_part.first = channel, of_part.last = channel + count;
       chosen(0).gradient(of_part, 0, blocks_of(tokens, kRows));
       if (!need_weight) return;
-      panels::Call product = panels::call_of(dz1, count, tokens, count);
+      panels::Call<float> product = panels::call_of(dz1, count, tokens, count);
       product.a = turned, product.a_stride = stride;
       product.out = total + channel, product.out_stride = hidden, product.add = !place.first;
       panels::multiply(product, 0, channels);
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
     const auto finish = [&](int64_t part, const float* dz1, int64_t begin, int64_t end) {
       if (!need_x) return;
       const int64_t channel = part * kBandChannels, count = std::min(kBandChannels, hidden - channel);
-      panels::Call product = panels::call_of(of_weight + channel * channels, channels, count, channels);
+      panels::Call<float> product = panels::call_of(of_weight + channel * channels, channels, count, channels);
       product.a = dz1, product.a_stride = count;
       product.out = panels::floats("dx", dx, images * rows * channels) + start * channels, product.out_stride = channels;
       product.add = part > 0;

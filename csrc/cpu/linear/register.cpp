@@ -23,7 +23,7 @@ float* matrix(const char* name, const Tensor& tensor) {
 // A B + bias; (M, N).
 Tensor product(Tensor a, Tensor b, std::optional<Tensor> bias) {
   const int64_t rows = a.size(0), terms = a.size(1), columns = b.size(1);
-  panels::Call call = panels::call_of(matrix("b", b), columns, terms, columns);
+  panels::Call<float> call = panels::call_of(matrix("b", b), columns, terms, columns);
   STD_TORCH_CHECK(b.size(0) == terms, "b: expected ", terms, " rows, got ", b.size(0));
   const Tensor out = new_empty(a, {rows, columns});
   call.a = matrix("a", a), call.a_stride = terms;
@@ -52,13 +52,13 @@ Tensor transposed_product(const Tensor& narrow, const Tensor& wide) {
   torch::stable::parallel_for(0, panels::panels_of(columns) * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t band = 0; band < bands; ++band) {
       const int64_t first = band * kRows, count = std::min(kRows, terms - first);
-      panels::Call call = panels::call_of(b + first * columns, columns, count, columns);
+      panels::Call<float> call = panels::call_of(b + first * columns, columns, count, columns);
       call.a = turned + band * stride * rows, call.a_stride = leff::turned_stride(count);
       call.out = to, call.out_stride = columns;
       call.add = band > 0;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t panel = task / blocks, row = task % blocks * kBlock;
-        panels::multiply(call, {row, std::min(rows, row + kBlock)}, {panel, panel + 1});
+        panels::multiply(call, panels::Range{row, std::min(rows, row + kBlock)}, panels::Range{panel, panel + 1});
       }
     }
   });

@@ -7,23 +7,26 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "../types.h"
 
 namespace ceit::panels {
 
 // Columns of a panel.
 constexpr int kColumns = 64;
 
-// out = activation(a B + bias) + residual, or out += a B; float32. Panel p of B, some columns of all its rows, starts at
-// b + p * b_panel: B is packed panel by panel, or a matrix as it lies.
+// out = activation(a B + bias) + residual, or, in float32, out += a B. Panel p of B, some columns of all its rows, starts
+// at b + p * b_panel: B is packed panel by panel, or, in float32, a matrix as it lies. In bfloat16 a panel has its rows in
+// pairs, (terms / 2, kColumns, 2), and sums are float32.
+template <class T>
 struct Call {
-  const float* a = nullptr;
+  const T* a = nullptr;
   int64_t a_stride = 0, terms = 0, columns = 0;
-  const float* b = nullptr;
+  const T* b = nullptr;
   int64_t b_stride = 0, b_panel = 0;
-  const float* bias = nullptr;  // (columns,)
+  const T* bias = nullptr;  // (columns,)
   Activation activation = Activation::identity;
-  const float* residual = nullptr;  // with the rows of out
-  float* out = nullptr;
+  const T* residual = nullptr;  // with the rows of out
+  T* out = nullptr;
   int64_t out_stride = 0;
   bool add = false;
 };
@@ -35,8 +38,12 @@ struct Range {
   int64_t begin, end;
 };
 
+template <class T>
+using Multiply = void (*)(const Call<T>&, Range rows, Range panels);
+
 struct Kernels {
-  void (*multiply)(const Call&, Range rows, Range panels);
+  Multiply<float> multiply;
+  Multiply<Bf16> multiply_bf16;
 };
 
 }  // namespace ceit::panels

@@ -31,40 +31,69 @@ class Workspace {
   int64_t count_ = 0;
 };
 
-bool has_panels(torch::stable::Tensor) { return available(); }
+bool multiplies_bf16() {
+#if defined(CEIT_HAS_AVX512)
+  static const bool does = __builtin_cpu_supports("avx512bf16");
+  return does;
+#else
+  return false;
+#endif
+}
 
 }  // namespace
 
-bool available() { return capability() == Capability::avx512 && chosen(0).multiply != nullptr; }
-
-void multiply(const Call& call, Range rows, Range panels) { chosen(0).multiply(call, rows, panels); }
-
-float* floats(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t elements) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == torch::headeronly::ScalarType::Float && tensor->is_contiguous() &&
-                      tensor->numel() == elements,
-                  name, ": expected ", elements, " contiguous elements of float32, got ", tensor->numel());
-  return static_cast<float*>(tensor->data_ptr());
+template <>
+bool available<float>() {
+  return capability() == Capability::avx512 && chosen(0).multiply != nullptr;
+}
+template <>
+bool available<Bf16>() {
+  return capability() == Capability::avx512 && chosen(0).multiply_bf16 != nullptr && multiplies_bf16();
 }
 
-Call call(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, int64_t terms,
-          int64_t columns) {
-  const int64_t panels = panels_of(columns);
-  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == panels && weight.size(1) == terms && weight.size(2) == kColumns,
-                  "weight: expected panels (", panels, ", ", terms, ", ", kColumns, ")");
-  Call call;
+void multiply(const Call<float>& call, Range rows, Range panels) { chosen(0).multiply(call, rows, panels); }
+void multiply(const Call<Bf16>& call, Range rows, Range panels) { chosen(0).multiply_bf16(call, rows, panels); }
+
+void* elements(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t count,
+               torch::headeronly::ScalarType type) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->is_contiguous() && tensor->numel() == count, name,
+                  ": expected ", count, " contiguous elements of ", torch::headeronly::toString(type), ", got ",
+                  tensor->numel(), " of ", torch::headeronly::toString(tensor->scalar_type()));
+  return tensor->data_ptr();
+}
+
+template <class T>
+Call<T> call(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, int64_t terms,
+             int64_t columns) {
+  constexpr int64_t together = std::is_same_v<T, Bf16> ? 2 : 1;
+  const int64_t panels = panels_of(columns), rows = terms / together, row = kColumns * together;
+  STD_TORCH_CHECK(terms % together == 0 && weight.dim() == 3 && weight.size(0) == panels && weight.size(1) == rows &&
+                      weight.size(2) == row,
+                  "weight: expected panels (", panels, ", ", rows, ", ", row, ") of ", terms, " terms");
+  Call<T> call;
   call.terms = terms, call.columns = columns;
-  call.b = floats("weight", weight, panels * terms * kColumns);
+  call.b = elements<T>("weight", weight, panels * terms * kColumns);
   call.b_stride = kColumns, call.b_panel = terms * kColumns;
-  call.bias = floats("bias", bias, columns);
+  call.bias = elements<T>("bias", bias, columns);
   return call;
 }
+
+template Call<float> call(const torch::stable::Tensor&, const std::optional<torch::stable::Tensor>&, int64_t, int64_t);
+template Call<Bf16> call(const torch::stable::Tensor&, const std::optional<torch::stable::Tensor>&, int64_t, int64_t);
 
 float* workspace(int64_t count) {
   static thread_local Workspace memory;
   return memory.get(count);
 }
 
+namespace {
+
+bool has_panels(torch::stable::Tensor like) {
+  return like.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? available<Bf16>() : available<float>();
+}
+
+}  // namespace
 }  // namespace ceit::panels
 
 STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) { m.impl("_has_panels", TORCH_BOX(&ceit::panels::has_panels)); }

@@ -9,29 +9,45 @@
 #include <cstdlib>
 #include <new>
 #include <optional>
+#include <type_traits>
 
 #include "calls.h"
 
 namespace ceit::panels {
 
-// Whether products with panels are fast here: with AVX-512, and a PyTorch that has them.
+// Whether products with panels of a type are fast here: with AVX-512, for bfloat16 with its products, and a PyTorch that
+// has them.
+template <class T>
 bool available();
 
 // Some rows of a product, of some panels or all.
-void multiply(const Call& call, Range rows, Range panels);
-inline void multiply(const Call& call, int64_t begin, int64_t end) {
-  multiply(call, {begin, end}, {0, panels_of(call.columns)});
+void multiply(const Call<float>& call, Range rows, Range panels);
+void multiply(const Call<Bf16>& call, Range rows, Range panels);
+template <class T>
+void multiply(const Call<T>& call, int64_t begin, int64_t end) {
+  multiply(call, Range{begin, end}, Range{0, panels_of(call.columns)});
 }
 
 // A weight (panels, terms, kColumns) of so many columns.
 inline bool is_packed(const torch::stable::Tensor& weight) { return weight.dim() == 3; }
 
-// The contiguous elements of a tensor of float32, null where there is none.
-float* floats(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t elements);
+// The contiguous elements of a tensor, so many and of a type; null where there is none.
+void* elements(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t count,
+               torch::headeronly::ScalarType type);
+template <class T>
+T* elements(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t count) {
+  using torch::headeronly::ScalarType;
+  constexpr ScalarType type = std::is_same_v<T, Bf16> ? ScalarType::BFloat16 : ScalarType::Float;
+  return static_cast<T*>(elements(name, tensor, count, type));
+}
+inline float* floats(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t count) {
+  return elements<float>(name, tensor, count);
+}
 
 // The product with such a weight (columns, terms) and a bias, but for its rows; checks the tensors.
-Call call(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, int64_t terms,
-          int64_t columns);
+template <class T>
+Call<T> call(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, int64_t terms,
+             int64_t columns);
 
 // Memory of the calling thread that lives as long as it does: what a call needs is not taken from the system anew,
 // which would zero it page by page.
@@ -56,14 +72,14 @@ struct Alone {
 };
 
 // The same for so few rows that threads share the panels.
-template <class Run>
-void multiply_few(const Call& call, int64_t rows, const Run& run) {
-  run(panels_of(call.columns), [&](int64_t begin, int64_t end) { multiply(call, {0, rows}, {begin, end}); });
+template <class T, class Run>
+void multiply_few(const Call<T>& call, int64_t rows, const Run& run) {
+  run(panels_of(call.columns), [&](int64_t begin, int64_t end) { multiply(call, Range{0, rows}, Range{begin, end}); });
 }
 
 // `Call`'s B as it lies: (terms, columns), rows `stride` apart.
-inline Call call_of(const float* b, int64_t stride, int64_t terms, int64_t columns) {
-  Call call;
+inline Call<float> call_of(const float* b, int64_t stride, int64_t terms, int64_t columns) {
+  Call<float> call;
   call.terms = terms, call.columns = columns;
   call.b = b, call.b_stride = stride, call.b_panel = kColumns;
   return call;
@@ -75,6 +91,12 @@ struct Memory {
   int64_t stride, threads;
   float* of(int64_t thread) const { return start + thread * stride; }
 };
+
+// Floats that take the memory of so many elements.
+template <class T>
+int64_t floats_for(int64_t elements) {
+  return (elements * int64_t(sizeof(T)) + int64_t(sizeof(float)) - 1) / int64_t(sizeof(float));
+}
 
 // Where an image is worked on.
 struct Place {

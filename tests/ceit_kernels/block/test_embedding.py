@@ -5,16 +5,13 @@ import copy
 import pytest
 import torch
 from support.accuracy import assert_as_accurate
+from support.panels import requires_panels, with_panels
 from torch import nn
 
 from ceit.embed import I2TEmbed
 from ceit_kernels import fuse, use_backend
 from ceit_kernels.block import embedding_inference
 from ceit_kernels.common.products import has_panels
-
-requires_panels = pytest.mark.skipif(
-    not has_panels(torch.float32), reason="products with panels need AVX-512 and oneDNN"
-)
 
 
 def make_embed(img_size=(64, 48), embed_dim=24, patch_size=4) -> I2TEmbed:
@@ -38,16 +35,16 @@ def one_by_one(embed: I2TEmbed, images, class_token, positions):
     return torch.cat((class_token.expand(images.shape[0], -1, -1), patches), dim=1) + positions
 
 
-@requires_panels
+@with_panels
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("img_size", "embed_dim", "patch_size"), [((64, 48), 24, 4), ((70, 37), 100, (2, 3)), (224, 192, 4)]
 )
 @torch.no_grad()
-def test_is_as_accurate_as_plain_pytorch(threads, batch, img_size, embed_dim, patch_size):
-    plain = make_embed(img_size, embed_dim, patch_size)
-    inputs = make_inputs(plain, batch)
+def test_is_as_accurate_as_plain_pytorch(dtype, threads, batch, img_size, embed_dim, patch_size):
+    plain = make_embed(img_size, embed_dim, patch_size).to(dtype)
+    inputs = [tensor.to(dtype) for tensor in make_inputs(plain, batch)]
     expected = one_by_one(plain, *inputs)
     exact = one_by_one(copy.deepcopy(plain).double(), *(tensor.double() for tensor in inputs))
     before = torch.get_num_threads()
@@ -59,7 +56,7 @@ def test_is_as_accurate_as_plain_pytorch(threads, batch, img_size, embed_dim, pa
     assert_as_accurate(["tokens"], [found], [expected], [exact])
 
 
-@requires_panels
+@requires_panels()
 @torch.no_grad()
 def test_takes_images_of_any_strides_and_follows_what_changes():
     embed = fuse(make_embed())

@@ -112,10 +112,16 @@ def test_several_blocks_give_the_class_token_of_each(dtype, class_token_only, ba
     torch.testing.assert_close(found, torch.stack(class_tokens, 1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("dim", "heads", "grid"), [(24, 3, (4, 5)), (100, 2, (7, 3)), (192, 3, (14, 14))])
-def test_panels_of_any_width_on_any_number_of_threads(threads, dim, heads, grid):
-    plain, x = make_block(dim=dim, heads=heads, mlp_ratio=2.3), torch.randn(3, 1 + grid[0] * grid[1], dim)
+@pytest.mark.parametrize(
+    ("dim", "heads", "grid", "mlp_ratio"),
+    [(24, 3, (4, 5), 2.3), (100, 2, (7, 3), 2.3), (192, 3, (14, 14), 4), (40, 2, (3, 3), 1.2)],
+    ids=["odd hidden features", "wide", "tiny", "narrow"],
+)
+def test_panels_of_any_width_on_any_number_of_threads(dtype, threads, dim, heads, grid, mlp_ratio):
+    plain = make_block(dtype, dim=dim, heads=heads, mlp_ratio=mlp_ratio)
+    x = torch.randn(3, 1 + grid[0] * grid[1], dim).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from support.accuracy import assert_as_accurate
+from support.panels import requires_panels, with_panels
 
 from ceit.blocks import LCABlock
 from ceit_kernels import fuse
-from ceit_kernels.common.products import has_panels
 
 
 def make_block(dim=24, heads=3, **options) -> LCABlock:
@@ -29,16 +29,12 @@ def spied(monkeypatch):
     return results
 
 
-requires_panels = pytest.mark.skipif(
-    not has_panels(torch.float32), reason="products with panels need AVX-512 and oneDNN"
-)
-
-
-@requires_panels
+@with_panels
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("batch", "layers", "dim", "heads"), [(1, 12, 192, 3), (5, 3, 24, 3), (2, 1, 100, 2)])
-def test_is_as_accurate_as_plain_pytorch(monkeypatch, threads, batch, layers, dim, heads):
-    plain, x, results = make_block(dim, heads, qkv_bias=True), torch.randn(batch, layers, dim), spied(monkeypatch)
+def test_is_as_accurate_as_plain_pytorch(monkeypatch, dtype, threads, batch, layers, dim, heads):
+    plain, x = make_block(dim, heads, qkv_bias=True).to(dtype), torch.randn(batch, layers, dim).to(dtype)
+    results = spied(monkeypatch)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -51,7 +47,7 @@ def test_is_as_accurate_as_plain_pytorch(monkeypatch, threads, batch, layers, di
         torch.set_num_threads(before)
 
 
-@requires_panels
+@requires_panels()
 def test_follows_weights_that_change_and_takes_tokens_of_any_strides(monkeypatch):
     block, x = fuse(make_block()), torch.randn(2, 5, 24)
     with torch.no_grad():
