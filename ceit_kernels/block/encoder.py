@@ -28,9 +28,12 @@ __all__ = ["EncoderParts", "encoder_inference"]
 torch.library.define(
     "ceit::_block_infer",
     f"(Tensor x, {attention_schema}, Tensor weight1, Tensor bias1, Tensor taps, Tensor bias2, Tensor weight3, "
-    "Tensor bias3, int first, int second, int height, int width, int images, Tensor(a!) out) -> ()",
+    "Tensor bias3, int first, int second, int height, int width, int images, Tensor(a!) out, Tensor(b!) class_tokens, "
+    "int layer) -> ()",
 )
-torch.library.define("ceit::_block_infer_class_token", f"(Tensor x, {attention_schema}, Tensor(a!) out) -> ()")
+torch.library.define(
+    "ceit::_block_infer_class_token", f"(Tensor x, {attention_schema}, Tensor(a!) class_tokens, int layer) -> ()"
+)
 
 _OPERATORS = ("norm", "linear", "attention", "leff")
 _MOST_KEPT = 8  # sizes of images, for instance
@@ -89,14 +92,11 @@ def encoder_inference(
     x = x.contiguous()
     for i, arguments in enumerate(encoder.calls):
         out = spare[i % 2]
-        torch.ops.ceit._block_infer(x, *arguments, out)
-        class_tokens[:, i] = out[:, 0]
+        torch.ops.ceit._block_infer(x, *arguments, out, class_tokens, i)
         x = out
     if encoder.for_class_token is not None:
-        out = x.new_empty(batch, 1, channels)
-        torch.ops.ceit._block_infer_class_token(x, *encoder.for_class_token, out)
-        class_tokens[:, -1] = out[:, 0]
-        x = out
+        torch.ops.ceit._block_infer_class_token(x, *encoder.for_class_token, class_tokens, len(blocks) - 1)
+        x = class_tokens[:, -1:].clone()
     return x, class_tokens
 
 

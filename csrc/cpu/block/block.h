@@ -51,10 +51,18 @@ template <class T>
 void infer_encoder(const Attention<T>& attention, const leff::Bands<T>& leff, int64_t images, int64_t rows, const T* x,
                    T* out);
 
-// out (images, C), the class token of an encoder block that passes it unchanged through LeFF.
+// A row for each image.
+template <class T>
+struct Rows {
+  T* start;
+  int64_t stride;
+  T* of(int64_t image) const { return start + image * stride; }
+};
+
+// The class token of an encoder block that passes it unchanged through LeFF.
 template <class T>
 void infer_class_token(const Attention<T>& attention, int64_t images, int64_t rows, int64_t channels, const T* x,
-                       T* out);
+                       Rows<T> out);
 
 // out (images, C) of the block over class tokens, the last of x (images, layers, C) asking.
 template <class T>

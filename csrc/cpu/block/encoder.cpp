@@ -76,7 +76,7 @@ void infer_encoder(const Attention<T>& block, const leff::Bands<T>& leff, int64_
 
 template <class T>
 void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, int64_t channels, const T* x,
-                       T* out) {
+                       Rows<T> out) {
   const int64_t elements = rows * channels;
   ClassTokens<T> tokens(images, channels);
   panels::for_images(images, panels::floats_for<T>(4 * elements), [&](int64_t image, panels::Place place, auto run) {
@@ -96,7 +96,8 @@ void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, 
     run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
   });
   tokens.add_attention(block);
-  for (int64_t i = 0; i < images * channels; ++i) out[i] = sum_of(tokens.total()[i], tokens.normalised()[i]);
+  for (int64_t i = 0; i < images * channels; ++i)
+    out.of(i / channels)[i % channels] = sum_of(tokens.total()[i], tokens.normalised()[i]);
 }
 
 template <class T>
@@ -127,7 +128,7 @@ void infer_layers(const Attention<T>& block, panels::Call<T> expanding, panels::
 
 #define CEIT_INSTANTIATE(T)                                                                                       \
   template void infer_encoder(const Attention<T>&, const leff::Bands<T>&, int64_t, int64_t, const T*, T*);        \
-  template void infer_class_token(const Attention<T>&, int64_t, int64_t, int64_t, const T*, T*);                  \
+  template void infer_class_token(const Attention<T>&, int64_t, int64_t, int64_t, const T*, Rows<T>);             \
   template void infer_layers(const Attention<T>&, panels::Call<T>, panels::Call<T>, int64_t, int64_t, int64_t, \
                              const T*, T*);
 CEIT_INSTANTIATE(float)

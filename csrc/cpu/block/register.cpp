@@ -27,6 +27,14 @@ void with_type(const Tensor& like, Body body) {
     body(float{});
 }
 
+template <class T>
+Rows<T> rows_of(const Tensor& class_tokens, int64_t layer, int64_t batch, int64_t channels) {
+  STD_TORCH_CHECK(class_tokens.dim() == 3 && layer >= 0 && layer < class_tokens.size(1),
+                  "class_tokens: expected (B, layers, C) with a layer ", layer);
+  const int64_t stride = class_tokens.size(1) * channels;
+  return {panels::elements<T>("class_tokens", class_tokens, batch * stride) + layer * channels, stride};
+}
+
 // The arguments that all blocks have.
 struct AttentionTensors {
   const OptionalTensor &norm_weight1, &norm_bias1;
@@ -50,12 +58,14 @@ struct AttentionTensors {
   }
 };
 
-// out (B, N, C) of tokens x, some images at a time, so that what is between the products stays in cache.
+// out (B, N, C) of tokens x, some images at a time, so that what is between the products stays in cache; and its first
+// tokens, which are those of a layer in class_tokens (B, layers, C).
 void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1, Tensor qkv_weight,
            OptionalTensor qkv_bias, int64_t heads, double scale, Tensor projection_weight,
            OptionalTensor projection_bias, OptionalTensor norm_weight2, OptionalTensor norm_bias2, double eps2,
            Tensor weight1, Tensor bias1, Tensor taps, Tensor bias2, Tensor weight3, Tensor bias3, int64_t first,
-           int64_t second, int64_t height, int64_t width, int64_t images, Tensor out) {
+           int64_t second, int64_t height, int64_t width, int64_t images, Tensor out, Tensor class_tokens,
+           int64_t layer) {
   STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous() && x.numel() > 0, "x: expected contiguous tokens (B, N, C)");
   STD_TORCH_CHECK(images > 0, "images: expected a positive number, got ", images);
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2), most = std::min(images, batch);
@@ -66,8 +76,10 @@ void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, dou
       using T = decltype(type);
       const leff::Bands<T> bands(channels, tokens - height * width, height, width, channels, weight1, bias1, taps, bias2,
                                  weight3, bias3, first, second);
-      infer_encoder(attention.of<T>(channels), bands, batch, tokens, panels::elements<T>("x", x, x.numel()),
-                    panels::elements<T>("out", out, x.numel()));
+      T* to = panels::elements<T>("out", out, x.numel());
+      infer_encoder(attention.of<T>(channels), bands, batch, tokens, panels::elements<T>("x", x, x.numel()), to);
+      const Rows<T> first_tokens = rows_of<T>(class_tokens, layer, batch, channels);
+      for (int64_t i = 0; i < batch; ++i) std::copy_n(to + i * tokens * channels, channels, first_tokens.of(i));
     });
     return;
   }
@@ -87,13 +99,15 @@ void infer(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, dou
     leff::infer(y, y, weight1, bias1, taps, bias2, weight3, bias3, sum, first, second, height, width, count,
                 narrow(out, 0, start, count));
   }
+  Tensor first_tokens = narrow(class_tokens, 1, layer, 1);
+  torch::stable::copy_(first_tokens, narrow(out, 1, 0, 1));
 }
 
-// out (B, 1, C) of tokens x (B, N, C): the class token of an encoder block.
+// The class token of an encoder block of tokens x (B, N, C), in the place of a layer's in class_tokens (B, layers, C).
 void infer_class_token_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTensor norm_bias1, double eps1,
                                Tensor qkv_weight, OptionalTensor qkv_bias, int64_t heads, double scale,
                                Tensor projection_weight, OptionalTensor projection_bias, OptionalTensor norm_weight2,
-                               OptionalTensor norm_bias2, double eps2, Tensor out) {
+                               OptionalTensor norm_bias2, double eps2, Tensor class_tokens, int64_t layer) {
   STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected tokens (B, N, C)");
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
   const AttentionTensors attention{norm_weight1, norm_bias1,        eps1,            qkv_weight,   qkv_bias,   heads,
@@ -101,7 +115,7 @@ void infer_class_token_tensors(Tensor x, OptionalTensor norm_weight1, OptionalTe
   with_type(x, [&](auto type) {
     using T = decltype(type);
     infer_class_token(attention.of<T>(channels), batch, tokens, channels, panels::elements<T>("x", x, x.numel()),
-                      panels::elements<T>("out", out, batch * channels));
+                      rows_of<T>(class_tokens, layer, batch, channels));
   });
 }
 
