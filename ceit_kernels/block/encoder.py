@@ -114,8 +114,8 @@ def _prepared(
     # LeFF leaves one prefix token as it is.
     if class_token_only and not (has_panels(x.dtype) and first.leff.num_prefix_tokens == 1):
         return None
-    kept = kept_by(blocks[0])
-    setting = (len(blocks), x.shape[1:], x.dtype, grid_size, class_token_only, torch.get_num_threads())
+    kept, threads = kept_by(blocks[0]), torch.get_num_threads()
+    setting = (len(blocks), x.shape[1:], x.dtype, has_panels(x.dtype), grid_size, class_token_only, threads)
     encoder = kept.get(setting)
     if (
         encoder is not None

@@ -81,13 +81,16 @@ def in_panels(weight: Tensor, rows: int, constant: bool = False) -> Tensor:
 def has_panels(dtype: torch.dtype, *terms: int) -> bool:
     """Whether ``in_panels`` makes panels of a dtype's weights, and does not only pack them.
 
-    It does in float32 on a processor with AVX-512, in bfloat16 on one that multiplies it (AVX512-BF16).
+    It does in float32 on a processor with AVX-512, in bfloat16 on one that multiplies it (AVX512-BF16), unless oneDNN is
+    switched off (``torch.backends.mkldnn.flags``).
 
     Args:
         terms: of the sums, the weights' K, even in bfloat16.
     """
     together = _TOGETHER.get(dtype)
-    return together is not None and _has_panels(dtype) and not any(count % together for count in terms)
+    if together is None or not torch.backends.mkldnn.enabled or not _has_panels(dtype):
+        return False
+    return not any(count % together for count in terms)
 
 
 @cache

@@ -1,6 +1,8 @@
 // The choice of the products with panels, and the memory beside them.
 #include "panels.h"
 
+#include <exception>
+
 #include "../capability.h"
 
 namespace ceit::panels {
@@ -31,10 +33,21 @@ class Workspace {
   int64_t count_ = 0;
 };
 
+// Whether the processor multiplies bfloat16, and PyTorch does so by it: some ask for more than AVX512-BF16.
 bool multiplies_bf16() {
 #if defined(CEIT_HAS_AVX512)
-  static const bool does = __builtin_cpu_supports("avx512bf16");
-  return does;
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+  const Bf16 row[2] = {}, panel[2 * kColumns] = {};
+  Bf16 out[kColumns];
+  Call<Bf16> call;
+  call.a = row, call.b = panel, call.out = out;
+  call.terms = call.a_stride = 2, call.columns = call.b_stride = call.out_stride = kColumns;
+  try {
+    chosen(0).multiply_bf16(call, {0, 1}, {0, 1});
+  } catch (const std::exception&) {
+    return false;
+  }
+  return true;
 #else
   return false;
 #endif
@@ -48,7 +61,8 @@ bool available<float>() {
 }
 template <>
 bool available<Bf16>() {
-  return capability() == Capability::avx512 && chosen(0).multiply_bf16 != nullptr && multiplies_bf16();
+  static const bool does = capability() == Capability::avx512 && chosen(0).multiply_bf16 != nullptr && multiplies_bf16();
+  return does;
 }
 
 void multiply(const Call<float>& call, Range rows, Range panels) { chosen(0).multiply(call, rows, panels); }

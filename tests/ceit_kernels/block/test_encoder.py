@@ -132,6 +132,17 @@ def test_panels_of_any_width_on_any_number_of_threads(dtype, threads, dim, heads
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_onednn_may_be_switched_off_in_between(dtype):
+    plain, x = make_block(dtype), make_tokens(dtype=dtype)
+    block = fuse(plain)
+    with torch.no_grad():
+        expected, exact = plain(x, (4, 5)), copy.deepcopy(plain).double()(x.double(), (4, 5))
+    for enabled in (True, False, True):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            assert_as_accurate(["tokens"], [at_once(block, x)], [expected], [exact])
+
+
 def test_follows_weights_that_change():
     block, x = fuse(make_block()), make_tokens()
     for parameter in (block.norm1.weight, block.attn.qkv.weight, block.attn.proj.bias, block.leff.conv3.weight):

@@ -21,6 +21,11 @@ def test_there_are_panels_of_two_dtypes_and_of_pairs_of_terms_in_bfloat16():
     assert products.has_panels(torch.float32, 7) == products.has_panels(torch.float32)
 
 
+def test_there_are_none_where_onednn_is_switched_off():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not any(map(products.has_panels, (torch.float32, torch.bfloat16)))
+
+
 @with_panels
 def test_a_panel_has_64_columns_of_a_weight_the_last_filled_up_with_zeros(dtype):
     weight = torch.randn(100, 6).to(dtype)
