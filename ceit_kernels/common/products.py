@@ -81,8 +81,8 @@ def in_panels(weight: Tensor, rows: int, constant: bool = False) -> Tensor:
 def has_panels(dtype: torch.dtype, *terms: int) -> bool:
     """Whether ``in_panels`` makes panels of a dtype's weights, and does not only pack them.
 
-    It does in float32 on a processor with AVX-512, in bfloat16 on one that multiplies it (AVX512-BF16), unless oneDNN is
-    switched off (``torch.backends.mkldnn.flags``).
+    It does in float32 on a processor with AVX-512, in bfloat16 on one that multiplies it (AVX512-BF16), unless
+    oneDNN is switched off (``torch.backends.mkldnn.flags``).
 
     Args:
         terms: of the sums, the weights' K, even in bfloat16.
