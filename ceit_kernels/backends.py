@@ -63,7 +63,7 @@ class _Native(NamedTuple):
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NATIVE = {
-    "leff": {"cpu": _Native("_leff_depthwise", PHASES, _CPU_DTYPES)},
+    "leff": {"cpu": _Native("_leff_train", PHASES, _CPU_DTYPES)},
     "i2t": {
         "cuda": _Native("_i2t_forward", PHASES, _CUDA_DTYPES),
         "cpu": _Native("_i2t_forward_cpu", PHASES, _CPU_DTYPES),

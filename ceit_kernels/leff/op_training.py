@@ -139,9 +139,18 @@ def _wanted(x, parameters, need_x, needs) -> list[Tensor]:
 
 
 def _backward(grad_out, x, *arguments):
-    parameters, saved, settings, need_x, needs = _unpack_backward(arguments)
+    parameters, _, settings, _, needs = _unpack_backward(arguments)
     _check_backward(grad_out, x, parameters, settings, needs)
     require(x, parameters, settings)
+    return _run_backward(grad_out, x, *arguments)
+
+
+torch.library.impl("ceit::leff_backward", "default", _backward)
+
+
+def _run_backward(grad_out, x, *arguments):
+    """The backward operator's results, its arguments checked."""
+    parameters, saved, settings, need_x, needs = _unpack_backward(arguments)
     if x.shape[0] == 0:
         return [
             torch.zeros_like(t, memory_format=torch.contiguous_format) for t in _wanted(x, parameters, need_x, needs)
@@ -157,9 +166,6 @@ def _backward(grad_out, x, *arguments):
     layers = [Needs(*needs[i : i + 4]) for i in (0, 4, 8)]
     grad_x, gradients = run(problem, forward, grad_out.contiguous(), need_x, layers)
     return [gradient for gradient in (grad_x, *gradients) if gradient is not None]
-
-
-torch.library.impl("ceit::leff_backward", "default", _backward)
 
 
 @torch.library.register_fake("ceit::leff_backward")
@@ -226,8 +232,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, *no_grads):
-        # The registered operator where the gradient of this gradient is to be refused.
-        backward = torch.ops.ceit.leff_backward if torch.is_grad_enabled() else _backward
+        # The registered operator where the gradient of this gradient is to be refused. Else forward checked it all.
+        backward = torch.ops.ceit.leff_backward if torch.is_grad_enabled() else _run_backward
         return _gradients(backward, ctx, grad_out)
 
 

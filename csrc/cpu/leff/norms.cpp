@@ -19,45 +19,46 @@ void check(const char* name, const OptionalTensor& tensor, int64_t elements, Sca
 }
 
 // Mean and centred sum of squares of parts together, about the mean of the first: a mean far from zero costs no digits.
-template <class Real>
-Real merge(const Real* moments, const Real* counts, int64_t parts, int64_t channels, Real* mean, Real* squares) {
+template <class Real, class Count>
+Real merge(const Real* moments, const Count& count, int64_t parts, int64_t channels, Real* mean, Real* squares) {
   Real total = 0;
-  for (int64_t i = 0; i < parts; ++i) total += counts[i];
+  for (int64_t i = 0; i < parts; ++i) total += count(i);
   std::vector<Real> offset(size_t(channels), Real(0));
   for (int64_t i = 0; i < parts; ++i) {
     const Real* at = moments + i * 2 * channels;
-    for (int64_t c = 0; c < channels; ++c) offset[size_t(c)] += (at[c] - moments[c]) * counts[i];
+    for (int64_t c = 0; c < channels; ++c) offset[size_t(c)] += (at[c] - moments[c]) * count(i);
   }
   for (int64_t c = 0; c < channels; ++c) mean[c] = moments[c] + offset[size_t(c)] / total, squares[c] = 0;
   for (int64_t i = 0; i < parts; ++i) {
     const Real* at = moments + i * 2 * channels;
     for (int64_t c = 0; c < channels; ++c) {
       const Real difference = at[c] - mean[c];
-      squares[c] += at[channels + c] + difference * difference * counts[i];
+      squares[c] += at[channels + c] + difference * difference * count(i);
     }
   }
   return total;
 }
 
 template <class Real>
-void norm_array_of(const OptionalTensor& moments, const OptionalTensor& counts, const OptionalTensor& running_mean,
-                   const OptionalTensor& running_variance, const OptionalTensor& weight, const OptionalTensor& bias,
-                   double eps, const Tensor& out, const OptionalTensor& total) {
+void norm_array_of(const PartMoments& parts, const NormVectors& vectors, const Tensor& out,
+                   const OptionalTensor& total) {
   const int64_t channels = out.size(1);
   Real* mean = static_cast<Real*>(out.data_ptr());
   Real *variance = mean + channels, *rstd = variance + channels, *scale = rstd + channels, *shift = scale + channels;
-  if (moments) {
+  if (parts.moments) {
+    const Real* counts = data<Real>(parts.counts);
+    const auto count_of = [&](int64_t part) { return counts ? counts[part] : Real(parts.tokens); };
     const Real count =
-        merge(data<Real>(moments), data<Real>(counts), moments->size(0), channels, mean, variance);
+        merge(data<Real>(parts.moments), count_of, parts.moments->size(0), channels, mean, variance);
     for (int64_t c = 0; c < channels; ++c) variance[c] /= count;
     if (total) *static_cast<Real*>(total->data_ptr()) = count;
   } else {
-    std::memcpy(mean, data<Real>(running_mean), size_t(channels) * sizeof(Real));
-    std::memcpy(variance, data<Real>(running_variance), size_t(channels) * sizeof(Real));
+    std::memcpy(mean, data<Real>(vectors.running_mean), size_t(channels) * sizeof(Real));
+    std::memcpy(variance, data<Real>(vectors.running_variance), size_t(channels) * sizeof(Real));
   }
-  const Real *weights = data<Real>(weight), *biases = data<Real>(bias);
+  const Real *weights = data<Real>(vectors.weight), *biases = data<Real>(vectors.bias);
   for (int64_t c = 0; c < channels; ++c) {
-    rstd[c] = Real(1) / std::sqrt(variance[c] + Real(eps));
+    rstd[c] = Real(1) / std::sqrt(variance[c] + Real(vectors.eps));
     scale[c] = weights ? rstd[c] * weights[c] : rstd[c];
     shift[c] = biases ? biases[c] : Real(0);
   }
@@ -97,24 +98,22 @@ void gradient_array_of(const Tensor& sums, const OptionalTensor& norm, const Opt
 
 }  // namespace
 
-void norm_array(OptionalTensor moments, OptionalTensor counts, OptionalTensor running_mean,
-                OptionalTensor running_variance, OptionalTensor weight, OptionalTensor bias, double eps, Tensor out,
-                OptionalTensor total) {
+void norm_array(const PartMoments& parts, const NormVectors& vectors, const Tensor& out, const OptionalTensor& total) {
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == 5 && out.is_contiguous(), "out: expected a contiguous (5, channels)");
   const ScalarType type = real_type(out);
   const int64_t channels = out.size(1);
-  STD_TORCH_CHECK(moments.has_value() ? counts.has_value() : running_mean.has_value() && running_variance.has_value(),
-                  "moments: expected with counts, or running statistics");
-  if (moments) {
-    check("moments", moments, moments->size(0) * 2 * channels, type);
-    check("counts", counts, moments->size(0), type);
+  STD_TORCH_CHECK(parts.moments || (vectors.running_mean && vectors.running_variance),
+                  "moments: expected those of parts, or running statistics");
+  if (parts.moments) {
+    check("moments", parts.moments, parts.moments->size(0) * 2 * channels, type);
+    check("counts", parts.counts, parts.moments->size(0), type);
   }
-  for (const auto& [name, tensor] : {std::pair<const char*, const OptionalTensor&>{"running_mean", running_mean},
-                                     {"running_variance", running_variance}, {"weight", weight}, {"bias", bias}})
-    check(name, tensor, channels, type);
+  check("running_mean", vectors.running_mean, channels, type);
+  check("running_variance", vectors.running_variance, channels, type);
+  check("weight", vectors.weight, channels, type);
+  check("bias", vectors.bias, channels, type);
   check("total", total, 1, type);
-  (type == ScalarType::Double ? norm_array_of<double> : norm_array_of<float>)(
-      moments, counts, running_mean, running_variance, weight, bias, eps, out, total);
+  (type == ScalarType::Double ? norm_array_of<double> : norm_array_of<float>)(parts, vectors, out, total);
 }
 
 void gradient_array(Tensor sums, OptionalTensor norm, OptionalTensor count, OptionalTensor vectors,

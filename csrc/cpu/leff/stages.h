@@ -44,11 +44,19 @@ inline int64_t turned_stride(int64_t rows) {
 }
 void transpose_rows(const float* in, int64_t rows, int64_t columns, float* out);
 
-// The array of a norm (see calls.h) of the moments (P, 2, channels) of P parts of `counts` tokens each, or of running
-// statistics without moments. `total` (1,) receives the tokens of all parts.
-void norm_array(OptionalTensor moments, OptionalTensor counts, OptionalTensor running_mean,
-                OptionalTensor running_variance, OptionalTensor weight, OptionalTensor bias, double eps, Tensor out,
-                OptionalTensor total);
+// Mean and centred sum of squares (P, 2, channels) of P parts, of as many tokens each, or of `counts` (P,).
+struct PartMoments {
+  OptionalTensor moments, counts;
+  int64_t tokens = 0;
+};
+// What a norm computes with beside the statistics of a batch.
+struct NormVectors {
+  OptionalTensor running_mean, running_variance, weight, bias;
+  double eps = 0;
+};
+// The array of a norm (see calls.h) of the statistics of all parts, or of running ones without parts. `total` (1,)
+// receives the tokens of all parts.
+void norm_array(const PartMoments& parts, const NormVectors& vectors, const Tensor& out, const OptionalTensor& total);
 
 // From the sums (P, 2, channels) of a norm's gradient g and of g (z - mean): the gradient array (see calls.h), and
 // `vectors` (3, channels), the gradients of the bias ahead of the norm and of the norm's weight and bias. `count` (1,)
