@@ -15,6 +15,7 @@ from .grid import token_grid
 
 __all__ = [
     "ACTIVATIONS",
+    "NORM_MODES",
     "PARAMETER_NAMES",
     "PARAMETER_SCHEMA",
     "Settings",
@@ -27,7 +28,7 @@ __all__ = [
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "hardswish", "identity")
 _KERNEL_SIZES = (3, 5, 7)
-_NORMS = ("none", "frozen", "batch")
+NORM_MODES = ("none", "frozen", "batch")
 
 # One argument each: the gradients of a list with None in it would be lost in silence.
 PARAMETER_NAMES = tuple(
@@ -141,8 +142,8 @@ def _check_convolutions(
 
 def _check_norms(parameters: Sequence[Tensor | None], norms: Sequence[str], names: Sequence[str]) -> None:
     for layer, mode in enumerate(norms):
-        if mode not in _NORMS:
-            raise ValueError(f"norms: expected of {_NORMS}, got {mode!r}")
+        if mode not in NORM_MODES:
+            raise ValueError(f"norms: expected of {NORM_MODES}, got {mode!r}")
         first = layer * parameters_per_layer
         channels = parameters[first].shape[0]
         for i in range(first + 2, first + parameters_per_layer):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import NORM_MODES
 from ..folding import parameters_per_layer
 from ..problem import Forward, Needs, Problem
 from . import processes  # noqa: F401  what compiled code calls
@@ -16,8 +17,6 @@ __all__ = ["leff_backward_native", "leff_forward_native"]
 
 # Of hidden tokens for each thread. They come from memory and go there, so what counts is that the products are large.
 bytes_in_cache = 4 << 20
-
-_MODES = ("none", "frozen", "batch")
 
 
 def _parameters(problem: Problem) -> list[Tensor | None]:
@@ -37,7 +36,7 @@ def _settings(problem: Problem) -> tuple[list[int], list[int], str]:
     hidden_bytes = problem.tokens // problem.x.shape[0] * problem.hidden_features * problem.dtype.itemsize
     images = images_at_a_time(hidden_bytes, bytes_in_cache)
     sizes = [*map(activation_index, problem.activations), *problem.grid_size, images]
-    return [_MODES.index(norm) for norm in problem.norms], sizes, problem.group.group_name if problem.group else ""
+    return [NORM_MODES.index(norm) for norm in problem.norms], sizes, problem.group.group_name if problem.group else ""
 
 
 def leff_forward_native(problem: Problem, residual: Tensor | None, out_dtype: torch.dtype) -> Forward:

@@ -3,6 +3,7 @@
 // ceit_kernels/leff/native/processes.py put together what each has summed up.
 #include "training.h"
 
+#include <algorithm>
 #include <array>
 
 namespace ceit::leff {
@@ -228,14 +229,16 @@ std::vector<Tensor> train(Tensor x, std::vector<OptionalTensor> parameters, Opti
     if (layer.mode != Mode::batch) return OptionalTensor();
     return OptionalTensor(new_empty(like, {images, 2, layer.channels()}));
   };
-  const OptionalTensor moments1 = moments_for(layers[0]), moments2 = moments_for(layers[1]), moments3 = moments_for(layers[2]);
+  const OptionalTensor moments1 = moments_for(layers[0]), moments2 = moments_for(layers[1]);
+  const OptionalTensor moments3 = moments_for(layers[2]);
   const Tensor z1 = expand(x, layers[0].matrix(), layers[0].bias, size.tokens, moments1);
   const Tensor norm1 = norm_of(layers[0], moments1, size.tokens, group, count);
   const Tensor z2 = new_empty(x, {images, size.tokens, hidden});
   depthwise(z1, unless_empty(norm1), size.first, taps_of(layers[1]), layers[1].bias, int64_t(Activation::identity),
             size.side, size.height, size.width, z2, moments2);
   const Tensor norm2 = norm_of(layers[1], moments2, size.tokens, group, count);
-  const Tensor z3 = contract(z2, unless_empty(norm2), size.second, layers[2].matrix(), layers[2].bias, size.images, moments3);
+  const Tensor z3 = contract(z2, unless_empty(norm2), size.second, layers[2].matrix(), layers[2].bias, size.images,
+                             moments3);
   const Tensor norm3 = norm_of(layers[2], moments3, size.tokens, group, count);
   finish(z3, unless_empty(norm3), prefix, residual, size.tokens, out);
   const bool of_batch = moments1 || moments2 || moments3;

@@ -10,6 +10,7 @@ from torch import nn
 from ceit.blocks import Block
 from ceit_kernels import fuse, use_backend
 from ceit_kernels.block import EncoderParts, encoder_inference
+from ceit_kernels.block.watch import kept_by
 from ceit_kernels.common.products import has_panels
 
 
@@ -130,6 +131,19 @@ def test_panels_of_any_width_on_any_number_of_threads(dtype, threads, dim, heads
         assert_as_accurate(["tokens"], [at_once(fuse(plain), x, grid)], [expected], [exact])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mlp_ratio", [2.0, 1.4], ids=["48 hidden", "33 hidden"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_all_weights_are_in_panels_or_none_is(dtype, mlp_ratio):
+    block = fuse(make_block(dtype, mlp_ratio=mlp_ratio))
+    at_once(block, make_tokens(dtype=dtype))
+    ((call,),) = (encoder.calls for encoder in kept_by(block).values())
+    weights = [value for value in call if isinstance(value, torch.Tensor) and value.dim() > 1]
+    *products, taps = sorted(weights, key=lambda weight: weight.shape[0] == 9)
+    assert len(products) == 4
+    assert taps.dim() == 2
+    assert {weight.dim() == 3 for weight in products} == {has_panels(dtype, 24, int(24 * mlp_ratio))}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
