@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe_extension", "extension_problem", "has_kernel"]
+__all__ = ["cpu_code", "describe_extension", "extension_problem", "has_kernel"]
+
+torch.library.define("ceit::_cpu_code", "() -> str")
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -47,6 +49,15 @@ def extension_problem(device_type: str) -> str:
     return _load() or f"the compiled extension has no code for {device_type}: {_build_reason()}"
 
 
+def cpu_code() -> str | None:
+    """Which of its code the extension runs on this processor: "avx512", "avx2" or "baseline".
+
+    The best that the processor has, or what the environment variable CEIT_KERNELS_CPU names if that is less. None where
+    there is no extension.
+    """
+    return torch.ops.ceit._cpu_code() if _load() is None else None
+
+
 def describe_extension() -> str:
-    """Whether the extension is there, with what was built, or why not."""
-    return _load() or f"the compiled extension is loaded: {_build_reason()}"
+    """Whether the extension is there, with what was built and which of it this processor runs, or why not."""
+    return _load() or f"the compiled extension is loaded: {_build_reason()}; the CPU runs its {cpu_code()} code"

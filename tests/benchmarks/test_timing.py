@@ -1,11 +1,10 @@
 """The timers, with a GPU that is not there."""
 
-import time
-
 import pytest
 import torch
 from support.fake_cuda import FakeCuda
 
+from ceit.benchmarking import timing
 from ceit.benchmarking.timing import CpuTimer, CudaTimer, Sampler, interleave
 
 
@@ -49,30 +48,57 @@ def test_contenders_take_turns():
     assert len({tuple(names) for names in rounds}) > 1
 
 
-def test_wall_clock():
-    sampler = CpuTimer().prepare(lambda i: time.sleep(5e-3), 1)
-    assert 4e-3 < sampler.sample() < 1e-1
+class Clock:
+    """Time that passes by as much as it is told, whatever else the machine does; a look at it takes a microsecond."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 1e-6
+        return self.now
+
+    def wait(self, seconds):
+        self.now += seconds
 
 
-def test_first_calls_of_a_sample_are_not_timed():
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_wall_clock(clock):
+    sampler = CpuTimer().prepare(lambda i: clock.wait(5e-3), 1)
+    assert sampler.sample() == pytest.approx(5e-3, rel=1e-2)
+    assert sampler.method == "wall clock"
+
+
+def test_first_calls_of_a_sample_are_not_timed(clock):
     calls = []
 
     def call(i):
         # As if threads of another contender were spinning: the first call of a sample takes long.
-        time.sleep(2e-3 if calls else 0.1)
+        clock.wait(2e-3 if calls else 0.1)
         calls.append(i)
 
     calls.append(0)
     sampler = CpuTimer().prepare(call, 1)
     calls.clear()
-    assert sampler.sample() < 5e-2
+    assert sampler.sample() == pytest.approx(2e-3, rel=1e-2)
 
 
-def test_sample_ends_when_the_threads_behind_it_sleep():
-    sampler = CpuTimer().prepare(lambda i: None, 1, spinning=0.2)
-    start = time.perf_counter()
-    assert sampler.sample() < 1e-3
-    assert time.perf_counter() - start > 0.2
+def test_sample_ends_when_the_threads_behind_it_sleep(clock):
+    ends = []
+
+    def call(i):
+        clock.wait(1e-3)
+        ends.append(clock.now)
+
+    sampler = CpuTimer().prepare(call, 1, spinning=0.2)
+    assert sampler.sample() == pytest.approx(1e-3, rel=1e-2)
+    assert clock.now - ends[-1] > 0.2
 
 
 @pytest.mark.gpu

@@ -5,9 +5,9 @@ import torch
 from ceit_kernels import self_attention, use_backend
 
 
-def make_call(batch, tokens, heads, channels, dtype, num_queries=None, size=1.0):
+def make_call(batch, tokens, heads, channels, dtype, num_queries=None, size=1.0, draw=0):
     """qkv and the gradient of the result."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(draw)
     qkv = size * torch.randn(batch, tokens, 3 * heads * channels, generator=generator, dtype=torch.float64)
     grad_out = torch.randn(batch, num_queries or tokens, heads * channels, generator=generator, dtype=torch.float64)
     return qkv.to(dtype), grad_out.to(dtype)

@@ -11,6 +11,7 @@ from ceit_kernels import FusedImage2Tokens, use_backend
 from support.where import DEVICE
 
 NAMES = ("out", "grad_weight", "grad_gamma", "grad_beta", "grad_x")
+STATISTICS = ("running_mean", "running_var")
 GAMMAS = ("positive", "negative", "zero", "mixed")
 
 
@@ -38,6 +39,15 @@ def run_stem(stem: nn.Module, x: Tensor, grad_out: Tensor, backend: str) -> tupl
         out = stem(x)
     leaves = [stem.conv.weight, stem.bn.weight, stem.bn.bias, x]
     return [out, *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))], stem.bn
+
+
+def compare_stem(stem: nn.Module, x: Tensor, grad_out: Tensor) -> list[list[Tensor]]:
+    """What NAMES and STATISTICS name: of the native backend, plain and exact, which is float64 on the same values."""
+    wide = copy.deepcopy(stem).double(), x.double(), grad_out.double()
+    runs = (
+        run_stem(stem, x, grad_out, "native"), run_stem(stem, x, grad_out, "reference"), run_stem(*wide, "reference")
+    )  # fmt: skip
+    return [[*results, *(getattr(norm, name) for name in STATISTICS)] for results, norm in runs]
 
 
 def pooled_like(x: Tensor, out_chans: int) -> Tensor:

@@ -1,14 +1,11 @@
 """The compiled passes on the CPU against plain PyTorch, and the operators with them behind."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.add_norm import EPS, SHAPES, check, check_to_rounding, make_inputs, run
+from support.processors import KINDS, run_with
 from torch import nn
 
 from ceit_kernels import FusedAddNorm, add_layer_norm, use_backend
@@ -249,9 +246,13 @@ def test_any_number_of_threads_gives_the_same_bits():
     torch.testing.assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2"])
-def test_agrees_on_lesser_processors(capability):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "agrees_with or float64"]
-    environment = os.environ | {"CEIT_KERNELS_CPU": capability}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_for_every_processor_agrees(kind):
+    code = """
+import torch
+from support.add_norm import SHAPES, check, check_to_rounding, make_inputs
+for shape in SHAPES:
+    for dtype, agrees in ((torch.float32, check), (torch.bfloat16, check), (torch.float64, check_to_rounding)):
+        agrees("native", *make_inputs(shape, dtype, device="cpu"), 2)
+"""
+    run_with(kind, code)

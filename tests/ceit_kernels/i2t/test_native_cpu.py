@@ -1,9 +1,6 @@
 """The stem on the CPU against plain PyTorch: values and gradients."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,11 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate, assert_as_accurate_over_draws
-from support.stems import GAMMAS, NAMES, make_stem, pooled_like, run_stem
+from support.processors import KINDS, run_with
+from support.stems import GAMMAS, NAMES, STATISTICS, compare_stem, make_stem, pooled_like, run_stem
 
 from ceit_kernels import use_backend
 
 SIZES = [(7, 7), (3, 2), (33, 17), (61, 97)]
+DRAWS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -32,43 +31,38 @@ def make_call(dtype, size, channels=(3, 64), batch=2, training=True, gamma="mixe
     return stem, x, pooled_like(x, channels[1])
 
 
-def check(stem, x, grad_out):
-    """By the error rule; in float64 to rounding."""
-    fused, norm = run_stem(stem, x, grad_out, "native")
-    plain, plain_norm = run_stem(stem, x, grad_out, "reference")
-    if x.dtype == torch.float64:
+def check(make):
+    """By the error rule over draws that ``make`` gives; in float64 to rounding."""
+    call = make(0)
+    if call[1].dtype == torch.float64:
+        (fused, norm), (plain, plain_norm) = (run_stem(*call, backend) for backend in ("native", "reference"))
         for name, ours, theirs in zip(NAMES, fused, plain, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
         torch.testing.assert_close(norm.state_dict(), plain_norm.state_dict(), rtol=1e-12, atol=1e-12)
-        return
-    exact, exact_norm = run_stem(copy.deepcopy(stem).double(), x.double(), grad_out.double(), "reference")
-    assert_as_accurate(NAMES, fused, plain, exact)
-    assert norm.num_batches_tracked == plain_norm.num_batches_tracked
-    names = ("running_mean", "running_var")
-    assert_as_accurate(names, *([getattr(n, name) for name in names] for n in (norm, plain_norm, exact_norm)))
+    else:
+        assert_as_accurate_over_draws((*NAMES, *STATISTICS), (compare_stem(*make(draw)) for draw in range(DRAWS)))
+
+
+def draws_of(*call, **options):
+    return lambda draw: make_call(*call, **options, draw=draw)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_agrees_with_plain_pytorch(poisoned_memory, training, size, dtype):
-    check(*make_call(dtype, size, training=training))
+    check(draws_of(dtype, size, training=training))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_statistics_of_two_values_are_as_accurate_over_draws(poisoned_memory, dtype):
-    draws = []
-    for draw in range(12):
-        stem, x, grad_out = make_call(dtype, (2, 1), draw=draw)
-        exact = run_stem(copy.deepcopy(stem).double(), x.double(), grad_out.double(), "reference")
-        draws.append([run_stem(stem, x, grad_out, name)[0] for name in ("native", "reference")] + [exact[0]])
-    assert_as_accurate_over_draws(NAMES, draws)
+def test_statistics_of_two_values_are_as_accurate(poisoned_memory, dtype):
+    check(draws_of(dtype, (2, 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_agrees_at_224(poisoned_memory, batch, dtype):
-    check(*make_call(dtype, (224, 224), batch=batch))
+    check(draws_of(dtype, (224, 224), batch=batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -91,23 +85,26 @@ def test_inference_agrees_with_plain_pytorch(poisoned_memory, batch, dtype):
 def test_agrees_at_any_size(height, width, batch, in_chans, out_chans, training):
     if batch * ((height + 1) // 2) * ((width + 1) // 2) == 1:
         training = False
-    check(*make_call(torch.float64, (height, width), (in_chans, out_chans), batch, training))
+    check(draws_of(torch.float64, (height, width), (in_chans, out_chans), batch, training))
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_agrees_for_every_sign_of_gamma(dtype, training, gamma):
-    check(*make_call(dtype, (19, 22), gamma=gamma, training=training))
+    check(draws_of(dtype, (19, 22), gamma=gamma, training=training))
 
 
 @pytest.mark.parametrize("ratio", [1e-6, 1e6])
 def test_gradients_need_no_division_by_gamma(ratio):
-    stem, x, grad_out = make_call(torch.float32, (30, 31), gamma="positive")
-    with torch.no_grad():
-        stem.bn.weight.mul_(min(ratio, 1.0))
-        stem.bn.bias.mul_(1 / max(ratio, 1.0))
-    check(stem, x, grad_out)
+    def make(draw):
+        stem, x, grad_out = make_call(torch.float32, (30, 31), gamma="positive", draw=draw)
+        with torch.no_grad():
+            stem.bn.weight.mul_(min(ratio, 1.0))
+            stem.bn.bias.mul_(1 / max(ratio, 1.0))
+        return stem, x, grad_out
+
+    check(make)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -157,7 +154,7 @@ def test_any_layout_of_the_image_is_read_in_place(dtype, layout):
 
 def test_the_gradient_of_a_sum_is_expanded():
     stem, x, grad_out = make_call(torch.float64, (20, 22))
-    check(stem, x, grad_out[:1, :1, :1, :1].expand_as(grad_out))
+    check(lambda _: (stem, x, grad_out[:1, :1, :1, :1].expand_as(grad_out)))
 
 
 @pytest.mark.parametrize("mean", [1e2, 1e4])
@@ -203,20 +200,15 @@ def test_the_number_of_threads_changes_nothing():
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2"])
-def test_code_for_other_processors_agrees(capability, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_for_every_processor_agrees(kind, tmp_path):
     stem, x, grad_out = make_call(torch.float32, (37, 42), (3, 40))
     torch.save((stem, x, grad_out, run_stem(stem, x, grad_out, "native")[0]), tmp_path / "expected")
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-        "from support.stems import run_stem\n"
-        "stem, x, grad_out, expected = torch.load(sys.argv[2], weights_only=False)\n"
-        "found, _ = run_stem(stem, x, grad_out, 'native')\n"
-        "torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)"
-    )
-    tests = os.path.join(os.path.dirname(__file__), "..", "..")
-    done = subprocess.run(
-        [sys.executable, "-c", code, tests, str(tmp_path / "expected")],
-        env={**os.environ, "CEIT_KERNELS_CPU": capability}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    code = """
+import torch
+from support.stems import run_stem
+stem, x, grad_out, expected = torch.load(sys.argv[2], weights_only=False)
+found, _ = run_stem(stem, x, grad_out, "native")
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+"""
+    run_with(kind, code, tmp_path / "expected")

@@ -2,9 +2,6 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -13,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate, assert_as_accurate_over_draws
 from support.leff import make_leff, make_tokens, make_training_leff, pass_through_with_means, run, train_step
+from support.processors import KINDS, run_with
 from torch import nn
 
 from ceit_kernels import use_backend
@@ -265,24 +263,20 @@ def test_several_threads_may_run_inference_at_once():
     assert all(torch.equal(result, expected) for result in results)
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2"])
-def test_code_for_other_processors_agrees(capability, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_for_every_processor_agrees(kind, tmp_path):
     leff, x, grad_out, grid_size = make_call((2, 5, 7, 1, 24, 100, 24, 3), torch.float32)
     torch.save((x, grad_out, train_step("native", copy.deepcopy(leff), x, grad_out, grid_size)), tmp_path / "expected")
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-        "from support.leff import make_training_leff, train_step\n"
-        "x, grad_out, expected = torch.load(sys.argv[2])\n"
-        "leff = make_training_leff(24, 100, 24, 3, torch.float32)\n"
-        "found = train_step('native', leff, x, grad_out, (5, 7))\n"
-        "for name, value in expected.items(): torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-4)"
-    )
-    tests = os.path.join(os.path.dirname(__file__), "..", "..")
-    command = [sys.executable, "-c", code, tests, str(tmp_path / "expected")]
-    done = subprocess.run(
-        command, env={**os.environ, "CEIT_KERNELS_CPU": capability}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    code = """
+import torch
+from support.leff import make_training_leff, train_step
+x, grad_out, expected = torch.load(sys.argv[2])
+leff = make_training_leff(24, 100, 24, 3, torch.float32)
+found = train_step("native", leff, x, grad_out, (5, 7))
+for name, value in expected.items():
+    torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-4)
+"""
+    run_with(kind, code, tmp_path / "expected")
 
 
 def test_a_forked_process_may_go_on():
