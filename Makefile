@@ -17,18 +17,16 @@ RUNTIMES := openvino onnx onnxruntime
 demo: $(READY)
 	$(RUN) -m ceit demo
 
-# Two test processes share two cores: a thread each.
-test prove: export OMP_NUM_THREADS = 1
-
-test: lint
-	$(PYTEST) -n 2 -m "not prove"
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "not prove" tests/ceit_kernels
-	$(RUN) -m ttsem.sanitize pytest -q -m "not prove" tests/ceit_kernels tests/benchmarks
+# Lint, and the tests as they are, in Triton's interpreter and under ttsem: side by side, and all of them in any case.
+test: $(READY)
+	$(RUN) tests/run.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# Two test processes share two cores: a thread each.
+prove: export OMP_NUM_THREADS = 1
 prove: $(READY)
 	$(PYTEST) -n 2 -m prove
 

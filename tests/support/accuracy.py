@@ -9,8 +9,8 @@ from torch import Tensor
 # In units of eps times the largest value. The last rounding alone is half of that, also in a result that is as good as
 # the type allows, while plain PyTorch's may be less by luck, down to none.
 _ROUNDINGS = 1
-# Draws that are taken at least, and the ratio to what is allowed at which no more are needed.
-_FEWEST_DRAWS, _CLEAR = 2, 0.5
+# The ratio to what is allowed at which no more draws are needed.
+_CLEAR = 0.5
 
 
 def assert_as_accurate(names: Sequence[str], fused: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]):
@@ -19,13 +19,14 @@ def assert_as_accurate(names: Sequence[str], fused: Sequence[Tensor], plain: Seq
 
 
 def assert_as_accurate_over_draws(
-    names: Sequence[str], draws: Iterable[tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]
+    names: Sequence[str], draws: Iterable[tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]], fewest: int = 2
 ):
     """The error rule for the typical ratio of the two errors over several draws of a call's inputs.
 
     Where batch statistics or long sums magnify roundings, the largest errors of two equally good ways to compute the
     same differ by more than a factor of two in one draw of ten. Their ratio is as often too small as too large, so its
-    geometric mean is judged. Of a generator no more draws are taken once each mean is at most half of what is allowed.
+    geometric mean is judged. A generator of draws is asked for more than ``fewest`` only until each mean is at most
+    half of what is allowed.
     """
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for count, (fused, plain, exact) in enumerate(draws, start=1):
@@ -35,7 +36,7 @@ def assert_as_accurate_over_draws(
             assert torch.isfinite(ours).all(), name
             if truth.numel():
                 ratios[name].append(_ratio(ours, theirs, truth))
-        if count >= _FEWEST_DRAWS and all(geometric_mean(found) <= _CLEAR for found in ratios.values() if found):
+        if count >= fewest and all(geometric_mean(found) <= _CLEAR for found in ratios.values() if found):
             return
     for name, found in ratios.items():
         if found:

@@ -4,13 +4,14 @@ import torch
 
 from ceit_kernels import add_layer_norm, use_backend
 
-from .accuracy import assert_as_accurate
+from .accuracy import assert_as_accurate, assert_as_accurate_over_draws
 from .where import DEVICE
 
 EPS = 1e-6
 # Rows of every block: few, many, one; channels that fill a block and that do not.
 SHAPES = [(3, 5, 48), (2, 37, 192), (1, 1, 7), (4, 9, 384), (2, 3, 1000), (70, 1, 64)]
 NAMES = ("total", "out", "prefix", "x.grad", "branch.grad", "weight.grad", "bias.grad")
+DRAWS = 8
 
 
 def make_inputs(shape, dtype, branch=True, affine=True, mean=0.0, seed=0, device=DEVICE):
@@ -36,18 +37,31 @@ def run(backend, inputs, grads, prefix=None, leaves=None):
     return [*(t.detach() for t in results), *gradients]
 
 
-def check(backend, inputs, grads, prefix=None):
-    """The error rule, for results and all gradients of a backend."""
-    names = [name for name in NAMES if prefix is not None or name != "prefix"]
-    given = dict(zip(("x.grad", "branch.grad", "weight.grad", "bias.grad"), inputs, strict=True))
-    names = [name for name in names if given.get(name, name) is not None]
+def compute(backend, inputs, grads, prefix=None):
+    """Results: of the backend, plain and exact."""
     wide = [None if t is None else t.double() for t in inputs]
-    assert_as_accurate(
-        names,
+    return (
         run(backend, inputs, grads, prefix),
         run("reference", inputs, grads, prefix),
         run("reference", wide, [g.double() for g in grads], prefix),
     )
+
+
+def _names(inputs, prefix):
+    names = [name for name in NAMES if prefix is not None or name != "prefix"]
+    given = dict(zip(("x.grad", "branch.grad", "weight.grad", "bias.grad"), inputs, strict=True))
+    return [name for name in names if given.get(name, name) is not None]
+
+
+def check(backend, inputs, grads, prefix=None):
+    """The error rule, for results and all gradients of a backend."""
+    assert_as_accurate(_names(inputs, prefix), *compute(backend, inputs, grads, prefix))
+
+
+def check_over_draws(backend, make, prefix=None):
+    """The error rule over calls of which ``make(draw)`` gives the inputs and the gradients."""
+    calls = (compute(backend, *make(draw), prefix) for draw in range(DRAWS))
+    assert_as_accurate_over_draws(_names(make(0)[0], prefix), calls, fewest=1)
 
 
 def check_to_rounding(backend, inputs, grads, prefix=None):

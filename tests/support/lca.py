@@ -4,12 +4,13 @@ import torch
 
 from ceit_kernels import lca_attention, use_backend
 
-from .accuracy import assert_as_accurate
+from .accuracy import assert_as_accurate, assert_as_accurate_over_draws
 from .where import DEVICE
 
 # batch, layers, channels, heads; the last of them in every block, none, one or several
 SHAPES = [(3, 12, 48, 3), (17, 5, 40, 2), (2, 37, 24, 1), (1, 1, 16, 1), (2, 3, 96, 2)]
 NAMES = ("out", "x.grad", "qkv_weight.grad", "qkv_bias.grad")
+DRAWS = 8
 
 
 def make_inputs(batch, layers, channels, heads, dtype, bias=True, mean=0.0, seed=0, device=DEVICE):
@@ -44,6 +45,13 @@ def compute(backend, inputs, grad_out, **options):
 def check(backend, inputs, grad_out, **options):
     names = NAMES[: 1 + len([t for t in inputs if t is not None])]
     assert_as_accurate(names, *compute(backend, inputs, grad_out, **options))
+
+
+def check_over_draws(backend, make, **options):
+    """The error rule over calls of which ``make(draw)`` gives the inputs and the gradient."""
+    names = NAMES[: 1 + len([t for t in make(0)[0] if t is not None])]
+    calls = (compute(backend, *make(draw), **options) for draw in range(DRAWS))
+    assert_as_accurate_over_draws(names, calls, fewest=1)
 
 
 def check_to_rounding(backend, inputs, grad_out, **options):

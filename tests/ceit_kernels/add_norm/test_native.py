@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.add_norm import EPS, SHAPES, check, check_to_rounding, make_inputs, run
+from support.add_norm import EPS, SHAPES, check, check_over_draws, check_to_rounding, make_inputs, run
 from support.processors import KINDS, run_with
 from torch import nn
 
@@ -32,8 +32,11 @@ def shorten(grads, prefix):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_plain_pytorch(poisoned_memory, shape, dtype, branch, prefix):
-    inputs, grads = make(shape, dtype, branch)
-    check("native", inputs, shorten(grads, prefix), prefix)
+    def draw_call(draw):
+        inputs, grads = make(shape, dtype, branch, seed=draw)
+        return inputs, shorten(grads, prefix)
+
+    check_over_draws("native", draw_call, prefix)
 
 
 @pytest.mark.parametrize("branch", [True, False])
@@ -79,13 +82,16 @@ def test_takes_any_number_of_dimensions(rank):
     check("native", [x, branch, weight, bias], grads)
 
 
-def test_takes_strided_and_expanded_inputs_and_gradients():
-    (x, branch, weight, bias), grads = make((4, 6, 32), torch.float32)
-    strided = [x[:1, :, :16].repeat(1, 1, 2).expand(4, 6, 32), branch.transpose(0, 1).contiguous().transpose(0, 1)]
-    parameters = [weight.repeat_interleave(2)[::2], bias[:1].expand(32)]
-    grads = [grads[0][:1].expand(4, 6, 32), grads[1][:, :, :1].expand(4, 6, 32), grads[2][:, :1].expand(4, 2, 32)]
-    check("native", strided + parameters, grads, prefix=2)
-    check("native", [strided[0], None, *parameters], grads, prefix=2)
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_takes_strided_and_expanded_inputs_and_gradients(with_branch):
+    def draw_call(draw):
+        (x, branch, weight, bias), grads = make((4, 6, 32), torch.float32, seed=draw)
+        strided = [x[:1, :, :16].repeat(1, 1, 2).expand(4, 6, 32), branch.transpose(0, 1).contiguous().transpose(0, 1)]
+        parameters = [weight.repeat_interleave(2)[::2], bias[:1].expand(32)]
+        grads = [grads[0][:1].expand(4, 6, 32), grads[1][:, :, :1].expand(4, 6, 32), grads[2][:, :1].expand(4, 2, 32)]
+        return [strided[0], strided[1] if with_branch else None, *parameters], grads
+
+    check_over_draws("native", draw_call, prefix=2)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 32), (3, 0, 32)], ids=str)
@@ -253,6 +259,6 @@ import torch
 from support.add_norm import SHAPES, check, check_to_rounding, make_inputs
 for shape in SHAPES:
     for dtype, agrees in ((torch.float32, check), (torch.bfloat16, check), (torch.float64, check_to_rounding)):
-        agrees("native", *make_inputs(shape, dtype, device="cpu"), 2)
+        agrees("native", *make_inputs(shape, dtype, device="cpu"))
 """
     run_with(kind, code)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import lca
-from support.accuracy import assert_as_accurate, assert_as_accurate_over_draws
+from support.accuracy import assert_as_accurate
 from support.lca import NAMES, SHAPES, make_inputs, run
 from support.where import ANY_SIZE_DTYPES, DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
 
@@ -15,7 +15,9 @@ from ceit_kernels import lca_attention, use_backend
 
 pytestmark = pytest.mark.kernels
 
-check, check_to_rounding = (partial(function, "triton") for function in (lca.check, lca.check_to_rounding))
+check, check_over_draws, check_to_rounding = (
+    partial(function, "triton") for function in (lca.check, lca.check_over_draws, lca.check_to_rounding)
+)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -23,8 +25,8 @@ check, check_to_rounding = (partial(function, "triton") for function in (lca.che
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_plain_pytorch(poisoned_memory, shape, dtype, bias, dropout_p):
-    inputs, grad_out = make_inputs(*shape, dtype, bias)
-    check(inputs, grad_out, num_heads=shape[-1], dropout_p=dropout_p, seed=torch.tensor([2**40 + 5], device=DEVICE))
+    options = {"num_heads": shape[-1], "dropout_p": dropout_p, "seed": torch.tensor([2**40 + 5], device=DEVICE)}
+    check_over_draws(lambda draw: make_inputs(*shape, dtype, bias, seed=draw), **options)
 
 
 @pytest.mark.kernels(ttsem=False)
@@ -49,20 +51,17 @@ def test_agrees_at_any_size(batch, layers, heads, head_dim, dtype):
 
 @pytest.mark.parametrize(("layers", "channels", "heads"), [(128, 32, 2), (3, 256, 1)])
 def test_takes_as_many_layers_and_as_wide_heads_as_promised(poisoned_memory, layers, channels, heads):
-    calls = (make_inputs(2, layers, channels, heads, torch.float32, seed=draw) for draw in range(4))
-    assert_as_accurate_over_draws(NAMES, [lca.compute("triton", *call, num_heads=heads) for call in calls])
+    check_over_draws(lambda draw: make_inputs(2, layers, channels, heads, torch.float32, seed=draw), num_heads=heads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_means_cost_no_more_accuracy_than_in_plain_pytorch(dtype):
-    inputs, grad_out = make_inputs(3, 6, 32, 2, dtype, mean=100.0)
-    check(inputs, grad_out, num_heads=2)
+    check_over_draws(lambda draw: make_inputs(3, 6, 32, 2, dtype, mean=100.0, seed=draw), num_heads=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_beyond_the_range_of_exp_do_not_overflow(dtype):
-    inputs, grad_out = make_inputs(3, 6, 32, 2, dtype)
-    check(inputs, grad_out, num_heads=2, scale=100.0)
+    check_over_draws(lambda draw: make_inputs(3, 6, 32, 2, dtype, seed=draw), num_heads=2, scale=100.0)
 
 
 def test_takes_strided_and_expanded_inputs_and_gradients():

@@ -28,7 +28,7 @@ CASES = [
 ]
 # Few and small under ttsem, which takes a minute where the interpreter takes seconds.
 TTSEM_CASES = [((2, 2, 3, 1, 16, 24, 16, 3), "bbb"), ((2, 2, 2, 0, 8, 16, 20, 5), "nfn")]
-DRAWS = 4
+DRAWS = 8
 # Wider than one program instance of the depthwise kernels.
 WIDE = ((2, 9, 17, 0, 8, 16, 8, 3), "fff")
 
@@ -54,11 +54,18 @@ def compute(leff, x, grad_out, grid_size, residual=None):
     return fused, plain, exact
 
 
-def check(*calls):
-    """The error rule over several draws of a call; the fused results of each."""
-    draws = [compute(*call) for call in calls]
+def check(make):
+    """The error rule over draws that ``make`` gives; the fused results of those that it took."""
+    draws = [compute(*make(0))]
     names = [name for name in draws[0][0] if not name.endswith("num_batches_tracked")]
-    assert_as_accurate_over_draws(names, [[[r[name] for name in names] for r in results] for results in draws])
+
+    def results():
+        yield from draws
+        for draw in range(1, DRAWS):
+            draws.append(compute(*make(draw)))
+            yield draws[-1]
+
+    assert_as_accurate_over_draws(names, ([[r[name] for name in names] for r in draw] for draw in results()))
     return [fused for fused, _, _ in draws]
 
 
@@ -66,7 +73,7 @@ def check(*calls):
 @pytest.mark.parametrize("dtype", DTYPES[2:] if UNDER_TTSEM else DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "norms"), TTSEM_CASES if UNDER_TTSEM else CASES, ids=str)
 def test_agrees_with_plain_pytorch(poisoned_memory, case, norms, dtype):
-    check(*(make_call(case, dtype, norms, draw) for draw in range(DRAWS)))
+    check(lambda draw: make_call(case, dtype, norms, draw))
 
 
 def check_to_rounding(leff, *inputs):
@@ -122,17 +129,17 @@ def test_agrees_at_any_size(batch, grid, prefix, channels, hidden, norms):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_norms_first_activation_prefix_and_biases(dtype):
-    check(make_call((2, 3, 3, 0, 8, 24, 8, 3), dtype, "nnn", first_act=False, bias=False))
+    check(lambda draw: make_call((2, 3, 3, 0, 8, 24, 8, 3), dtype, "nnn", draw, first_act=False, bias=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_residual_gets_the_gradient_of_the_result_in_its_own_type(dtype):
-    calls = []
-    for draw in range(DRAWS):
+    def make(draw):
         leff, x, grad_out, grid_size = make_call((2, 2, 2, 1, 8, 16, 8, 3), torch.float16, draw=draw)
-        calls.append((leff, x, grad_out.to(dtype), grid_size, make_tokens(*x.shape, dtype, seed=draw + 100)))
-    for call, fused in zip(calls, check(*calls), strict=True):
-        assert torch.equal(fused["residual.grad"], call[2])
+        return leff, x, grad_out.to(dtype), grid_size, make_tokens(*x.shape, dtype, seed=draw + 100)
+
+    for draw, fused in enumerate(check(make)):
+        assert torch.equal(fused["residual.grad"], make(draw)[2])
 
 
 def test_statistics_survive_a_mean_of_ten_thousand_deviations():
