@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
+def draw_the_same_numbers():
+    """Whichever tests ran before, in this process or in another."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def decide_on_backends_again():
     """What a test made the machine look like does not choose the backends of the next."""
     backends._chosen.clear()
