@@ -66,6 +66,15 @@ def test_every_test_is_in_a_part_and_every_path_is_there():
         assert rest[0] == {"native": "tests", "interpreter": "tests/ceit_kernels"}[kind]
 
 
+def test_kinds_of_code_below_the_best_run_with_pytorch_restricted_likewise(monkeypatch, capsys):
+    monkeypatch.setattr("ceit_kernels.common.extension.cpu_code", lambda: "avx2")
+    (lesser,) = run.parts_by_kind()
+    assert lesser.environment == {
+        "CEIT_KERNELS_CPU": "baseline", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"
+    }  # fmt: skip
+    assert "Not run, as this processor lacks the instructions: avx512." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_all_that_was_started(tmp_path, number):
     code = (
