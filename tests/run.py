@@ -118,16 +118,15 @@ def restricted_to(kind: str) -> dict[str, str]:
 class Runner:
     """Runs parts side by side, in process groups of their own so that all that they start ends with them."""
 
-    def __init__(self, slots: int | None = None) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._slots = slots or cores
+    def __init__(self) -> None:
+        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._processes: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
     def run(self, parts: Sequence[Part]) -> list[Result]:
         """The results of all parts, in their order; ends what runs if interrupted."""
-        with ThreadPoolExecutor(self._slots) as pool:
+        with ThreadPoolExecutor(self._cores) as pool:
             try:
                 return list(pool.map(self._run_one, parts))
             except BaseException:
