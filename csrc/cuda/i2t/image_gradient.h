@@ -66,12 +66,16 @@ image_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, ImageG
           const int place = (row + 7 - ky) / 2 * kTilePixels + (column + 7 - kx) / 2;
           const Element* values = gradient_tile + place * kOperandStride;
           const Real* weight = g.weight + int64_t(channel0) * p.channels * kSide * kSide + ky * kSide + kx;
+          // A sum of its own for each place: one for all of 16 times 32 terms would lose a bit and more of float32.
+          Real part[kChannels] = {};
           for (int o = 0; o < kBackwardChannels; ++o)
 #pragma unroll
             for (int c = 0; c < kChannels; ++c)
               if (c < p.channels)
-                sum[turn][c] += to_float(values[o]) *
-                                to_float(convert<Element>(weight[(int64_t(o) * p.channels + c) * kSide * kSide]));
+                part[c] += to_float(values[o]) *
+                           to_float(convert<Element>(weight[(int64_t(o) * p.channels + c) * kSide * kSide]));
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) sum[turn][c] += part[c];
         }
     }
   }
