@@ -19,8 +19,7 @@ check, check_over_draws, check_to_rounding = (
 )
 
 
-@pytest.mark.parametrize("prefix", [None, 1])
-@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize(("branch", "prefix"), [(True, None), (False, 1)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_plain_pytorch(poisoned_memory, shape, dtype, branch, prefix):

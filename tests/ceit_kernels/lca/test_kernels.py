@@ -20,8 +20,7 @@ check, check_over_draws, check_to_rounding = (
 )
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "dropout_p"), [(True, 0.3), (False, 0.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_plain_pytorch(poisoned_memory, shape, dtype, bias, dropout_p):
