@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from ceit.benchmarking.contenders import OURS
+
 from .roofline import rooflines
 from .style import COLORS, MARKERS, OTHER_COLOR, label_log_axis, subtitle
 
@@ -89,13 +91,13 @@ def _bars(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
 
 def _label(entry: Mapping[str, Any]) -> str:
     name = entry["contender"]
-    if name != "fused" or not entry["backends"]:
+    if not entry["backends"]:
         return name
-    return f"fused\n({', '.join(sorted({by['backend'] for by in entry['backends'].values()}))})"
+    return f"{name}\n({', '.join(sorted({by['backend'] for by in entry['backends'].values()}))})"
 
 
 def batch_curves(data: Mapping[str, Any]) -> Figure | None:
-    """Images/s and memory of the models by batch for plain, compiled and fused; None where there are no two batches."""
+    """Images/s and memory of the models by batch, of contenders with a color; None where there are no two batches."""
     panels: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for result in data["measured"]:
         group = result["group"]
@@ -125,7 +127,7 @@ def _by_batch(axes: Axes, results: Sequence[Mapping[str, Any]], value: Callable[
         ]
         points = [point for point in points if point[1] is not None]
         if points:
-            style = "--" if name == "fused" else "-"
+            style = "--" if name in OURS else "-"
             axes.plot(*zip(*points, strict=True), style, marker=MARKERS[name], color=COLORS[name], label=name)
     _log_sizes(axes, [result["group"]["batch"] for result in results], "batch")
     axes.set_ylim(0, None)

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ceit.benchmarking.contenders import OURS
+
 from .style import MARKERS, OPERATOR_COLORS, label_log_axis, subtitle
 
 _INK = "#0f172a"
@@ -69,7 +71,7 @@ def _contenders(axes: Axes, data: Mapping[str, Any]) -> None:
                     color=OPERATOR_COLORS[operator],
                     markersize=7,
                     alpha=0.75,
-                    fillstyle="full" if entry["contender"] == "fused" else "none",
+                    fillstyle="full" if entry["contender"] in OURS else "none",
                 )[0]
     for dtype, ceilings in data["ceilings"].items():
         _roof(axes, ceilings["bytes_per_second"], ceilings["flops_per_second"], dtype, _intensities(axes))

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axis import Axis
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-COLORS = {"plain": "#64748b", "compile": "#2563eb", "fused": "#c2410c"}
+COLORS = {"plain": "#64748b", "compile": "#2563eb", "fused": "#c2410c", "frozen": "#f59e0b"}
 OTHER_COLOR = "#cbd5e1"
 OPERATOR_COLORS = {
     "leff": "#c2410c",
@@ -18,7 +18,7 @@ OPERATOR_COLORS = {
     "norm": "#a16207",
     "model": "#334155",
 }
-MARKERS = {"plain": "s", "compile": "^", "fused": "o"}
+MARKERS = {"plain": "s", "compile": "^", "fused": "o", "frozen": "P"}
 
 
 def subtitle(data: Mapping[str, Any]) -> str:

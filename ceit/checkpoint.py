@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model", "state_dict")
 _EMA_WEIGHTS = ("model_ema", "state_dict_ema")
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _MAX_LISTED = 8
 
 
@@ -36,11 +36,32 @@ class _Inert:
         pass
 
 
-# What training scripts keep next to the weights: their arguments, and paths among these. Python 3.13 moved the paths.
-_STAND_INS = [(_Inert, "argparse.Namespace")] + [
-    (_Inert, f"{module}.{name}")
-    for module in ("pathlib", "pathlib._local")
-    for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+def _empty_dict(*args: Any) -> dict:
+    """Takes the place of `defaultdict`, whose items are kept and whose factory is never called."""
+    return {}
+
+
+def _empty_list(*args: Any) -> list:
+    """Takes the place of `deque`."""
+    return []
+
+
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path", "PurePath")
+# Scalars, arrays and their types; NumPy 2 has moved the functions, protocol 5 has one of its own.
+_NUMPY_FUNCTIONS = ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
+_NUMPY = ["dtype", "ndarray", *(f"{core}.{name}" for core in ("core", "_core") for name in _NUMPY_FUNCTIONS)]
+
+# What training scripts keep next to the weights: their arguments, times, measures, and paths among these.
+_STAND_INS = [
+    *((_Inert, name) for name in ("argparse.Namespace", "types.SimpleNamespace")),
+    *((_Inert, f"datetime.{name}") for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    # Python 3.13 moved the paths, 3.14 moved them back.
+    *((_Inert, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    *((_Inert, f"numpy.{name}") for name in _NUMPY),
+    # The factories of a defaultdict.
+    *((_Inert, f"builtins.{name}") for name in ("int", "float", "str", "bool", "list", "dict", "tuple")),
+    (_empty_dict, "collections.defaultdict"),
+    (_empty_list, "collections.deque"),
 ]
 
 
@@ -52,7 +73,7 @@ def load_checkpoint(
     The file is a safetensors file, or was written by `torch.save`: a state_dict, or a dict that holds one under
     "model" or "state_dict". Nothing in the file is run: of a pickle only tensors and plain containers are built.
     Position embeddings are resampled if their number differs from the model's; the checkpoint's grid is then taken to
-    be square.
+    be square. BatchNorm's counters of batches, which old files lack, then keep the model's own values.
 
     Args:
         model: the model, or a wrapper of it. It is changed only if the whole checkpoint fits.
@@ -63,12 +84,15 @@ def load_checkpoint(
     Raises:
         OSError: if the file cannot be opened.
         TypeError: if there is no `CeiT` in the model.
-        ValueError: if the file is unreadable, holds no such weights, or its names and shapes do not match the model's.
+        ValueError: if the file is unreadable, holds no such weights, or its names and shapes do not match the model's;
+            or the model is on the meta device.
     """
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     source = _select_weights(_read(Path(path)), path, use_ema)
     targets = {_unwrapped(name): tensor for name, tensor in model.state_dict().items()}
-    weights = checkpoint_filter_fn(source, model)
+    if any(tensor.is_meta for tensor in targets.values()):
+        raise ValueError("model: expected one with memory for its weights, got some on the meta device; call to_empty")
+    weights = _with_counters(checkpoint_filter_fn(source, model), targets)
     weights, targets = ({n: t for n, t in d.items() if not _matches(n, exclude)} for d in (weights, targets))
     problems = _mismatches(weights, targets)
     if problems:
@@ -103,7 +127,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
         side = math.isqrt(num_patches)
         if side and side * side == num_patches:
             weights["pos_embed"] = resample_abs_pos_embed(
-                positions, ceit.i2t.grid_size, (side, side), ceit.num_prefix_tokens
+                positions, ceit.grid_size, (side, side), ceit.num_prefix_tokens
             )
     return weights
 
@@ -150,10 +174,14 @@ def _is_state_dict(contents: Any) -> bool:
 
 
 def _unwrapped(name: str) -> str:
-    """A parameter's name without the prefixes of DDP, torch.compile and averaged models."""
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+    """A parameter's name without what DDP, FSDP, torch.compile, checkpointing and averaging put between its parts."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _with_counters(weights: dict[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the model's counter of batches where they have a BatchNorm's mean but no counter."""
+    counters = {name.replace("running_mean", "num_batches_tracked") for name in weights if "running_mean" in name}
+    return {**{name: targets[name] for name in counters if name in targets}, **weights}
 
 
 def _matches(name: str, exclude: Collection[str]) -> bool:

@@ -1,18 +1,25 @@
 """From images to a grid of patch embeddings."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
-from timm.layers import resample_patch_embed, to_2tuple
+from timm.layers import register_notrace_module, resample_patch_embed, to_2tuple
 from torch import Tensor, nn
 
 from ceit_kernels.block import embedding_inference
 
-from .layers import Image2Tokens, PatchProjection, is_watched
+from .layers import Image2Tokens, PatchProjection
+from .shortcuts import is_eager, is_exactly, is_left_alone, is_symbolic
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
+@register_notrace_module
 class I2TEmbed(nn.Module):
     """Image-to-tokens module (section 3.2): the convolutional stem, then a projection of its patches.
+
+    Stem, projection and what is in them may be wrapped: sizes are those of the layers found inside.
 
     Args:
         img_size: (height, width) of the images in pixels, or one number for both.
@@ -40,6 +47,7 @@ class I2TEmbed(nn.Module):
         super().__init__()
         self.strict_img_size = strict_img_size
         self.backbone = Image2Tokens(in_chans)
+        self._built_windows = [_window(self.backbone.conv), _window(self.backbone.maxpool)]
         self.img_size = tuple(to_2tuple(img_size))
         self.patch_size = tuple(to_2tuple(patch_size))
         self.set_input_size()
@@ -52,22 +60,24 @@ class I2TEmbed(nn.Module):
 
     def feat_ratio(self) -> int:
         """Pixels per token along one side."""
-        stem = self.backbone
-        return stem.conv.stride[0] * stem.maxpool.stride * max(self.patch_size)
+        (_, stride, _), (_, pool_stride, _) = self._windows()
+        return stride * pool_stride * max(self.patch_size)
 
     def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, int]:
         """Grid (H, W) in tokens for images of `img_size` (height, width) pixels."""
         return self._grid_size(img_size, self.patch_size)
 
     def _grid_size(self, img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int]:
-        height, width = (self._map_size(size) // patch for size, patch in zip(img_size, patch_size, strict=True))
+        windows = self._windows()
+        height, width = (_map_size(size, windows) // patch for size, patch in zip(img_size, patch_size, strict=True))
         return height, width
 
-    def _map_size(self, size: int) -> int:
-        """Cells of the stem's map along a side of `size` pixels."""
-        conv, pool = self.backbone.conv, self.backbone.maxpool
-        size = (size + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
-        return (size + 2 * pool.padding - pool.kernel_size) // pool.stride + 1
+    def _windows(self) -> list[tuple[int, int, int]]:
+        """Kernel, stride and padding of the stem's convolution and pooling: as built, where none is found now."""
+        layers = _first(self.backbone, nn.Conv2d), _first(self.backbone, nn.MaxPool2d)
+        return [
+            built if layer is None else _window(layer) for layer, built in zip(layers, self._built_windows, strict=True)
+        ]
 
     def set_input_size(
         self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
@@ -80,6 +90,7 @@ class I2TEmbed(nn.Module):
 
         Raises:
             ValueError: if the images are smaller than one patch; nothing is changed then.
+            TypeError: if the patch size changes and the projection holds no convolution; nothing is changed then.
         """
         img_size = self.img_size if img_size is None else tuple(to_2tuple(img_size))
         patch_size = self.patch_size if patch_size is None else tuple(to_2tuple(patch_size))
@@ -93,9 +104,12 @@ class I2TEmbed(nn.Module):
         self.img_size, self.patch_size, self.grid_size = img_size, patch_size, grid_size
 
     def _resample_projection(self, patch_size: tuple[int, int]) -> None:
-        weight = resample_patch_embed(self.proj.weight.detach(), list(patch_size))
-        self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
-        self.proj.kernel_size = self.proj.stride = patch_size
+        projection = _first(self.proj, nn.Conv2d)
+        if projection is None:
+            raise TypeError(f"patch_size: expected a convolution in proj to resample, got {type(self.proj).__name__}")
+        weight = resample_patch_embed(projection.weight.detach(), list(patch_size))
+        projection.weight = nn.Parameter(weight, requires_grad=projection.weight.requires_grad)
+        projection.kernel_size = projection.stride = patch_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed the patches of images (B, in_chans, H, W) as a map (B, embed_dim, H', W').
@@ -103,7 +117,8 @@ class I2TEmbed(nn.Module):
         Raises:
             ValueError: for other channels, or another size while `strict_img_size`.
         """
-        self._check_images(x)
+        if not torch.jit.is_scripting():
+            self._check_images(x)
         return self.proj(self.backbone(x))
 
     def tokens_at_once(self, x: Tensor, class_token: Tensor, positions: Tensor) -> Tensor | None:
@@ -119,21 +134,42 @@ class I2TEmbed(nn.Module):
         Raises:
             ValueError: as `forward`.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or not is_eager(x) or not is_exactly(self, I2TEmbed):
             return None
-        if type(self) is not I2TEmbed or "forward" in self.__dict__ or is_watched(self):
+        if not all(is_left_alone(module) for module in self.modules()):
             return None
         self._check_images(x)
         return embedding_inference(x, self.backbone, self.proj, class_token, positions)
 
     def _check_images(self, x: Tensor) -> None:
-        in_chans = self.backbone.conv.in_channels
-        if x.ndim != 4 or x.shape[1] != in_chans:
+        if is_symbolic(x):
+            return
+        convolution = _first(self.backbone, nn.Conv2d)
+        in_chans = "in_chans" if convolution is None else convolution.in_channels
+        if x.ndim != 4 or (convolution is not None and x.shape[1] != in_chans):
             raise ValueError(f"x: expected images (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
         if self.strict_img_size and (x.shape[2], x.shape[3]) != self.img_size:
             raise ValueError(
                 f"x: expected images of {self.img_size[0]}x{self.img_size[1]} pixels, got {x.shape[2]}x{x.shape[3]}; "
                 "call set_input_size, or create the model with dynamic_img_size=True"
             )
-        if min(self.dynamic_feat_size(x.shape[2:])) < 1:
+        if not self.strict_img_size and min(self.dynamic_feat_size(x.shape[2:])) < 1:
             raise ValueError(f"x: expected images of at least one patch, got {x.shape[2]}x{x.shape[3]} pixels")
+
+
+def _first(root: nn.Module, kind: type[Layer]) -> Layer | None:
+    """The first layer of a kind in a module, which may be wrapped."""
+    return next((module for module in root.modules() if isinstance(module, kind)), None)
+
+
+def _window(layer: nn.Conv2d | nn.MaxPool2d) -> tuple[int, int, int]:
+    """Kernel, stride and padding of a layer whose windows are square."""
+    kernel, stride, padding = (to_2tuple(size)[0] for size in (layer.kernel_size, layer.stride, layer.padding))
+    return kernel, stride, padding
+
+
+def _map_size(size: int, windows: Sequence[tuple[int, int, int]]) -> int:
+    """Cells of the stem's map along a side of `size` pixels."""
+    for kernel, stride, padding in windows:
+        size = (size + 2 * padding - kernel) // stride + 1
+    return size

@@ -9,6 +9,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
+from ceit_kernels import freeze
+
 from .checkpoint import load_checkpoint
 from .data import check_classes, create_test_loader, open_split, resolve_data_options
 from .running.building import build_model, number_of_classes
@@ -35,7 +37,7 @@ def evaluate(model: nn.Module, loader: Iterable, place: Place, amp: str = "none"
     """Evaluate a model on every test image exactly once, also with several processes.
 
     Args:
-        model: gives logits (B, num_classes); left in evaluation mode.
+        model: gives logits (B, num_classes), live or frozen; left in evaluation mode.
         loader: from `ceit.data.create_test_loader`.
         place: this process's device and rank.
         amp: type of mixed precision.
@@ -66,7 +68,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
     """Evaluate a checkpoint on the test split of `options.data`.
 
     For a checkpoint of `ceit train` the model, its arguments, the image size and the names of the classes are the
-    recorded ones; for another, `options.model` is needed.
+    recorded ones; for another, `options.model` is needed. A fused model is frozen, for its weights do not change any
+    more; a plain one runs as it is.
 
     Raises:
         UsageError: an option, the data or the checkpoint cannot be used.
@@ -86,6 +89,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
         operators = fused_operators(model, place.device, AMP_DTYPES[options.amp], "inference")
         _logger.info("fused operators: %s", {name: by["backend"] for name, by in operators.items()} or "none")
         config = resolve_model_data_config(model, args={"img_size": options.img_size})
+        if operators:
+            model = freeze(model)
         return evaluate(model, create_test_loader(split, options, config, place), place, options.amp)
 
 

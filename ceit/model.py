@@ -11,9 +11,10 @@ from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .blocks import Block, LCABlock, NormLayer, encode_at_once
+from .blocks import Block, LCABlock, NormLayer
 from .embed import I2TEmbed
-from .recompute import checkpoint_module
+from .encode import encode
+from .shortcuts import is_symbolic
 
 try:
     from timm.models._input import update_model_input_size
@@ -98,6 +99,7 @@ class CeiT(nn.Module):
 
         # The order of construction is the original's: from the same seed follow the same parameters.
         self.i2t = I2TEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=not dynamic_img_size)
+        self.grid_size = self.i2t.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.i2t.num_patches, embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
@@ -175,15 +177,19 @@ class CeiT(nn.Module):
 
         Raises:
             ValueError: if the images are smaller than one patch; the model is unchanged then.
+            TypeError: if there is no `I2TEmbed` in `i2t`; the model is unchanged then.
         """
-        old_size = self.i2t.grid_size
-        self.i2t.set_input_size(img_size, patch_size)
-        if self.i2t.grid_size != old_size:
-            positions = self._positions(self.i2t.grid_size, old_size).detach()
+        embed = next((module for module in self.i2t.modules() if isinstance(module, I2TEmbed)), None)
+        if embed is None:
+            raise TypeError(f"i2t: expected an I2TEmbed or a wrapper of one, got {type(self.i2t).__name__}")
+        embed.set_input_size(img_size, patch_size)
+        if embed.grid_size != self.grid_size:
+            positions = self._positions(embed.grid_size).detach()
             self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+            self.grid_size = embed.grid_size
         for info in self.feature_info:
-            info["reduction"] = self.i2t.feat_ratio()
-        update_model_input_size(self, self.i2t.img_size, patch_size=patch_size)
+            info["reduction"] = embed.feat_ratio()
+        update_model_input_size(self, embed.img_size, patch_size=patch_size)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Encode images.
@@ -197,7 +203,9 @@ class CeiT(nn.Module):
         Raises:
             ValueError: if the images do not fit the model.
         """
-        return self._features(*self._encode(x)[:2])
+        x, grid_size = self._embed(x)
+        tokens, class_tokens, _ = encode(x, self.blocks, grid_size, recomputes=self.grad_checkpointing)
+        return self._features(tokens, class_tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify.
@@ -218,11 +226,18 @@ class CeiT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images (B, in_chans, H, W): logits (B, num_classes)."""
-        if self.global_pool != "token":
-            return self.forward_head(self.forward_features(x))
-        # The last block's patch tokens do not reach the logits, so they need no normalisation.
-        tokens, class_tokens, _ = self._encode(x, class_token_only=True)
-        return self.forward_head(self._class_feature(tokens, class_tokens))
+        only_class_token = self.global_pool == "token"
+        x, grid_size = self._embed(x)
+        if torch.jit.is_scripting():
+            tokens, class_tokens = self._encode_in_turn(x, grid_size)
+        else:
+            # The last block's patch tokens do not reach the logits, so they need no normalisation.
+            tokens, class_tokens, _ = encode(
+                x, self.blocks, grid_size, class_token_only=only_class_token, recomputes=self.grad_checkpointing
+            )
+        if only_class_token:
+            return self.forward_head(self._class_feature(tokens, class_tokens))
+        return self.forward_head(self._features(tokens, class_tokens))
 
     def forward_intermediates(
         self,
@@ -255,13 +270,14 @@ class CeiT(nn.Module):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.blocks), indices)
         num_blocks = last + 1 if stop_early else len(self.blocks)
-        tokens, class_tokens, outputs = self._encode(x, taken, num_blocks)
+        x, grid_size = self._embed(x)
+        blocks = list(self.blocks)[:num_blocks]
+        tokens, class_tokens, outputs = encode(x, blocks, grid_size, taken, recomputes=self.grad_checkpointing)
         if norm:
             outputs = [self.norm(y) for y in outputs]
         prefixes = [y[:, : self.num_prefix_tokens] for y in outputs]
         intermediates = [y[:, self.num_prefix_tokens :] for y in outputs]
         if output_fmt == "NCHW":
-            grid_size = self.i2t.dynamic_feat_size(x.shape[2:])
             intermediates = [y.transpose(1, 2).unflatten(2, grid_size).contiguous() for y in intermediates]
         if return_prefix_tokens:
             intermediates = list(zip(intermediates, prefixes, strict=True))
@@ -289,58 +305,43 @@ class CeiT(nn.Module):
             self.reset_classifier(0, "")
         return taken
 
-    def _positions(self, new_size: tuple[int, int], old_size: tuple[int, int]) -> Tensor:
-        """Position embeddings (1, 1 + H * W, C) for a grid of `new_size` (H, W)."""
+    def _positions(self, grid_size: tuple[int, int]) -> Tensor:
+        """Position embeddings (1, 1 + H * W, C) for a grid (H, W)."""
+        new_size, old_size = [grid_size[0], grid_size[1]], [self.grid_size[0], self.grid_size[1]]
         return resample_abs_pos_embed(self.pos_embed, new_size, old_size, self.num_prefix_tokens)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, 1 + H * W, C) of images with their positions added, and their grid (H, W)."""
-        if not self.dynamic_img_size:
-            tokens = self.i2t.tokens_at_once(x, self.cls_token, self.pos_embed)
+        if not torch.jit.is_scripting():
+            tokens = self._embed_at_once(x)
             if tokens is not None:
-                return tokens, self.i2t.grid_size
+                return self.pos_drop(tokens), self.grid_size
         x = self.i2t(x)
-        grid_size = x.shape[2], x.shape[3]
+        grid_size = (x.shape[2], x.shape[3])
+        if not torch.jit.is_scripting():
+            grid_size = self._recorded(x, grid_size)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
-        positions = self._positions(grid_size, self.i2t.grid_size) if self.dynamic_img_size else self.pos_embed
-        return x + positions, grid_size
+        positions = self._positions(grid_size) if self.dynamic_img_size else self.pos_embed
+        return self.pos_drop(x + positions), grid_size
 
-    def _encode(
-        self, x: Tensor, taken: Sequence[int] = (), num_blocks: int | None = None, class_token_only: bool = False
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Run the stem and the first `num_blocks` blocks.
+    def _embed_at_once(self, x: Tensor) -> Tensor | None:
+        """The tokens in one compiled call, None where it takes a call for every part."""
+        if self.dynamic_img_size or type(self.i2t) is not I2TEmbed:
+            return None
+        return self.i2t.tokens_at_once(x, self.cls_token, self.pos_embed)
 
-        Args:
-            x: images (B, in_chans, H, W).
-            taken: blocks whose tokens are wanted.
-            num_blocks: how many blocks to run; None for all.
-            class_token_only: whether the last block may leave out its patch tokens, which it does where it can.
+    def _recorded(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[int, int]:
+        """A grid as constants where a graph is recorded and all images have one size; otherwise as it is."""
+        constant = not self.dynamic_img_size and (torch.jit.is_tracing() or is_symbolic(x))
+        return self.grid_size if constant else grid_size
 
-        Returns:
-            The last block's tokens (B, 1 + N, C), or (B, 1, C); every block's class token (B, num_blocks, C); the
-            tokens of the blocks `taken`.
-        """
-        x, grid_size = self._embed(x)
-        x = self.pos_drop(x)
-        blocks = list(self.blocks)[:num_blocks]
-        if not taken and (found := encode_at_once(x, blocks, grid_size, class_token_only)) is not None:
-            return *found, []
-        class_tokens, outputs = [], []
-        for index, block in enumerate(blocks):
-            run = partial(checkpoint_module, block) if self.grad_checkpointing else block
-            if class_token_only and index == len(blocks) - 1 and block.class_token_suffices():
-                run = block.forward_class_token
-            # Of the block before, from this one where that costs less: see `passes_class_token`.
-            if index > 0 and block.passes_class_token():
-                x, class_token = run(x, grid_size, True)
-                class_tokens.append(class_token[:, 0])
-            else:
-                class_tokens += [x[:, 0]] if index > 0 else []
-                x = run(x, grid_size)
-            if index in taken:
-                outputs.append(x)
-        class_tokens.append(x[:, 0])
-        return x, torch.stack(class_tokens, dim=1), outputs
+    def _encode_in_turn(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What `encode` returns for all blocks, for TorchScript."""
+        class_tokens: list[Tensor] = []
+        for block in self.blocks:
+            x = block(x, grid_size)
+            class_tokens.append(x[:, 0])
+        return x, torch.stack(class_tokens, dim=1)
 
     def _class_feature(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:
         """The normalised output of LCA (B, 1, C); that of the last block once LCA is pruned."""

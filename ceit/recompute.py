@@ -1,24 +1,30 @@
 """Gradient checkpointing that leaves BatchNorm's running statistics right."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_module(module: nn.Module, *args: Any) -> Tensor:
+def checkpoint_module(module: nn.Module, *args: Any, function: Callable[..., Any] | None = None) -> Any:
     """Call `module(*args)`, keeping only its inputs and recomputing the rest in the backward pass.
 
     Outputs, gradients and buffers are those of a plain call. torch.compile keeps what changes a buffer out of the
     recomputation by itself.
+
+    Args:
+        module: the module.
+        *args: its arguments.
+        function: what to call in its place; it may change no buffers but the module's.
     """
+    function = module if function is None else function
     if torch.compiler.is_compiling():
-        return checkpoint(module, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=False)
     return checkpoint(
-        module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_unchanged(module))
+        function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_unchanged(module))
     )
 
 

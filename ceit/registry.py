@@ -8,10 +8,11 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from ceit_kernels import fast_operators, fuse
+from ceit_kernels import FusedLinear, fast_operators, fuse
 from ceit_kernels.backends import OPERATORS
 
 from .checkpoint import checkpoint_filter_fn, load_checkpoint
@@ -44,6 +45,10 @@ default_cfgs = generate_default_cfgs(
         "ceit_small_patch16_384": _cfg(384),
     }
 )
+
+
+# In graphs of timm's a fused layer stays what it is, as the blocks do.
+register_notrace_module(FusedLinear)
 
 
 def list_models() -> list[str]:

@@ -9,6 +9,7 @@ from .add_norm import FusedAddNorm, add_layer_norm
 from .attention import FusedAttention, self_attention
 from .backends import BackendError, fast_operators, status, use_backend
 from .common.tuning import autotune
+from .freeze import Frozen, freeze, register_freezing
 from .fuse import fuse, register_fusion, unfuse
 from .i2t import FusedImage2Tokens
 from .lca import FusedLCAAttention, lca_attention
@@ -18,6 +19,7 @@ from .linear import FusedLinear, FusedPatchProjection
 __all__ = [
     "BackendError",
     "BatchNorm",
+    "Frozen",
     "FusedAddNorm",
     "FusedAttention",
     "FusedImage2Tokens",
@@ -28,9 +30,11 @@ __all__ = [
     "add_layer_norm",
     "autotune",
     "fast_operators",
+    "freeze",
     "fuse",
     "lca_attention",
     "leff_block",
+    "register_freezing",
     "register_fusion",
     "self_attention",
     "status",

@@ -30,6 +30,7 @@ __all__ = [
     "choose",
     "current_backend",
     "fast_operators",
+    "leave_to_reference",
     "native_operator",
     "require",
     "status",
@@ -214,7 +215,7 @@ def _decide(
     if wanted != "auto":
         refusal = _refusal(operator, phase, wanted, device_type, device_index, dtype, limit)
         if refusal is not None:
-            raise BackendError(f"{operator}: backend {wanted!r} was asked for but cannot run: {refusal}")
+            leave_to_reference(operator, refusal)
         return Choice(wanted, "asked for")
     refusals = []
     for backend in IMPLEMENTED[operator]:
@@ -255,6 +256,16 @@ def choose(operator: str, x: Tensor, dtype: torch.dtype, limit: str | None = Non
     if choice is None:
         choice = _chosen[call] = _decide(operator, phase, *_place(x), dtype, limit)
     return choice
+
+
+def leave_to_reference(operator: str, reason: str) -> None:
+    """Raise ``BackendError`` where another backend was asked for than the reference, which ``reason`` leaves a call to.
+
+    As ``choose`` with that limit, for a call of which nothing else is known.
+    """
+    wanted = _setting[operator]
+    if wanted not in ("auto", "reference"):
+        raise BackendError(f"{operator}: backend {wanted!r} was asked for but cannot run: {reason}")
 
 
 def require(operator: str, backend: str, x: Tensor, dtype: torch.dtype, limit: str | None = None) -> None:

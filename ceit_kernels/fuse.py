@@ -1,38 +1,57 @@
-"""Swapping the plain modules of a model for fused ones, and back."""
+"""Turning the plain modules of a model into fused ones, and back, by their class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
+from .add_norm import AddNorm, FusedAddNorm
+from .attention import Attention, FusedAttention
 from .backends import OPERATORS
+from .common.module import Fusion, stand_in
+from .i2t import FusedImage2Tokens, Image2Tokens
+from .lca import FusedLCAAttention, LCAAttention
+from .leff import FusedLeFF, LocallyEnhancedFeedForward
+from .linear import FusedLinear, FusedPatchProjection, PatchProjection
 
 __all__ = ["fuse", "register_fusion", "unfuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
-FuseOne = Callable[[nn.Module], nn.Module]
 
-_fusions: dict[type[nn.Module], tuple[str, FuseOne]] = {}
-_PLAIN = "_plain_module"
+_fusions: dict[type[nn.Module], tuple[str, type[Fusion]]] = {
+    LocallyEnhancedFeedForward: ("leff", FusedLeFF),
+    LCAAttention: ("lca", FusedLCAAttention),
+    Image2Tokens: ("i2t", FusedImage2Tokens),
+    AddNorm: ("norm", FusedAddNorm),
+    nn.Linear: ("linear", FusedLinear),
+    PatchProjection: ("linear", FusedPatchProjection),
+    Attention: ("attention", FusedAttention),
+}
 
 
-def register_fusion(operator: str, plain_class: type[nn.Module], fuse_one: FuseOne) -> None:
-    """Tell ``fuse`` how to replace the modules of a class.
+def register_fusion(operator: str, plain_class: type[nn.Module], fused_class: type[Fusion]) -> None:
+    """Tell ``fuse`` which of your classes computes what an operator does.
+
+    Its fused class is made of both: a subclass of yours with the ``forward`` of ``fused_class``, which runs yours where
+    the operator cannot serve a call, and wherever your module has children, parameters or arguments that the operator
+    does not know.
 
     Args:
         operator: ``"leff"``, ``"lca"``, ``"i2t"``, ``"norm"``, ``"linear"`` or ``"attention"``, whose flag of ``fuse``
             covers the class.
-        plain_class: the class; instances of a subclass, which may compute something else, are left alone.
-        fuse_one: makes a fused module that shares the state of a plain one, such as ``FusedLeFF.from_plain``.
+        plain_class: the class, with the attributes and children that the plain class of ``fused_class`` has; instances
+            of a subclass, which may compute something else, are left alone.
+        fused_class: ``FusedLeFF`` or another of this package.
 
     Raises:
         ValueError: unknown operator.
+        TypeError: ``fused_class`` is no fused class.
     """
     if operator not in OPERATORS:
         raise ValueError(f"operator: expected one of {OPERATORS}, got {operator!r}")
-    _fusions[plain_class] = (operator, fuse_one)
+    _fusions[plain_class] = (operator, stand_in(plain_class, fused_class))
 
 
 def fuse(
@@ -44,63 +63,55 @@ def fuse(
     linear: bool = True,
     attention: bool = True,
 ) -> Model:
-    """Replace plain modules by fused ones that share their parameters, buffers and hooks, in place.
+    """Turn the plain modules of a model into fused ones, in place, by their class alone.
 
-    Optimizers, state_dicts and later ``.to()`` calls go on as before. Call it before wrapping the model
-    (DistributedDataParallel, ``torch.compile``).
+    Every module stays the object that it is, with its parameters, hooks and attributes, and an instance of its plain
+    class. What a fused module's operator does not compute, then or later (an adapter in the place of a child, a hook of
+    it, other settings), runs by the plain class's ``forward``. Left plain are instances of subclasses, parametrised
+    modules, and those with a ``forward`` of their own.
 
     Args:
-        model: any module; classes that a model package registered (``ceit`` does) are found at any depth.
+        model: any module; plain classes of this package and of ``register_fusion`` are found at any depth.
         leff: fuse the locally-enhanced feed-forward blocks.
         lca: fuse the class-token attention across layers.
         i2t: fuse the image-to-tokens stem.
         norm: fuse the residual connections with the norms behind them.
-        linear: let the linear layers take their products from oneDNN on the CPU.
+        linear: let the linear layers take their products from this package's GEMM on the CPU.
         attention: fuse the self-attention of the encoder.
 
     Returns:
-        The model; a fused module in its place if ``model`` itself is a plain one.
-
-    Raises:
-        TypeError: a plain module has been altered in a way that the fused one would not honour.
+        The model.
     """
     flags = (leff, lca, i2t, norm, linear, attention)
     wanted = {name for name, flag in zip(OPERATORS, flags, strict=True) if flag}
-
-    def replacement(module: nn.Module) -> nn.Module:
-        operator, fuse_one = _fusions.get(type(module), (None, None))
-        if operator not in wanted:
-            return module
-        fused = fuse_one(module)
-        # In a tuple, so that it is no child: not in the state_dict, not found twice by parameters().
-        fused.__dict__[_PLAIN] = (module,)
-        return fused
-
-    return _replace(model, replacement)
+    for module in model.modules():
+        operator, fused_class = _fusions.get(type(module), (None, None))
+        if operator in wanted and "forward" not in module.__dict__:
+            module.__class__ = fused_class
+    return model
 
 
 def unfuse(model: Model) -> Model:
-    """Put the plain modules back that ``fuse`` replaced, in place; parameters and buffers stay the same objects.
+    """Turn fused modules into plain ones, in place: what ``fuse`` did, backwards, with their present state.
 
     Returns:
-        The model; the plain module if ``model`` itself is a fused one.
+        The model.
     """
-
-    def replacement(module: nn.Module) -> nn.Module:
-        if _PLAIN not in module.__dict__:
-            return module
-        (plain,) = module.__dict__[_PLAIN]
-        plain.training = module.training
-        return plain
-
-    return _replace(model, replacement)
+    for module in model.modules():
+        module.__class__ = _plain_class(module)
+    return model
 
 
-def _replace(model: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    # All replacements are made before the first is put in place, so that an error leaves the model as it was.
-    replaced = {module: replacement(module) for module in model.modules()}
-    for module in list(replaced):
-        for name, child in module.named_children():
-            if replaced[child] is not child:
-                setattr(module, name, replaced[child])
-    return replaced[model]
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module that is not fused; that of ``module`` itself where it is none that ``fuse`` makes."""
+    found = type(module)
+    if parametrize.is_parametrized(module) and _is_made(found.__bases__[0]):
+        # PyTorch has put a class of its own before the fused one.
+        members = {name: value for name, value in vars(found).items() if name not in ("__dict__", "__weakref__")}
+        plain = found.__bases__[0].plain_class
+        return type(f"Parametrized{plain.__name__}", (plain,), members)
+    return found.plain_class if _is_made(found) else found
+
+
+def _is_made(found: type) -> bool:
+    return issubclass(found, Fusion) and "plain_class" in vars(found)

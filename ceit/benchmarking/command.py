@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,8 @@ class BenchOptions:
 
     compare: str | None = _bench(
         None,
-        "time the fused operators of this checkout against those of another commit, branch or tag, in turns; the exit "
-        "status is 1 if one is slower beyond the noise",
+        "time the fused operators of this checkout against those of another commit, branch or tag, in turns, live and, "
+        "where both have it, frozen; the exit status is 1 if one is slower beyond the noise",
         metavar="BASE",
     )
     bars: bool = _bench(
@@ -83,15 +84,16 @@ def _time(options: BenchOptions, device: torch.device) -> list[GroupResult] | li
 
 
 def _hold_to_bars(options: BenchOptions, device: torch.device) -> list[GroupResult | BarResult]:
-    by_group = {bar.group: bar for bar in bars(device)}
+    by_group = defaultdict(list)
+    for bar in bars(device):
+        by_group[bar.group].append(bar)
     if not by_group:
         raise UsageError(f"--bars: none are set for {device.type}, only for the CPU (--device cpu)")
-    measured = [
-        _measure(group, device, options.seconds, by_group[group].contenders)
-        for group in select_groups(list(by_group), options.only)
-    ]
-    by_name = {bar.group.name: bar for bar in by_group.values()}
-    judged = [judge(by_name[result.name], result) for result in measured]
+    measured, judged = [], []
+    for group in select_groups(list(by_group), options.only):
+        contenders = dict.fromkeys(name for bar in by_group[group] for name in bar.contenders)
+        measured.append(_measure(group, device, options.seconds, list(contenders)))
+        judged += [judge(bar, measured[-1]) for bar in by_group[group]]
     print(f"\n{format_table(bar_rows(judged))}", flush=True)
     return measured + judged
 
@@ -157,7 +159,8 @@ def _judge(results: Sequence[GroupResult | BarResult | Comparison]) -> None:
         if entry.status == "refused"
     ]
     slower = [result.name for result in results if isinstance(result, Comparison) and result.verdict == "slower"]
-    missed = [r.bar.group.name for r in results if isinstance(r, BarResult) and r.verdict == "missed"]
+    bars_missed = [r.bar for r in results if isinstance(r, BarResult) and r.verdict == "missed"]
+    missed = [f"{bar.group.name} ({bar.ours})" for bar in bars_missed]
     if wrong:
         raise BenchFailed(f"refused, for the result is wrong: {'; '.join(wrong)}")
     if slower:

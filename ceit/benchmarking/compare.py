@@ -26,10 +26,10 @@ _MIN_ROUNDS, _MAX_ROUNDS = 9, 60
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group's verdict.
+    """A group's verdict, for its live modules or for frozen ones.
 
     Attributes:
-        name: of the group.
+        name: of the group, with "frozen" behind it for these.
         base_seconds: of a call, one for each round, with the other commit.
         head_seconds: likewise with this one.
         ratio: head / base, with its interval.
@@ -50,7 +50,7 @@ class Worker:
         root: the checkout.
 
     Raises:
-        RuntimeError: from `prepare` and `sample`, if the process fails at it.
+        RuntimeError: from `freezes`, `prepare` and `sample`, if the process fails at it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -73,12 +73,16 @@ class Worker:
         self._process.wait()
         self._process.stdout.close()
 
-    def prepare(self, group: Group) -> None:
-        """Make the group ready."""
-        self._ask(["prepare", asdict(group)])
+    def freezes(self) -> bool:
+        """Whether the checkout has `ceit_kernels.freeze`."""
+        return self._ask(["freezes"])["freezes"]
+
+    def prepare(self, group: Group, *, frozen: bool = False) -> None:
+        """Make the group's fused modules ready, live or frozen."""
+        self._ask(["prepare", asdict(group), frozen])
 
     def sample(self) -> float:
-        """Seconds of a call of the prepared group."""
+        """Seconds of a call of what was prepared last."""
         return self._ask(["sample"])["seconds"]
 
     def _ask(self, request: list[Any]) -> dict[str, Any]:
@@ -136,8 +140,8 @@ def compare_commits(
 
     Args:
         base: a commit, branch or tag.
-        groups: what to time; the fused modules of each.
-        seconds: to spend on each group.
+        groups: what to time; the fused modules of each, live, and frozen as well where both commits freeze.
+        seconds: to spend on each group, live and frozen alike.
         say: takes lines of progress.
 
     Raises:
@@ -153,22 +157,24 @@ def compare_groups(
     """Compare two checkouts; the first sample of a round alternates between them. Arguments as of `compare_commits`."""
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(root)) for root in (base, head)]
-        results = []
+        results, both_freeze = [], all(worker.freezes() for worker in workers)
         for group in groups:
-            results.append(_compare(workers, group, seconds))
-            ratio = results[-1].ratio
-            interval = "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] "
-            say(f"{group.name}: {interval}{results[-1].verdict}")
+            for frozen in (False, True) if both_freeze and group.served else (False,):
+                results.append(_compare(workers, group, seconds, frozen))
+                ratio = results[-1].ratio
+                interval = "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] "
+                say(f"{results[-1].name}: {interval}{results[-1].verdict}")
         return results
 
 
-def _compare(workers: Sequence[Worker], group: Group, seconds: float) -> Comparison:
+def _compare(workers: Sequence[Worker], group: Group, seconds: float, frozen: bool) -> Comparison:
+    name = f"{group.name} frozen" if frozen else group.name
     times: tuple[list[float], list[float]] = [], []
     for worker, where in zip(workers, ("base", "this checkout"), strict=True):
         try:
-            worker.prepare(group)
+            worker.prepare(group, frozen=frozen)
         except RuntimeError as error:
-            return Comparison(group.name, [], [], None, f"not comparable, {where}: {error}")
+            return Comparison(name, [], [], None, f"not comparable, {where}: {error}")
     start = time.perf_counter()
     for done in range(_MAX_ROUNDS):
         if done >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
@@ -176,4 +182,4 @@ def _compare(workers: Sequence[Worker], group: Group, seconds: float) -> Compari
         for i in (0, 1) if done % 2 == 0 else (1, 0):
             times[i].append(workers[i].sample())
     ratio = median_ratio(times[1], times[0])
-    return Comparison(group.name, *times, ratio, verdict(ratio))
+    return Comparison(name, *times, ratio, verdict(ratio))

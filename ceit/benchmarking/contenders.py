@@ -1,4 +1,4 @@
-"""The contenders: plain PyTorch, what can be had from it for free, the hand rewrite, other runtimes, and fused."""
+"""The contenders: plain PyTorch, what it gives for free, the hand rewrite, other runtimes, fused live and frozen."""
 
 import copy
 import io
@@ -9,13 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ceit_kernels import fuse
+from ceit_kernels import freeze, fuse
 
 from .exported import EXPORTERS, SPINNING, missing_packages
 from .groups import Group
 from .rewrite import rewrite, with_mlp
 
-__all__ = ["CONTENDERS", "COSTLY", "DESCRIPTIONS", "FLOOR", "ContenderError", "Step", "absence", "build", "first_line"]
+__all__ = [
+    "CONTENDERS",
+    "COSTLY",
+    "DESCRIPTIONS",
+    "FLOOR",
+    "OURS",
+    "ContenderError",
+    "Step",
+    "absence",
+    "build",
+    "first_line",
+]
 
 DESCRIPTIONS = {
     "plain": "plain PyTorch as shipped",
@@ -27,9 +38,11 @@ DESCRIPTIONS = {
     "mlp": "floor: a GELU MLP of equal width in place of LeFF; computes something else, so it is not checked",
     "openvino": "plain, converted to OpenVINO",
     "onnxruntime": "plain, exported to ONNX Runtime",
-    "fused": "the fused operators of this project",
+    "fused": "the fused operators of this project, live: they prepare the present weights in every call",
+    "frozen": "the fused operators in a frozen snapshot, which prepared its own copies of the weights once",
 }
 CONTENDERS = tuple(DESCRIPTIONS)
+OURS = ("fused", "frozen")
 FLOOR = "mlp"
 # Left out first when time is short: each costs as much compilation as the default does.
 COSTLY = ("compile-freezing", "compile-max-autotune")
@@ -79,6 +92,8 @@ def absence(contender: str, group: Group, device: torch.device) -> str | None:
         return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
     if contender == "compile-freezing" and group.phase != "inference":
         return "freezing is for inference"
+    if contender == "frozen" and not group.served:
+        return "taken for inference of LeFF and of whole models only"
     if contender == "compile-max-autotune" and device.type == "cpu" and group.operator == "model":
         return "on the CPU taken for operators only: for a model it tunes for minutes"
     if contender in ("channels-last", "rewrite") and group.operator in ("lca", "attention", "norm"):
@@ -122,6 +137,8 @@ def _build(contender: str, group: Group, module: nn.Module, x: Tensor) -> Step:
             return Step(EXPORTERS[contender](module, x), None, SPINNING[contender])
     if contender == "fused":
         module = fuse(module)
+    elif contender == "frozen":
+        module = freeze(module)
     elif contender == "rewrite":
         module = rewrite(module)
     elif contender == FLOOR:

@@ -80,6 +80,11 @@ class Group:
         """Whether training computes the gradient of the input: images need none."""
         return self.phase == "training" and len(self.shape) == 3
 
+    @property
+    def served(self) -> bool:
+        """Whether it is measured frozen too: inference of what is served as it is."""
+        return self.phase == "inference" and self.operator in ("leff", "model")
+
     def make_module(self) -> nn.Module:
         """The plain module on the CPU in float32, the same one in every process, in the phase's mode."""
         torch.manual_seed(0)

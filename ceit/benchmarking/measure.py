@@ -15,7 +15,7 @@ from ceit_kernels import fuse
 from ceit_kernels.traffic import Call, Kernel, count_call
 
 from .checking import check_outputs
-from .contenders import CONTENDERS, COSTLY, FLOOR, ContenderError, Step, absence, build, first_line
+from .contenders import CONTENDERS, COSTLY, FLOOR, OURS, ContenderError, Step, absence, build, first_line
 from .groups import Group
 from .kernels import kernel_times, with_stem_products
 from .statistics import median_ratio
@@ -238,7 +238,7 @@ def _build_checked(
     if wrong is not None:
         return Entry(name, "refused", wrong), None
     entry = Entry(name, "timed")
-    if name == "fused":
+    if name in OURS:
         entry.backends = fused_operators(step.module, x.device, group.torch_dtype, group.phase)
     return entry, step
 

@@ -1,8 +1,8 @@
 """Times groups for `ceit bench --compare` with the packages of one checkout; started as a file, with its folder first.
 
 It has nothing but the standard library, PyTorch and the public modules of both packages to go by, because the other
-commit may lack all else. Standard input has one JSON list a line: ["prepare", group] or ["sample"]; each is answered by
-one line of JSON on standard output.
+commit may lack all else. Standard input has one JSON list a line: ["freezes"], ["prepare", group, frozen] or
+["sample"]; each is answered by one line of JSON on standard output.
 """
 
 import ctypes
@@ -55,15 +55,16 @@ def _residual(channels):
     return Residual()
 
 
-def prepare(group):
-    """A function that returns the seconds of one call of the fused module."""
-    from ceit_kernels import fuse
+def prepare(group, frozen):
+    """A function that returns the seconds of one call of the fused module, live or frozen."""
+    import ceit_kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module, shape = _module(group)
     training = group["phase"] == "training"
     dtype = getattr(torch, group["dtype"])
-    module: nn.Module = fuse(module.to(device, dtype).train(training))
+    prepared = ceit_kernels.freeze if frozen else ceit_kernels.fuse
+    module: nn.Module = prepared(module.to(device, dtype).train(training))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
     def call():
@@ -100,6 +101,13 @@ def prepare(group):
     return sample
 
 
+def freezes():
+    """Whether this checkout has frozen modules."""
+    import ceit_kernels
+
+    return hasattr(ceit_kernels, "freeze")
+
+
 def _keep_freed_memory():
     """As in `timing`: glibc keeps what is freed, whatever the process did before."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -116,7 +124,9 @@ def main():
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         try:
-            if command == "prepare":
+            if command == "freezes":
+                answer = {"freezes": freezes()}
+            elif command == "prepare":
                 sample, answer = prepare(*arguments), {"ready": True}
             else:
                 answer = {"seconds": sample()}

@@ -1,28 +1,57 @@
-"""The module that a user drops in between a residual connection and the norm behind it."""
+"""A residual connection and the norm behind it as a module without state: the plain one, and the fused one."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..common.module import adopt
+from .. import backends
+from ..common.children import child_reason, children_reason
+from ..common.module import Fusion
+from ..common.registration import foreign_reason, unsupported_reason
 from .op import add_layer_norm
 
-__all__ = ["FusedAddNorm"]
+__all__ = ["AddNorm", "FusedAddNorm", "is_plain_layer_norm"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NORM = (nn.LayerNorm,)
 
 
-class FusedAddNorm(nn.Module):
-    """A residual connection and the norm behind it, fused. It has no state: the norm is an argument of the call.
+class AddNorm(nn.Module):
+    """A residual connection and the norm behind it. It has no state: the norm is an argument of the call.
 
-    A norm that is no ``torch.nn.LayerNorm`` over the channels, or that someone watches with a hook, is called as it is.
+    TorchScript takes no modules as arguments: compiled there, a model has to add and call the norm itself.
+
+    Shapes:
+        (..., dim), (..., dim) -> (..., dim), (..., dim).
     """
 
-    @classmethod
-    def from_plain(cls, plain: nn.Module) -> FusedAddNorm:
-        """A fused module in the place of a plain one, whose hooks it keeps."""
-        return adopt(cls, plain, (), {})
+    @torch.jit.unused
+    def forward(
+        self, x: Tensor, branch: Tensor | None, norm: nn.Module, num_prefix_tokens: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """Add a branch to the residual stream and normalise the sum.
 
+        Args:
+            x: the residual stream.
+            branch: what is added to it; None for nothing.
+            norm: the norm over ``dim`` channels.
+            num_prefix_tokens: how many of the first tokens of the sum to return as well.
+
+        Returns:
+            The sum, which takes the place of ``x``, and its norm; with ``num_prefix_tokens`` also the first tokens.
+        """
+        x = x if branch is None else x + branch
+        return (x, norm(x)) if num_prefix_tokens is None else (x, norm(x), x[:, :num_prefix_tokens])
+
+
+class AddNormFusion(Fusion):
+    """``forward`` of a residual connection with a ``torch.nn.LayerNorm`` over the channels behind it.
+
+    Another norm, or one that someone watches with a hook, is called as it is.
+    """
+
+    @torch.jit.unused
     def forward(
         self, x: Tensor, branch: Tensor | None, norm: nn.Module, num_prefix_tokens: int | None = None
     ) -> tuple[Tensor, ...]:
@@ -41,19 +70,32 @@ class FusedAddNorm(nn.Module):
         Raises:
             ValueError, TypeError, BackendError: as ``add_layer_norm``.
         """
-        if is_plain_layer_norm(norm):
+        reason = unsupported_reason(x, branch) or self.plain_reason() or _norm_reason(norm)
+        if reason is None:
             weight, bias = norm.weight, norm.bias
-            return add_layer_norm(x, branch, weight, bias, norm.eps, num_prefix_tokens=num_prefix_tokens)
-        total = x if branch is None else x + branch
-        out = norm(total)
-        return (total, out) if num_prefix_tokens is None else (total, out, total[:, :num_prefix_tokens])
+            reason = foreign_reason(weight, bias)
+        if reason is not None:
+            backends.leave_to_reference("norm", reason)
+            return super().forward(x, branch, norm, num_prefix_tokens)
+        return add_layer_norm(x, branch, weight, bias, norm.eps, num_prefix_tokens=num_prefix_tokens)
+
+    def plain_reason(self) -> str | None:
+        """As of ``Fusion``."""
+        return children_reason(self, {})
+
+
+class FusedAddNorm(AddNormFusion, AddNorm):
+    """A residual connection and the norm behind it, fused. It has no state: the norm is an argument of the call."""
+
+
+def _norm_reason(norm: nn.Module) -> str | None:
+    """Why a norm has to be called, None if reading its tensors is as good; no global hook is set."""
+    reason = child_reason("norm", norm, _NORM)
+    if reason is None and len(norm.normalized_shape) != 1:
+        reason = f"the kernels take norms over the channels alone, not over {tuple(norm.normalized_shape)}"
+    return reason
 
 
 def is_plain_layer_norm(norm: nn.Module) -> bool:
     """Whether calling the norm is LayerNorm over the last dimension and nothing else."""
-    return (
-        type(norm) is nn.LayerNorm
-        and len(norm.normalized_shape) == 1
-        and not nn.utils.parametrize.is_parametrized(norm)
-        and not any(getattr(norm, kind) for kind in _HOOKS)
-    )
+    return not _has_any_global_hook() and _norm_reason(norm) is None

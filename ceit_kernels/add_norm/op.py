@@ -7,7 +7,14 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import is_plain_call, refuse_gradient, register_autocast
+from ..common.flops import no_flops, register_flops
+from ..common.registration import (
+    is_plain_call,
+    loop_over_batch,
+    refuse_gradient,
+    register_autocast,
+    unsupported_reason,
+)
 from .native import add_norm_backward_native, add_norm_forward_native
 from .reference import add_layer_norm_reference
 
@@ -68,7 +75,8 @@ def add_layer_norm(
     some_prefix = x.dim() == 3 and 0 < prefix_tokens <= x.shape[1]
     if not (_all_alike(x, branch, weight, bias) and (some_prefix or not prefix_tokens)):
         _check(x, branch, weight, bias, prefix_tokens, out_dtype)
-    choice = backends.choose("norm", x, total_dtype, _limit(x), "training")
+    limit = _limit(x) or unsupported_reason(x, branch, weight, bias)
+    choice = backends.choose("norm", x, total_dtype, limit, "training")
     if choice.backend == "reference":
         total, out = add_layer_norm_reference(x, branch, weight, bias, eps)
         prefix = total[:, :prefix_tokens] if prefix_tokens else None
@@ -102,7 +110,8 @@ def _total_dtype(x: Tensor, branch: Tensor | None) -> torch.dtype:
 
 def _autocast_dtype(x: Tensor, total_dtype: torch.dtype) -> torch.dtype | None:
     """What layer_norm returns under autocast; None where autocast is off."""
-    if not torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type):
+    device_type = "cuda" if x.is_cuda else x.device.type
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return None
     # On CUDA it is one of the operators that run in float32; on a CPU it takes what it is given.
     return torch.float32 if x.is_cuda and total_dtype != torch.float64 else total_dtype
@@ -135,13 +144,15 @@ def _check(
         check_floating("branch", branch)
         check_device("branch", branch, x, "x")
     total_dtype = _total_dtype(x, branch)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            check_shape(name, parameter, x.shape[-1])
-            check_floating(name, parameter)
-            check_device(name, parameter, x, "x")
-            if out_dtype is None:
-                check_dtype(name, parameter, total_dtype, "x" if branch is None else "x + branch")
+    parameters = [(name, tensor) for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None]
+    # As plain PyTorch takes them on the CPU.
+    wide = total_dtype.itemsize == 2 and not x.is_cuda and all(p.dtype == torch.float32 for _, p in parameters)
+    for name, parameter in parameters:
+        check_shape(name, parameter, x.shape[-1])
+        check_floating(name, parameter)
+        check_device(name, parameter, x, "x")
+        if out_dtype is None and not wide:
+            check_dtype(name, parameter, total_dtype, "x" if branch is None else "x + branch")
     if num_prefix_tokens:
         check_shape("x", x, "B", "N", "C")
         if not 0 < num_prefix_tokens <= x.shape[1]:
@@ -155,7 +166,8 @@ def _limit(x: Tensor) -> str | None:
     if channels > _MAX_CHANNELS:
         return f"the kernels take up to {_MAX_CHANNELS} channels, x has {channels}"
     rows = x.numel() // channels
-    if rows > _MAX_ROWS:
+    # A graph is for any number of rows; the operator in it looks again.
+    if not torch.compiler.is_compiling() and rows > _MAX_ROWS:
         return f"the kernels take up to {_MAX_ROWS} rows, x has {rows}"
     return None
 
@@ -256,7 +268,7 @@ def _gradients(ctx, grad_total, grad_out, grad_prefix, needs) -> tuple[Tensor | 
     total, weight, bias, mean, rstd = ctx.saved_tensors
     if grad_out is None:
         return _gradient_beside_norm(total, grad_total, grad_prefix) if needs[0] else None, None, None
-    eager = ctx.backend == "native" and is_plain_call(total)
+    eager = ctx.backend == "native" and all(g is None or is_plain_call(g) for g in (grad_out, grad_total, grad_prefix))
     # With gradients on, the operator refuses that of its own.
     run = _backward_checked if eager and not torch.is_grad_enabled() else torch.ops.ceit.add_layer_norm_backward
     arguments = (grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *needs, ctx.backend)
@@ -315,6 +327,7 @@ refuse_gradient(
     "ceit_kernels.add_layer_norm is differentiable once; for second derivatives run it under "
     'ceit_kernels.use_backend("reference")',
 )
+loop_over_batch("ceit::add_layer_norm_backward")
 
 
 class _AddNorm(torch.autograd.Function):
@@ -342,3 +355,7 @@ class _AddNorm(torch.autograd.Function):
 def _autocast(dtype, x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend):
     out_dtype = out_dtype or _autocast_dtype(x, _total_dtype(x, branch)) or _total_dtype(x, branch)
     return torch.ops.ceit.add_layer_norm(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend)
+
+
+for _operator in ("ceit::add_layer_norm", "ceit::add_layer_norm_backward"):
+    register_flops(_operator)(no_flops)

@@ -1,20 +1,24 @@
-"""The module that a user drops in for multi-head self-attention."""
+"""Multi-head self-attention as a module: the plain one, and the fused one."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.module import adopt
+from .. import backends
+from ..common.children import ANY, children_reason
+from ..common.module import Fusion
+from ..common.registration import unsupported_reason
 from .op import self_attention
 
-__all__ = ["FusedAttention"]
+__all__ = ["Attention", "FusedAttention"]
+
+_CHILDREN = {"qkv": ANY, "attn_drop": (nn.Dropout,), "proj": ANY, "proj_drop": ANY}
 
 
-class FusedAttention(nn.Module):
-    """Multi-head self-attention of ViT (CeiT, section 3.1), fused on the CPU.
-
-    Constructor, children and state_dict are the plain module's (``qkv``, ``attn_drop``, ``proj``, ``proj_drop``).
+class Attention(nn.Module):
+    """Multi-head self-attention of ViT (CeiT, section 3.1).
 
     Args:
         dim: channels C of a token, a multiple of ``num_heads``.
@@ -23,6 +27,9 @@ class FusedAttention(nn.Module):
         qk_scale: factor of the scores, by default ``(C / H) ** -0.5``.
         attn_drop: probability of dropping an attention weight, in [0, 1).
         proj_drop: probability of dropping an output channel.
+
+    Shapes:
+        (B, N, C) -> (B, num_queries, C), N queries by default.
 
     Raises:
         ValueError: ``num_heads`` is no divisor of ``dim``.
@@ -47,10 +54,26 @@ class FusedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    @classmethod
-    def from_plain(cls, plain: nn.Module) -> FusedAttention:
-        """A fused module over the state of a plain one, which has ``num_heads``, ``scale`` and the same children."""
-        return adopt(cls, plain, ("num_heads", "scale", "qkv", "proj", "proj_drop"), {"attn_drop": nn.Dropout})
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Let the first ``num_queries`` tokens of (B, N, C) attend to all, every token if None."""
+        # Parted where they lie, so that the gradients are put together there in one pass.
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, D) each
+        return self._attend(q if num_queries is None else q[:, :num_queries], k, v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The projected attention (B, N, C) of queries (B, N, H, D) to keys and values (B, L, H, D)."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        dropout = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows beside the children."""
+        return f"num_heads={self.num_heads}, scale={self.scale:.4g}"
+
+
+class AttentionFusion(Fusion):
+    """``forward`` of multi-head self-attention, fused on the CPU. The projections are called, whatever they are."""
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """x (B, N, C) -> (B, num_queries, C): the first ``num_queries`` tokens, or all, attend to all.
@@ -58,7 +81,18 @@ class FusedAttention(nn.Module):
         Raises:
             ValueError, TypeError, BackendError: as ``self_attention``.
         """
-        return self._attend(self.qkv(x), num_queries)
+        if torch.jit.is_scripting():
+            return self._plain_forward(x, num_queries)
+        return self._fused_forward(x, num_queries)
+
+    @torch.jit.unused
+    def _fused_forward(self, x: Tensor, num_queries: int | None) -> Tensor:
+        reason = unsupported_reason(x) or self.plain_reason()
+        if reason is not None:
+            backends.leave_to_reference("attention", reason)
+        if reason is not None or backends.current_backend("attention") == "reference":
+            return super().forward(x) if num_queries is None else super().forward(x, num_queries)
+        return self._project_attention(self.qkv(x), num_queries)
 
     def forward_first(self, x: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
         """What ``forward`` returns for all tokens, without a gradient, and for the first ``num_queries``, with theirs.
@@ -72,19 +106,28 @@ class FusedAttention(nn.Module):
             raise ValueError(f"attn_drop, proj_drop: expected none, got {self.attn_drop.p} and {self.proj_drop.p}")
         qkv = self.qkv(x)
         with torch.no_grad():
-            every = self._attend(qkv, None)
-        return every, self._attend(qkv, num_queries)
+            every = self._project_attention(qkv, None)
+        return every, self._project_attention(qkv, num_queries)
 
-    def _attend(self, qkv: Tensor, num_queries: int | None) -> Tensor:
+    def _project_attention(self, qkv: Tensor, num_queries: int | None) -> Tensor:
         attention = self_attention(
             qkv,
             num_heads=self.num_heads,
             scale=self.scale,
             num_queries=num_queries,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
         )
         return self.proj_drop(self.proj(attention))
 
-    def extra_repr(self) -> str:
-        """What ``print`` shows beside the children."""
-        return f"num_heads={self.num_heads}, scale={self.scale:.4g}"
+    def plain_reason(self) -> str | None:
+        """As of ``Fusion``."""
+        reason = children_reason(self, _CHILDREN)
+        if reason is None and self.attn_drop.p and (self.training or self.attn_drop.training):
+            return "the kernels have no attention dropout"
+        return reason
+
+
+class FusedAttention(AttentionFusion, Attention):
+    """Multi-head self-attention of ViT (CeiT, section 3.1), fused on the CPU.
+
+    Constructor, children and state_dict are the plain module's.
+    """

@@ -8,7 +8,14 @@ from torch import Tensor
 from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import is_plain_call, refuse_gradient, register_autocast
+from ..common.flops import product, register_flops
+from ..common.registration import (
+    is_plain_call,
+    loop_over_batch,
+    refuse_gradient,
+    register_autocast,
+    unsupported_reason,
+)
 from .native_cpu import kernels
 from .reference import self_attention_reference
 
@@ -61,7 +68,7 @@ def self_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5 if scale is None else scale
-    limit = "the kernels have no attention dropout" if dropout_p > 0.0 else None
+    limit = "the kernels have no attention dropout" if dropout_p > 0.0 else unsupported_reason(qkv)
     training = torch.is_grad_enabled() and qkv.requires_grad
     phase = "training" if training else "inference"
     choice = backends.choose("attention", qkv, autocast_dtype(qkv) or qkv.dtype, limit, phase)
@@ -163,6 +170,8 @@ refuse_gradient(
     'ceit_kernels.use_backend("reference") and torch.nn.attention.sdpa_kernel(SDPBackend.MATH)',
 )
 
+loop_over_batch("ceit::self_attention_backward")
+
 
 @register_autocast("ceit::self_attention")
 def _autocast(dtype, qkv, *settings):
@@ -180,6 +189,18 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        # The registered operator where the gradient of this gradient is to be refused.
-        backward = torch.ops.ceit.self_attention_backward if torch.is_grad_enabled() else _backward
-        return _gradients(backward, ctx, grad_out)
+        # The registered operator where the gradient of this gradient is to be refused, or gradients come in batches.
+        directly = is_plain_call(grad_out) and not torch.is_grad_enabled()
+        return _gradients(_backward if directly else torch.ops.ceit.self_attention_backward, ctx, grad_out)
+
+
+@register_flops("ceit::self_attention")
+def _flops(qkv, num_heads, scale, num_queries, *rest, out_shape, **options):
+    batch, tokens, width = qkv
+    return 2 * batch * product(num_queries, width // 3, tokens)  # scores, and the weighted sums
+
+
+@register_flops("ceit::self_attention_backward")
+def _backward_flops(grad_out, qkv, *rest, out_shape, **options):
+    batch, tokens, width = qkv
+    return 5 * batch * product(grad_out[1], width // 3, tokens)  # scores again, and gradients of four operands

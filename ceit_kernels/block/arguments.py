@@ -1,24 +1,25 @@
-"""What the blocks' compiled calls have in common."""
+"""What the compiled calls of many layers have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
+from ..add_norm.module import is_plain_layer_norm
+from ..attention import FusedAttention
 from ..common.autocast import autocast_dtype
-from ..common.registration import is_plain_call
+from ..common.children import child_reason
+from ..common.registration import is_plain_call, unsupported_reason
+from ..lca import FusedLCAAttention
+from ..linear.module import LINEAR
 
-__all__ = ["attention_arguments", "attention_schema", "may_go_at_once"]
+__all__ = ["are_readable", "attention_tensors", "is_idle", "linear_tensors", "may_go_at_once"]
 
-attention_schema = (
-    "Tensor? norm_weight1, Tensor? norm_bias1, float eps1, Tensor qkv_weight, Tensor? qkv_bias, int heads, "
-    "float scale, Tensor projection_weight, Tensor? projection_bias, Tensor? norm_weight2, Tensor? norm_bias2, "
-    "float eps2"
-)
+_DROPOUT = (nn.Dropout, nn.Identity)
 
 
 def may_go_at_once(x: Tensor, operators: Sequence[str]) -> bool:
@@ -26,21 +27,55 @@ def may_go_at_once(x: Tensor, operators: Sequence[str]) -> bool:
     return (
         not torch.is_grad_enabled()
         and is_plain_call(x)
+        and unsupported_reason(x) is None
         and autocast_dtype(x) is None
         and not _has_any_global_hook()
         and all(backends.choose(name, x, x.dtype).backend == "native" for name in operators)
     )
 
 
-def attention_arguments(
-    norm1: nn.Module, attention: nn.Module, norm2: nn.Module, rows: int, pack: Callable[[Tensor, int], Tensor]
-) -> tuple:
-    """Of ``attention_schema``: norms in the type of sums, weights packed for products of about so many rows."""
-    wide = torch.promote_types(attention.qkv.weight.dtype, torch.float32)
-    norms = [
-        tuple(None if tensor is None else tensor.detach().to(wide).contiguous() for tensor in (norm.weight, norm.bias))
-        for norm in (norm1, norm2)
-    ]
-    qkv, projection = ((pack(layer.weight, rows), layer.bias) for layer in (attention.qkv, attention.proj))
-    of_attention = (*qkv, attention.num_heads, attention.scale, *projection)
-    return (*norms[0], norm1.eps, *of_attention, *norms[1], norm2.eps)
+def is_idle(dropout: nn.Module, *more: type[nn.Module]) -> bool:
+    """Whether a dropout, or another module that does nothing at inference, may be left out."""
+    return child_reason("dropout", dropout, (*_DROPOUT, *more)) is None and not (
+        dropout.training and getattr(dropout, "p", 1.0)
+    )
+
+
+def linear_tensors(layer: nn.Module, out_features: int, in_features: int) -> list[Tensor | None] | None:
+    """Weight and bias of a linear layer; None where it has to be called."""
+    if child_reason("layer", layer, LINEAR) is not None or layer.weight.shape != (out_features, in_features):
+        return None
+    return [layer.weight, layer.bias]
+
+
+def attention_tensors(
+    norm1: nn.Module, attention: nn.Module, norm2: nn.Module, channels: int
+) -> tuple[list[Tensor | None], tuple[float, float, float]] | None:
+    """The parameters of norm, attention and norm, and eps, factor of the scores and eps; None where one is called.
+
+    Weights and biases in the order of the calls: norm1, qkv, proj, norm2.
+    """
+    if child_reason("attention", attention, (FusedAttention, FusedLCAAttention)) is not None:
+        return None
+    if attention.plain_reason() is not None or not is_idle(attention.proj_drop):
+        return None
+    if not (is_plain_layer_norm(norm1) and is_plain_layer_norm(norm2)):
+        return None
+    tensors: list[Tensor | None] = [norm1.weight, norm1.bias]
+    for layer, features in ((attention.qkv, 3 * channels), (attention.proj, channels)):
+        found = linear_tensors(layer, features, channels)
+        if found is None:
+            return None
+        tensors += found
+    return [*tensors, norm2.weight, norm2.bias], (norm1.eps, attention.scale, norm2.eps)
+
+
+def are_readable(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether compiled code may read parameters beside x: on its device, of its dtype but for vectors in float32."""
+    dtype, device = x.dtype, x.device
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device != device or (tensor.dtype != dtype and (tensor.dtype != torch.float32 or tensor.dim() > 1)):
+            return False
+    return unsupported_reason(x, *tensors) is None

@@ -7,29 +7,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.products import has_panels, in_panels, once_per_version
+from ..common.children import child_reason
 from ..i2t import FusedImage2Tokens
 from ..linear import FusedPatchProjection
-from ..linear.patches import flattened
-from .arguments import may_go_at_once
-from .watch import Watch, kept_by
+from .arguments import are_readable, may_go_at_once
 
-__all__ = ["embedding_inference"]
+__all__ = ["EmbeddingArguments", "embedding_arguments", "embedding_inference"]
 
 torch.library.define(
     "ceit::_embedding_infer",
-    "(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor projection, Tensor? bias, int patch_height, "
-    "int patch_width, Tensor class_token, Tensor positions, Tensor(a!) out) -> ()",
+    "(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor?[] parameters, int patch_height, int patch_width, "
+    "Tensor(a!) out) -> ()",
 )
 
 _OPERATORS = ("i2t", "linear")
-_OF_CONVOLUTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode", "momentum")
 
 
-class _Embedding(NamedTuple):
-    watch: Watch
-    setting: tuple
-    arguments: tuple
+class EmbeddingArguments(NamedTuple):
+    """What the compiled call takes beside images: the stem's weight, sign and norm, parameters, the patches' sizes."""
+
+    stem: Tensor
+    sign: Tensor
+    norm: Tensor
+    parameters: list[Tensor | None]
+    height: int
+    width: int
 
 
 def embedding_inference(
@@ -48,31 +50,28 @@ def embedding_inference(
     """
     if x.dim() != 4 or x.numel() == 0 or not may_go_at_once(x, _OPERATORS):
         return None
-    if type(stem) is not FusedImage2Tokens or type(projection) is not FusedPatchProjection:
-        return None
-    if not has_panels(x.dtype, projection.weight[0].numel()):
-        return None
-    tensors = (class_token, positions, stem.conv.weight, projection.weight)
-    if any((tensor.dtype, tensor.device) != (x.dtype, x.device) for tensor in tensors):
-        return None
-    arguments = _prepared(x, stem, projection)
+    arguments = embedding_arguments(x, stem, projection, class_token, positions)
     if arguments is None:
         return None
     out = x.new_empty(x.shape[0], *positions.shape[1:])
-    torch.ops.ceit._embedding_infer(x, *arguments, class_token.contiguous(), positions.contiguous(), out)
+    torch.ops.ceit._embedding_infer(x, *arguments, out)
     return out
 
 
-def _prepared(x: Tensor, stem: FusedImage2Tokens, projection: FusedPatchProjection) -> tuple | None:
-    kept, setting = kept_by(projection), (x.shape[1:], x.dtype)
-    known = kept.get("embedding")
-    if known is not None and known.setting == setting and known.watch():
-        return known.arguments
-    watch = Watch([stem, projection], _OF_CONVOLUTIONS)
-    parts = stem.inference_parts(x) if watch.can_tell else None
-    if parts is None or projection.in_channels != stem.conv.out_channels:
+def embedding_arguments(
+    x: Tensor, stem: nn.Module, projection: nn.Module, class_token: Tensor, positions: Tensor
+) -> EmbeddingArguments | None:
+    """What the compiled call takes of the modules as they are now; None where one has to be called."""
+    if child_reason("stem", stem, (FusedImage2Tokens,)) or child_reason(
+        "projection", projection, (FusedPatchProjection,)
+    ):
         return None
-    flat = once_per_version(projection.weight, flattened)
-    arguments = (*parts, in_panels(flat, x.shape[0], constant=True), projection.bias, *projection.kernel_size)
-    kept["embedding"] = _Embedding(watch, setting, arguments)
-    return arguments
+    if projection.plain_reason() is not None:
+        return None
+    weight = projection.weight
+    parameters = [weight, projection.bias, class_token, positions]
+    fits = weight.shape[:2] == (positions.shape[2], stem.conv.weight.shape[0])
+    if not (fits and are_readable(x, [*parameters, stem.conv.weight])):
+        return None
+    parts = stem.inference_parts(x)
+    return None if parts is None else EmbeddingArguments(*parts, parameters, *weight.shape[2:])

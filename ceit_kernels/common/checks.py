@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .autocast import autocast_dtype
 
-__all__ = ["check_device", "check_dtype", "check_floating", "check_input", "check_shape"]
+__all__ = ["check_device", "check_dtype", "check_floating", "check_input", "check_shape", "norm_dtype_reason"]
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
@@ -48,3 +48,12 @@ def check_input(name: str, tensor: Tensor, like: Tensor, like_name: str, *expect
     check_device(name, tensor, like, like_name)
     if autocast_dtype(tensor) is None:
         check_dtype(name, tensor, like.dtype, like_name)
+
+
+def norm_dtype_reason(name: str, dtype: torch.dtype, *tensors: Tensor | None) -> str | None:
+    """Why plain PyTorch has no such norm of numbers in ``dtype``: its tensors are in that dtype, or all in float32."""
+    found = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(found) < 2 and (not found or dtype in found or (torch.float32 in found and dtype.itemsize == 2)):
+        return None
+    given = " and ".join(sorted(str(kind) for kind in found))
+    return f"{name} has tensors of {given} for numbers of {dtype}"

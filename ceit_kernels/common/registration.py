@@ -7,10 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
-__all__ = ["is_plain_call", "refuse_gradient", "register_autocast"]
+__all__ = [
+    "foreign_reason",
+    "is_plain_call",
+    "loop_over_batch",
+    "refuse_gradient",
+    "register_autocast",
+    "unsupported_reason",
+]
 
 _LIBRARY = torch.library.Library("ceit", "FRAGMENT")
+
+# PyTorch's own, and what compilers and dispatch modes put in their place.
+_KNOWN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 
 
 def refuse_gradient(operator: str, message: str) -> None:
@@ -47,6 +60,27 @@ def register_autocast(operator: str) -> Callable[[Callable[..., Any]], Callable[
     return register
 
 
+def loop_over_batch(operator: str) -> None:
+    """Let ``torch.func.vmap`` call an operator once for every element of its batch.
+
+    That is what derivatives of a batch of gradients need of a backward operator.
+    """
+    function = getattr(torch.ops.ceit, operator.split("::")[1]).default
+
+    def rule(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
+        placed = list(zip(arguments, in_dims, strict=True))
+        results = [
+            function(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in placed))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(each) for each in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    torch.library.register_vmap(operator, rule)
+
+
 def is_plain_call(x: Tensor) -> bool:
     """Whether nobody watches a call: no compiler, dispatch mode, function transform or subclass of tensors.
 
@@ -57,4 +91,38 @@ def is_plain_call(x: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
     )
+
+
+def unsupported_reason(*tensors: Tensor | None) -> str | None:
+    """Why only plain PyTorch can compute with these tensors here and now; None if operators of this package may.
+
+    They have no formulas for the transforms of ``torch.func`` and for derivatives in forward mode, other runtimes do
+    not know them, and what a subclass of tensors means by its data is its own business. Compilers and dispatch modes
+    see registered operators.
+    """
+    if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            return "a model is exported to ONNX, which does not know the kernels"
+    elif torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active, which the kernels do not have"
+    elif forward_ad._current_level >= 0:
+        return "derivatives are taken in forward mode, which the kernels do not have"
+    elif torch._C._get_tracing_state() is not None:
+        return "torch.jit traces the call, whose result other programs are to run"
+    return foreign_reason(*tensors)
+
+
+def foreign_reason(*tensors: Tensor | None) -> str | None:
+    """Why operators of this package cannot read some tensors; None if they can."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _KNOWN_TENSORS:
+            return f"the kernels do not know {type(tensor).__name__}"
+        if tensor.layout is not torch.strided:
+            return f"the kernels do not take tensors of layout {tensor.layout}"
+        if tensor.dtype.is_complex:
+            return f"the kernels do not compute in {tensor.dtype}"
+    return None

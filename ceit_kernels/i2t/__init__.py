@@ -1,5 +1,5 @@
 """The image-to-tokens stem (I2T)."""
 
-from .module import FusedImage2Tokens
+from .module import FusedImage2Tokens, Image2Tokens
 
-__all__ = ["FusedImage2Tokens"]
+__all__ = ["FusedImage2Tokens", "Image2Tokens"]

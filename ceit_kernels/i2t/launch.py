@@ -84,12 +84,15 @@ def i2t_forward_native(
     eps: float,
     need_indices: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     """The registered operator's result, its arguments checked; training if ``mean`` is None."""
     training, parameter = mean is None, _parameter_dtype(dtype)
     channels, height, width = weight.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3])
     weight, gamma, beta, mean, variance = _as_parameters(dtype, weight, gamma, beta, mean, variance)
-    out = torch.empty((x.shape[0], height, width, channels), dtype=dtype, device=x.device)
+    result = torch.empty(
+        (x.shape[0], channels, height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last
+    )
+    out = result.permute(0, 2, 3, 1)
     indices = moments = None
     if training or need_indices:
         indices = torch.empty(out.shape, dtype=torch.uint8, device=x.device)
@@ -103,7 +106,7 @@ def i2t_forward_native(
         _image_for(x, dtype), weight, gamma, beta, mean, variance, packed, moments, out, indices,
         eps, training, _tensor_cores(dtype), rows,
     )  # fmt: skip
-    return out.permute(0, 3, 1, 2), _as_image(indices, out), mean, variance
+    return result, _as_image(indices, out), mean, variance, None
 
 
 def _as_image(indices: Tensor | None, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The module that a user drops in for the image-to-tokens stem."""
+"""The image-to-tokens stem as a module: the plain one, and the fused one."""
 
 from __future__ import annotations
 
@@ -7,44 +7,47 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.checks import check_input
-from ..common.module import adopt
+from ..common.checks import check_input, norm_dtype_reason
+from ..common.children import children_reason, convolution_reason
+from ..common.module import Fusion
+from ..common.registration import foreign_reason, unsupported_reason
 from .native_cpu import stem_arguments
 from .op import size_limit
-from .reference import image2tokens_reference
 
-__all__ = ["FusedImage2Tokens"]
+__all__ = ["FusedImage2Tokens", "Image2Tokens"]
 
+_CHILDREN = {"conv": (nn.Conv2d,), "bn": (nn.BatchNorm2d, nn.SyncBatchNorm), "maxpool": (nn.MaxPool2d,)}
 _POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False, "return_indices": False}
-_CONVOLUTION = {
-    "kernel_size": (7, 7), "stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1,
-    "padding_mode": "zeros", "bias": None,
-}  # fmt: skip
 
 
-class FusedImage2Tokens(nn.Module):
-    """The image-to-tokens stem (CeiT, section 3.2): convolution, BatchNorm, 3x3 maximum pool of stride 2.
+class Image2Tokens(nn.Module):
+    """Convolutional stem of the image-to-tokens module (CeiT, section 3.2): convolution, BatchNorm, max-pooling.
 
-    Constructor, children and state_dict are the plain module's (``conv``, ``bn``, ``maxpool``).
+    There is no activation. With the defaults the map is a quarter of the image a side, rounded up.
 
     Args:
         in_chans: channels of the image.
-        out_chans: channels of the result.
-        kernel_size: side of the convolution's kernel.
-        stride: stride of the convolution.
+        out_chans: channels of the map.
+        kernel_size: side of the convolution's kernel, in pixels.
+        stride: stride of the convolution, in pixels; the pooling adds a stride of 2.
+
+    Shapes:
+        (B, in_chans, H, W) -> (B, out_chans, ceil(H / (2 * stride)), ceil(W / (2 * stride))) for an odd kernel_size.
     """
 
     def __init__(self, in_chans: int = 3, out_chans: int = 64, kernel_size: int = 7, stride: int = 2) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding=kernel_size // 2, bias=False)
         self.bn = nn.BatchNorm2d(out_chans)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
-    @classmethod
-    def from_plain(cls, plain: nn.Module) -> FusedImage2Tokens:
-        """A fused module over the state of a plain one, which has the same children."""
-        children = {"conv": nn.Conv2d, "bn": (nn.BatchNorm2d, nn.SyncBatchNorm), "maxpool": nn.MaxPool2d}
-        return adopt(cls, plain, (), children)
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images (B, in_chans, H, W) into the map that patches are cut from."""
+        return self.maxpool(self.bn(self.conv(x)))
+
+
+class Image2TokensFusion(Fusion):
+    """``forward`` of the image-to-tokens stem, fused."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_chans, H, W), contiguous or channels-last -> (B, out_chans, H', W').
@@ -55,41 +58,72 @@ class FusedImage2Tokens(nn.Module):
             ValueError, TypeError: x is no batch of images of the module's channels, dtype and device.
             BackendError: the backend that was asked for cannot serve the call.
         """
-        check_input("x", x, self.conv.weight, "conv.weight", "B", self.conv.in_channels, "H", "W")
-        bn = self.bn
+        if torch.jit.is_scripting():
+            return self._plain_forward(x)
+        return self._fused_forward(x)
+
+    @torch.jit.unused
+    def _fused_forward(self, x: Tensor) -> Tensor:
+        reason = unsupported_reason(x) or self.plain_reason()
+        if reason is None:
+            weight, bn = self.conv.weight, self.bn
+            parameters = (x, weight, bn.weight, bn.bias)
+            reason = foreign_reason(*parameters, bn.running_mean, bn.running_var)
+        if reason is not None:
+            backends.leave_to_reference("i2t", reason)
+            return super().forward(x)
+        check_input("x", x, weight, "conv.weight", "B", weight.shape[1], "H", "W")
         batch_statistics = bn.training or bn.running_mean is None
-        parameters = (x, self.conv.weight, bn.weight, bn.bias)
         needs_gradient = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
         phase = "training" if batch_statistics or needs_gradient else "inference"
-        choice = backends.choose("i2t", x, autocast_dtype(x) or x.dtype, self._limit(x), phase)
+        dtype = autocast_dtype(x) or x.dtype
+        norm_tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        limit = size_limit(x, weight.shape[0]) or norm_dtype_reason("bn", dtype, *norm_tensors)
+        choice = backends.choose("i2t", x, dtype, limit, phase)
         if choice.backend == "reference":
-            return image2tokens_reference(x, self.conv.weight, bn, self.conv.stride[0])
+            return super().forward(x)
         values_per_channel = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
         if bn.training and values_per_channel == 1:
             raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
         statistics = (None, None) if batch_statistics else (bn.running_mean, bn.running_var)
-        out, _, mean, variance = torch.ops.ceit.i2t(
+        out, _, mean, variance, _ = torch.ops.ceit.i2t(
             *parameters, *statistics, bn.eps, needs_gradient, None, choice.backend
         )
         if bn.training and bn.track_running_stats and bn.running_mean is not None:
             _update_running_statistics(bn, mean, variance, values_per_channel)
         return out
 
+    def plain_reason(self) -> str | None:
+        """As of ``Fusion``."""
+        reason = children_reason(self, _CHILDREN)
+        if reason is not None:
+            return reason
+        conv, pool = self.conv, self.maxpool.__dict__
+        if conv.weight.shape[2:] != (7, 7) or conv.bias is not None:
+            return "the kernels have convolutions of 7 x 7 pixels without a bias"
+        for name, value in _POOL.items():
+            if pool[name] not in (value, (value, value)):
+                return f"the kernels have {name}={value} in maxpool, not {pool[name]}"
+        if type(self.bn) is nn.SyncBatchNorm and self.bn.training and _in_process_group():
+            return "SyncBatchNorm's statistics span processes, those of the kernels do not"
+        return convolution_reason("conv", conv, stride=(2, 2), padding=(3, 3))
+
     def inference_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """What the CPU's kernel takes beside images such as x; None where it does not serve the module."""
         bn = self.bn
-        if bn.training or bn.running_mean is None or self._limit(x) is not None:
+        if self.plain_reason() is not None or bn.training or bn.running_mean is None:
             return None
-        return stem_arguments(self.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, x.dtype)
+        weight = self.conv.weight
+        if size_limit(x, weight.shape[0]) is not None:
+            return None
+        return stem_arguments(weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, x.dtype)
 
-    def _limit(self, x: Tensor) -> str | None:
-        for child, expected in ((self.conv, _CONVOLUTION), (self.maxpool, _POOL)):
-            for name, value in expected.items():
-                if getattr(child, name) not in (value, (value, value)):
-                    return f"the kernels have {type(child).__name__}.{name}={value}, not {getattr(child, name)}"
-        if isinstance(self.bn, nn.SyncBatchNorm) and self.bn.training and _in_process_group():
-            return "SyncBatchNorm's statistics span processes, those of the kernels do not"
-        return size_limit(x, self.conv.out_channels)
+
+class FusedImage2Tokens(Image2TokensFusion, Image2Tokens):
+    """The image-to-tokens stem (CeiT, section 3.2), fused: convolution, BatchNorm, 3x3 maximum pool of stride 2.
+
+    Constructor, children and state_dict are the plain module's.
+    """
 
 
 def _in_process_group() -> bool:

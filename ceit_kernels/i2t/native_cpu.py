@@ -11,8 +11,8 @@ __all__ = ["i2t_backward_cpu", "i2t_forward_cpu", "stem_arguments"]
 for _schema in (
     "_i2t_forward_cpu(Tensor image, Tensor weight, Tensor sign, Tensor? norm, Tensor(a!) out, Tensor(b!)? indices, "
     "Tensor(c!)? moments) -> ()",
-    "_i2t_normalise_cpu(Tensor(a!) x, Tensor norm) -> ()",
-    "_i2t_sums_cpu(Tensor gradient, Tensor out, Tensor shift, Tensor(a!) sums) -> ()",
+    "_i2t_normalise_cpu(Tensor x, Tensor norm, Tensor(a!) out) -> ()",
+    "_i2t_sums_cpu(Tensor gradient, Tensor x, Tensor mean, Tensor(a!) sums) -> ()",
     "_i2t_backward_cpu(Tensor gradient, Tensor indices, Tensor image, Tensor weight, Tensor coefficients, "
     "Tensor(a!) grad_weight, Tensor(b!) products, Tensor(c!)? grad_convolution) -> ()",
 ):
@@ -77,21 +77,27 @@ def i2t_forward_cpu(
     eps: float,
     need_indices: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The registered operator's results, its arguments checked, B at least 1; training if ``mean`` is None."""
     training, wide = mean is None, torch.promote_types(dtype, torch.float32)
     channels, conv_sizes = weight.shape[0], [_conv_size(size) for size in x.shape[2:]]
     gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in (gamma, beta, mean, variance))
-    out = torch.empty((x.shape[0], *(_conv_size(size) for size in conv_sizes), channels), dtype=dtype)
+    result = torch.empty(
+        (x.shape[0], channels, *map(_conv_size, conv_sizes)), dtype=dtype, memory_format=torch.channels_last
+    )
+    out = result.permute(0, 2, 3, 1)
     keep = training or need_indices
     indices = torch.empty(out.shape if keep else (0, 0, 0, 0), dtype=torch.uint8)
+    # Backward takes it in training as it is before the norm: the result is its user's, who may write to it.
+    pooled = torch.empty_like(out) if training and need_indices else None
+    target = out if pooled is None else pooled
     moments = torch.empty((x.shape[0], conv_sizes[0], 2, channels), dtype=wide) if training else None
     packed, sign, norm = stem_arguments(weight, gamma, beta, mean, variance, eps, dtype)
-    torch.ops.ceit._i2t_forward_cpu(x.to(dtype), packed, sign, norm, out, indices if keep else None, moments)
+    torch.ops.ceit._i2t_forward_cpu(x.to(dtype), packed, sign, norm, target, indices if keep else None, moments)
     if training:
         mean, variance = _merged(moments, conv_sizes[1])
-        torch.ops.ceit._i2t_normalise_cpu(out, _norm(gamma, beta, mean, variance, eps))
-    return out.permute(0, 3, 1, 2), indices.permute(0, 3, 1, 2) if keep else indices.view(0), mean, variance
+        torch.ops.ceit._i2t_normalise_cpu(target, _norm(gamma, beta, mean, variance, eps), out)
+    return result, indices.permute(0, 3, 1, 2) if keep else indices.view(0), mean, variance, pooled
 
 
 def i2t_backward_cpu(
@@ -106,23 +112,20 @@ def i2t_backward_cpu(
     training: bool,
     need_input: bool,
     dtype: torch.dtype,
-    beta: Tensor | None,
-    out: Tensor | None,
+    pooled: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Gradients of x (None unless needed), the weight, gamma and beta; ``out`` is the forward's result in training."""
+    """Gradients of x (None unless needed), the weight, gamma and beta; ``pooled`` is the forward's in training."""
     wide = torch.promote_types(dtype, torch.float32)
     channels, conv_sizes = weight.shape[0], [_conv_size(size) for size in x.shape[2:]]
-    gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in (gamma, beta, mean, variance))
+    gamma, mean, variance = (None if t is None else t.to(wide) for t in (gamma, mean, variance))
     grad_out, indices = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_out.to(dtype), indices))
     scale, zeros = _scale(variance, gamma, eps), torch.zeros_like(mean)
     if training:
         sums = torch.empty((*grad_out.shape[:2], 2, channels), dtype=wide)
-        normalised = out.permute(0, 2, 3, 1).contiguous()
-        torch.ops.ceit._i2t_sums_cpu(grad_out, normalised, zeros if beta is None else beta, sums)
-        # Of the gradient g and of g (out - beta): gamma times that with the normalised map, which takes no division.
-        grad_beta, scaled = sums.flatten(0, 1).sum(0)
+        torch.ops.ceit._i2t_sums_cpu(grad_out, pooled.contiguous(), mean, sums)
+        grad_beta, centred = sums.flatten(0, 1).sum(0)
         pixels = x.shape[0] * conv_sizes[0] * conv_sizes[1]
-        coefficients = mean, scale, -scaled / ((variance + eps) * pixels), -scale * grad_beta / pixels
+        coefficients = mean, scale, -scale * centred / ((variance + eps) * pixels), -scale * grad_beta / pixels
     else:
         grad_beta = grad_out.sum((0, 1, 2), dtype=wide)
         coefficients = mean, scale, zeros, zeros

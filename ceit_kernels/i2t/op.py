@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import refuse_gradient, register_autocast
+from ..common.flops import convolution, convolution_backward, register_flops
+from ..common.registration import loop_over_batch, refuse_gradient, register_autocast
 from .launch import OUT_CHANNELS, i2t_backward_native, i2t_forward_native, pooled_size
 from .native_cpu import i2t_backward_cpu, i2t_forward_cpu
 
@@ -16,19 +17,19 @@ __all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "size_limit"]
 MAX_IN_CHANNELS = 4
 
 # With mean and variance they are BatchNorm's; without, the call's own are used and returned. The second result are the
-# places of the maxima in their windows, empty if nothing asks for them. On the CPU backward needs the first result
-# again where the statistics are the call's own.
+# places of the maxima in their windows, empty if nothing asks for them. The last is the map before its norm (B, H', W',
+# channels), which backward needs on the CPU where the statistics are the call's own; empty elsewhere.
 torch.library.define(
     "ceit::i2t",
     "(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? variance, float eps, "
-    "bool need_indices, ScalarType? compute_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool need_indices, ScalarType? compute_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "ceit::i2t_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor indices, Tensor mean, "
     "Tensor variance, float eps, bool training, ScalarType? compute_dtype, bool need_input, str backend, "
-    "Tensor? out=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? pooled=None) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -94,10 +95,12 @@ def _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend) -> 
 def _forward(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
     dtype = _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend)
     forward = i2t_forward_cpu if _on_cpu(x) else i2t_forward_native
-    out, indices, new_mean, new_variance = forward(x, weight, gamma, beta, mean, variance, eps, need_indices, dtype)
+    arguments = (x, weight, gamma, beta, mean, variance, eps, need_indices, dtype)
+    out, indices, new_mean, new_variance, pooled = forward(*arguments)
+    pooled = out.new_empty(0) if pooled is None else pooled
     if mean is None:
-        return out, indices, new_mean, new_variance
-    return out, indices, new_mean.new_empty(0), new_mean.new_empty(0)
+        return out, indices, new_mean, new_variance, pooled
+    return out, indices, new_mean.new_empty(0), new_mean.new_empty(0), pooled
 
 
 @torch.library.register_fake("ceit::i2t")
@@ -109,26 +112,28 @@ def _forward_fake(x, weight, gamma, beta, mean, variance, eps, need_indices, com
     indices = x.new_empty(size, dtype=torch.uint8).permute(0, 3, 1, 2) if training or need_indices else None
     mean, variance = (x.new_empty(weight.shape[0] if training else 0, dtype=statistics) for _ in range(2))
     out = x.new_empty(size, dtype=dtype).permute(0, 3, 1, 2)
-    return out, x.new_empty(0, dtype=torch.uint8) if indices is None else indices, mean, variance
+    pooled = x.new_empty(size if training and need_indices and _on_cpu(x) else 0, dtype=dtype)
+    return out, x.new_empty(0, dtype=torch.uint8) if indices is None else indices, mean, variance, pooled
 
 
 @torch.library.impl("ceit::i2t_backward", "default")
 def _backward(
     grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input, backend,
-    out=None,
+    pooled=None,
 ):  # fmt: skip
     dtype = _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend)
-    pooled = (x.shape[0], weight.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3]))
-    check_shape("grad_out", grad_out, *pooled)
-    check_shape("indices", indices, *pooled)
+    height, width = pooled_size(x.shape[2]), pooled_size(x.shape[3])
+    check_shape("grad_out", grad_out, x.shape[0], weight.shape[0], height, width)
+    check_shape("indices", indices, x.shape[0], weight.shape[0], height, width)
     check_dtype("indices", indices, torch.uint8, "the forward's")
-    if out is not None:
-        check_shape("out", out, *pooled)
+    if pooled is not None:
+        check_shape("pooled", pooled, x.shape[0], height, width, weight.shape[0])
+        check_dtype("pooled", pooled, dtype, "the forward's")
     arguments = [grad_out, x, weight, gamma, indices, mean, variance, eps, training, need_input, dtype]
     if _on_cpu(x):
-        if training and out is None:
-            raise ValueError("out: expected the forward's result, which the code for the CPU reads in training")
-        grads = i2t_backward_cpu(*arguments, beta, out)
+        if training and pooled is None:
+            raise ValueError("pooled: expected the forward's, which the code for the CPU reads in training")
+        grads = i2t_backward_cpu(*arguments, pooled)
     else:
         grads = i2t_backward_native(*arguments)
     grad_x, grad_weight, grad_gamma, grad_beta = grads
@@ -143,7 +148,7 @@ def _backward(
 @torch.library.register_fake("ceit::i2t_backward")
 def _backward_fake(
     grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input, backend,
-    out=None,
+    pooled=None,
 ):  # fmt: skip
     def like(tensor):
         return x.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -153,18 +158,17 @@ def _backward_fake(
 
 def _setup_context(ctx, inputs, output):
     x, weight, gamma, beta, mean, variance, ctx.eps, _, ctx.compute_dtype, ctx.backend = inputs
-    out, indices, new_mean, new_variance = output
+    _, indices, new_mean, new_variance, pooled = output
     ctx.training = mean is None
     statistics = (new_mean, new_variance) if ctx.training else (mean, variance)
     # Otherwise zeros as large as the indices would be made for every backward.
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(indices, new_mean, new_variance)
-    out = out if ctx.training and _on_cpu(x) else None
-    ctx.save_for_backward(x, weight, gamma, beta, indices, *statistics, out)
+    ctx.mark_non_differentiable(indices, new_mean, new_variance, pooled)
+    ctx.save_for_backward(x, weight, gamma, beta, indices, *statistics, pooled if ctx.training and _on_cpu(x) else None)
 
 
-def _autograd_backward(ctx, grad_out, _indices, _mean, _variance):
-    x, weight, gamma, beta, indices, mean, variance, out = ctx.saved_tensors
+def _autograd_backward(ctx, grad_out, *no_grads):
+    x, weight, gamma, beta, indices, mean, variance, pooled = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
     no_gradient = (None,) * 6  # mean, variance, eps, need_indices, compute_dtype, backend
     if grad_out is None:
@@ -173,7 +177,7 @@ def _autograd_backward(ctx, grad_out, _indices, _mean, _variance):
         raise RuntimeError("ceit::i2t: a gradient needs a forward with need_indices=True")
     grads = torch.ops.ceit.i2t_backward(
         grad_out, x, weight, gamma, beta, indices, mean, variance,
-        ctx.eps, ctx.training, ctx.compute_dtype, needed[0], ctx.backend, out,
+        ctx.eps, ctx.training, ctx.compute_dtype, needed[0], ctx.backend, pooled,
     )  # fmt: skip
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *no_gradient)
 
@@ -184,6 +188,7 @@ refuse_gradient(
     "ceit_kernels.FusedImage2Tokens is differentiable once; for second derivatives run it under "
     'ceit_kernels.use_backend("reference")',
 )
+loop_over_batch("ceit::i2t_backward")
 
 
 @register_autocast("ceit::i2t")
@@ -191,3 +196,18 @@ def _autocast(dtype, x, weight, gamma, beta, mean, variance, eps, need_indices, 
     # The kernels round what they load, so autocast costs no cast of its own.
     compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
     return torch.ops.ceit.i2t(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend)
+
+
+def _convolved(x, weight) -> tuple[int, ...]:
+    return (x[0], weight[0], *((size + 1) // 2 for size in x[2:]))
+
+
+@register_flops("ceit::i2t")
+def _flops(x, weight, *rest, out_shape, **options):
+    return convolution(x, weight, _convolved(x, weight))
+
+
+@register_flops("ceit::i2t_backward")
+def _backward_flops(grad_out, x, weight, *rest, out_shape, **options):
+    need_input = rest[8]
+    return convolution_backward(x, weight, _convolved(x, weight), need_input, True)

@@ -1,6 +1,6 @@
 """The layer-wise class-token attention (LCA)."""
 
-from .module import FusedLCAAttention
+from .module import FusedLCAAttention, LCAAttention
 from .op import lca_attention
 
-__all__ = ["FusedLCAAttention", "lca_attention"]
+__all__ = ["FusedLCAAttention", "LCAAttention", "lca_attention"]

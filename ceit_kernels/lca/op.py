@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.registration import refuse_gradient, register_autocast
+from ..common.flops import product, register_flops
+from ..common.registration import loop_over_batch, refuse_gradient, register_autocast, unsupported_reason
 from .native import lca_attention_native
 from .reference import lca_attention_reference
 
@@ -67,7 +68,8 @@ def lca_attention(
     _check(x, qkv_weight, qkv_bias, seed, num_heads, dropout_p, autocast_dtype(x))
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    choice = backends.choose("lca", x, autocast_dtype(x) or x.dtype, _limit(x, num_heads))
+    limit = _limit(x, num_heads) or unsupported_reason(x, qkv_weight, qkv_bias)
+    choice = backends.choose("lca", x, autocast_dtype(x) or x.dtype, limit)
     if choice.backend == "reference":
         return lca_attention_reference(x, qkv_weight, qkv_bias, num_heads, scale, dropout_p, seed)
     if choice.backend == "native":
@@ -208,6 +210,7 @@ refuse_gradient(
     "ceit_kernels.lca_attention is differentiable once; for second derivatives run it under "
     'ceit_kernels.use_backend("reference")',
 )
+loop_over_batch("ceit::lca_attention_backward")
 
 
 @register_autocast("ceit::lca_attention")
@@ -217,3 +220,25 @@ def _autocast(dtype, x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p,
     return torch.ops.ceit.lca_attention(
         x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, compute_dtype, backend
     )
+
+
+# What is computed, which is less than plain PyTorch computes: W_k is multiplied into the query, W_v into the sum.
+
+
+@register_flops("ceit::lca_attention")
+def _flops(x, qkv_weight, qkv_bias, seed, num_heads, *rest, out_shape, **options):
+    batch, layers, channels = x
+    return 3 * product(batch, channels, channels) + 2 * product(batch * num_heads, layers, channels)
+
+
+@register_flops("ceit::lca_attention_backward")
+def _backward_flops(grad_out, x, qkv_weight, qkv_bias, seed, num_heads, *rest, out_shape, **options):
+    *_, need_input, need_weight, _ = rest
+    batch, layers, channels = x
+    # The query again, with W_k and W_v what scores and probabilities are products of, and the query's gradient.
+    flops = 4 * product(batch, channels, channels) + 3 * product(batch * num_heads, layers, channels)
+    if need_input:
+        flops += product(batch, channels, channels) * 3 + 2 * product(batch * num_heads, layers, channels)
+    if need_weight:
+        flops += product(batch, channels, channels) * 3 + 2 * product(batch * num_heads, layers, channels)
+    return flops

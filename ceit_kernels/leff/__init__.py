@@ -2,7 +2,7 @@
 
 from .functional import leff_block
 from .grid import token_grid
-from .module import FusedLeFF
+from .module import FrozenLeFF, FusedLeFF, LocallyEnhancedFeedForward
 from .norms import BatchNorm
 
-__all__ = ["BatchNorm", "FusedLeFF", "leff_block", "token_grid"]
+__all__ = ["BatchNorm", "FrozenLeFF", "FusedLeFF", "LocallyEnhancedFeedForward", "leff_block", "token_grid"]

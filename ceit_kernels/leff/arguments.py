@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from .folding import parameters_per_layer
 from .grid import token_grid
 
 __all__ = [
@@ -21,8 +20,10 @@ __all__ = [
     "Settings",
     "check",
     "check_weights",
+    "convolutions",
     "kernel_size_limit",
     "out_dtype",
+    "parameters_per_layer",
     "require",
 ]
 
@@ -30,6 +31,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "hardswish", "identity")
 _KERNEL_SIZES = (3, 5, 7)
 NORM_MODES = ("none", "frozen", "batch")
 
+# weight and bias of the convolution; weight, bias, running mean and running variance of its norm
+parameters_per_layer = 6
 # One argument each: the gradients of a list with None in it would be lost in silence.
 PARAMETER_NAMES = tuple(
     f"{name}{layer}"
@@ -174,3 +177,11 @@ def require(x: Tensor, parameters: Sequence[Tensor | None], settings: Settings) 
     """Raise ``BackendError`` unless the backend can serve the call."""
     limit = kernel_size_limit(parameters[parameters_per_layer])
     backends.require("leff", settings.backend, x, settings.compute_dtype or x.dtype, limit)
+
+
+def convolutions(x: Sequence[int], parameters: Sequence, height: int, width: int) -> list[tuple[tuple[int, ...], ...]]:
+    """Shapes of input, weight and result of the three convolutions, from those of a call's tensors."""
+    weights = [tuple(weight) for weight in parameters[::parameters_per_layer]]
+    channels = [x[2], *(weight[0] for weight in weights)]
+    images = [(x[0], count, height, width) for count in channels]
+    return list(zip(images[:-1], weights, images[1:], strict=True))

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.registration import is_plain_call
+from ..common.registration import is_plain_call, unsupported_reason
 from . import op, op_training
-from .arguments import Settings, check, check_weights, kernel_size_limit
-from .folding import parameters_per_layer
+from .arguments import Settings, check, check_weights, kernel_size_limit, parameters_per_layer
 from .grid import from_tokens, residual_to_tokens, to_tokens
 from .norms import BatchNorm, norm_mode, process_group_of, update_running_statistics
 from .reference import leff_reference
@@ -91,7 +90,7 @@ def leff_block(
         if norm is not None and not norm.training and (norm.running_mean is None or norm.running_var is None):
             raise ValueError(f"norms[{i}]: expected running statistics where it is not training, got None")
     phase = phase_of(norms, (tokens, residual, *parameters))
-    limit = limit or kernel_size_limit(weights[1])
+    limit = limit or kernel_size_limit(weights[1]) or unsupported_reason(tokens, residual, *parameters)
     choice = backends.choose("leff", x, settings.compute_dtype or x.dtype, limit, phase)
     if choice.backend != "reference":
         out = leff_fused(tokens, parameters, norms, residual, settings._replace(backend=choice.backend), phase)

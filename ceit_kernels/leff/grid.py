@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from math import isqrt
-
+import torch
 from torch import Tensor
 
 from ..common.checks import check_shape
 
-__all__ = ["LAYOUTS", "from_tokens", "residual_to_tokens", "to_tokens", "token_grid"]
+__all__ = ["LAYOUTS", "check_grid_size", "from_tokens", "residual_to_tokens", "to_tokens", "token_grid"]
 
 LAYOUTS = ("tokens", "NHWC", "NCHW")
 
@@ -22,21 +21,44 @@ def token_grid(tokens: int, num_prefix_tokens: int, grid_size: tuple[int, int] |
         grid_size: (H, W); a square if None.
 
     Raises:
-        ValueError: the tokens make no such image.
+        ValueError: the tokens make no such image, or ``grid_size`` is no pair of positive numbers.
+        TypeError: ``grid_size`` is no pair of integers.
     """
     image_tokens = tokens - num_prefix_tokens
     if grid_size is None:
-        # Not reached with a grid given, so that compilation with dynamic shapes meets no integer root.
-        height = width = isqrt(max(image_tokens, 0))
+        # As a root of real numbers, which graphs with sizes that may change have too; it is exact for squares.
+        height = width = int(max(image_tokens, 0) ** 0.5)
         expected = "a square number of"
     else:
+        if not torch.jit.is_scripting():
+            _check_pair(grid_size)
         height, width = grid_size
         expected = f"grid_size {height} * {width} = {height * width}"
+        if height < 1 or width < 1:
+            raise ValueError(f"grid_size: expected two positive integers, got ({height}, {width})")
     if image_tokens < 1 or height * width != image_tokens:
         raise ValueError(
             f"x: expected {num_prefix_tokens} prefix and {expected} patch tokens, got {tokens} tokens in all"
         )
     return height, width
+
+
+@torch.jit.unused
+def _check_pair(grid_size: tuple[int, int]) -> None:
+    """Only a pair of integers says how large a grid is."""
+    if not isinstance(grid_size, (tuple, list)):
+        raise TypeError(f"grid_size: expected two positive integers, got {grid_size!r}")
+    if len(grid_size) != 2:
+        raise ValueError(f"grid_size: expected two positive integers, got {tuple(grid_size)}")
+    for size in grid_size:
+        if not hasattr(size, "__index__"):
+            raise TypeError(f"grid_size: expected two positive integers, got {tuple(grid_size)}")
+
+
+def check_grid_size(grid_size: tuple[int, int], image: tuple[int, int]) -> None:
+    """Raise ``ValueError`` unless a grid is that of an image."""
+    if grid_size[0] != image[0] or grid_size[1] != image[1]:
+        raise ValueError(f"grid_size: expected None or {image} like the image x, got {grid_size}")
 
 
 def to_tokens(
@@ -56,8 +78,9 @@ def to_tokens(
     if num_prefix_tokens:
         raise ValueError(f"num_prefix_tokens: expected 0 with layout {layout!r}, got {num_prefix_tokens}")
     tokens, image_grid = _flatten(x, layout)
-    if grid_size is not None and tuple(grid_size) != image_grid:
-        raise ValueError(f"grid_size: expected None or {image_grid} like the image x, got {tuple(grid_size)}")
+    if grid_size is not None:
+        _check_pair(grid_size)
+        check_grid_size(grid_size, image_grid)
     return tokens, image_grid
 
 

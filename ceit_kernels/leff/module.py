@@ -1,31 +1,48 @@
-"""The module that a user drops in for a locally-enhanced feed-forward block."""
+"""The locally-enhanced feed-forward block as a module: the plain one, and the fused one."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..common.checks import check_input
-from ..common.module import adopt
-from .arguments import ACTIVATIONS, kernel_size_limit
-from .folding import forget
+from ..common.checks import check_input, norm_dtype_reason
+from ..common.children import children_reason, convolution_reason, held
+from ..common.freezing import is_freezable, is_frozen_call
+from ..common.module import Fusion
+from ..common.registration import foreign_reason, unsupported_reason
+from .arguments import kernel_size_limit
 from .functional import leff_fused, make_settings, pack, phase_of
-from .grid import LAYOUTS, from_tokens, residual_to_tokens, to_tokens
+from .grid import LAYOUTS, check_grid_size, from_tokens, residual_to_tokens, to_tokens, token_grid
+from .native.inference import in_compute_dtype, leff_sizes
+from .native.stages import stages
 from .norms import of_module
-from .reference import leff_reference
 
-__all__ = ["FusedLeFF"]
+__all__ = ["FrozenLeFF", "FusedLeFF", "LocallyEnhancedFeedForward"]
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+_CONVOLUTIONS = ("conv1", "conv2", "conv3")
+_NORM = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+_ACTIVATION_NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.Identity: "identity"}
+_CHILDREN = {
+    **dict.fromkeys(_CONVOLUTIONS, (nn.Conv2d,)),
+    **{f"bn{i}": _NORM for i in (1, 2, 3)},
+    "act": (nn.GELU, *_ACTIVATION_NAMES),
+}
+
+# A call of it is a node in graphs of torch.fx, which cannot compare sizes.
+torch.fx.wrap("token_grid")
 
 
-class FusedLeFF(nn.Module):
-    """Locally-enhanced feed-forward block (CeiT, section 3.3): convolutions over the image that the tokens make.
+class LocallyEnhancedFeedForward(nn.Module):
+    """Locally-enhanced feed-forward layer (CeiT, section 3.3): expand, depthwise convolution on the grid, contract.
 
-    Constructor, children and state_dict are the plain module's (``conv1``, ``bn1``, ``conv2``, ...). Without norms,
-    first activation and prefix tokens it is the Mix-FFN of SegFormer and PVTv2.
+    Patch tokens take the place of pixels; prefix tokens (the class token) pass unchanged. Each of the three
+    convolutions is followed by a norm, the first two also by the activation. Without norms, first activation and prefix
+    tokens it is the Mix-FFN of SegFormer and PVTv2.
 
     Args:
         in_features: channels C of a token.
@@ -37,18 +54,13 @@ class FusedLeFF(nn.Module):
         num_prefix_tokens: tokens before the image's (class tokens), which pass through unchanged.
         bias: give the convolutions biases.
         first_act: whether the activation follows the first convolution too.
-        norm_layer: makes a norm over so many channels. The kernels have BatchNorm2d and SyncBatchNorm; another runs by
-            plain PyTorch.
+        norm_layer: makes a norm over so many channels.
         layout: what comes in and goes out: "tokens" (B, P + H * W, C), or an image, "NHWC" (B, H, W, C) or "NCHW"
-            (B, C, H, W), which costs no copy where it is channels-last in memory. An image has no prefix tokens.
+            (B, C, H, W). An image has no prefix tokens.
 
     Raises:
         ValueError: an even kernel, prefix tokens that change width or precede an image, an unknown layout.
     """
-
-    # What a plain module that lacks these has.
-    first_act = True
-    layout = "tokens"
 
     def __init__(
         self,
@@ -92,15 +104,10 @@ class FusedLeFF(nn.Module):
         self.bn2 = norm(hidden_features)
         self.bn3 = norm(out_features)
 
-    @classmethod
-    def from_plain(cls, plain: nn.Module) -> FusedLeFF:
-        """A fused module over the state of a plain one, which has the same attributes and children."""
-        convolutions = {f"conv{i}": nn.Conv2d for i in (1, 2, 3)}
-        norms = {f"bn{i}": _NORMS for i in (1, 2, 3)}
-        return adopt(cls, plain, ("num_prefix_tokens", "act"), convolutions | norms)
-
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, residual: Tensor | None = None) -> Tensor:
-        """Args:
+        """Mix each patch token with its neighbours on the grid.
+
+        Args:
             x: tokens (B, num_prefix_tokens + H * W, C), or an image as ``layout`` says.
             grid_size: (H, W) of tokens; a square if None.
             residual: of the result's shape, added to all of it; nothing if None.
@@ -109,73 +116,206 @@ class FusedLeFF(nn.Module):
             Tokens (B, num_prefix_tokens + H * W, O), or an image of O channels.
 
         Raises:
-            ValueError, TypeError: the tokens make no such image, or are not of the module's width, dtype or device; the
-                residual is not of the result's shape; a batch has a single value to take statistics of.
+            ValueError, TypeError: the tokens make no such image, or ``grid_size`` is no pair of positive integers.
+        """
+        prefix, image = x[:, :0], x
+        if self.layout == "tokens":
+            height, width = token_grid(x.shape[1], self.num_prefix_tokens, grid_size)
+            prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+            # No transposed view: of one image PyTorch takes that for another memory format, and the norms' gradients
+            # are wrong.
+            image = patches.reshape(x.shape[0], height, width, x.shape[2]).permute(0, 3, 1, 2)
+        else:
+            image = image.permute(0, 3, 1, 2) if self.layout == "NHWC" else image
+            if grid_size is not None:
+                check_grid_size(grid_size, (image.shape[2], image.shape[3]))
+        z = self.bn1(self.conv1(image))
+        z = self.act(z) if self.first_act else z
+        z = self.act(self.bn2(self.conv2(z)))
+        z = self.bn3(self.conv3(z))
+        if self.layout == "tokens":
+            z = z.flatten(2).transpose(1, 2)
+            z = torch.cat((prefix, z), dim=1) if self.num_prefix_tokens else z
+        elif self.layout == "NHWC":
+            z = z.permute(0, 2, 3, 1)
+        return z if residual is None else residual + z
+
+
+class LeFFFusion(Fusion):
+    """``forward`` of the locally-enhanced feed-forward block, fused."""
+
+    # What a plain class that lacks these does.
+    first_act = True
+    layout = "tokens"
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, residual: Tensor | None = None) -> Tensor:
+        """Args:
+            x: tokens (B, num_prefix_tokens + H * W, C), or an image as ``layout`` says, which costs no copy where it is
+                channels-last in memory.
+            grid_size: (H, W) of tokens; a square if None.
+            residual: of the result's shape, added to all of it; nothing if None.
+
+        Returns:
+            Tokens (B, num_prefix_tokens + H * W, O), or an image of O channels.
+
+        Raises:
+            ValueError, TypeError: the tokens make no such image, or are not of the module's width, dtype or device;
+                ``grid_size`` is no pair of positive integers; the residual is not of the result's shape; a batch has a
+                single value to take statistics of.
             BackendError: the backend that was asked for cannot serve the call.
         """
-        x, grid_size = to_tokens(x, self.conv1.in_channels, self.layout, self.num_prefix_tokens, grid_size)
-        check_input("x", x, self.conv1.weight, "conv1.weight", "B", "N", self.conv1.in_channels)
+        if torch.jit.is_scripting():
+            return self._plain_forward(x, grid_size, residual)
+        return self._fused_forward(x, grid_size, residual)
+
+    @torch.jit.unused
+    def _fused_forward(self, x: Tensor, grid_size: tuple[int, int] | None, residual: Tensor | None) -> Tensor:
+        reason = unsupported_reason(x, residual) or self.plain_reason()
+        if reason is None:
+            weights, biases, norms = self._tensors()
+            parameters = pack(weights, biases, norms)
+            reason = foreign_reason(*parameters)
+        if reason is not None:
+            backends.leave_to_reference("leff", reason)
+            return super().forward(x, grid_size, residual)
+        tokens, grid = to_tokens(x, weights[0].shape[1], self.layout, self.num_prefix_tokens, grid_size)
+        check_input("x", tokens, weights[0], "conv1.weight", "B", "N", weights[0].shape[1])
+        added = None
         if residual is not None:
-            residual = residual_to_tokens(residual, x, self.conv3.out_channels, self.layout, grid_size)
-        out = self._forward_tokens(x, grid_size, residual)
-        return from_tokens(out, self.layout, grid_size)
+            added = residual_to_tokens(residual, tokens, weights[2].shape[0], self.layout, grid)
+        settings, limit = make_settings(tokens, norms, self._activations(), grid, self.num_prefix_tokens)
+        dtype = settings.compute_dtype or x.dtype
+        for name, norm in zip(("bn1", "bn2", "bn3"), norms, strict=True):
+            if norm is not None:
+                tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+                limit = limit or norm_dtype_reason(name, dtype, *tensors)
+        phase = phase_of(norms, (tokens, added, *parameters))
+        choice = backends.choose("leff", tokens, dtype, limit, phase)
+        if choice.backend == "reference":
+            return super().forward(x, grid_size, residual)
+        out = leff_fused(tokens, parameters, norms, added, settings._replace(backend=choice.backend), phase)
+        return from_tokens(out, self.layout, grid)
 
-    def _forward_tokens(self, x: Tensor, grid_size: tuple[int, int], residual: Tensor | None) -> Tensor:
-        convolutions, norm_modules = (self.conv1, self.conv2, self.conv3), (self.bn1, self.bn2, self.bn3)
-        weights = [convolution.weight for convolution in convolutions]
-        biases = [convolution.bias for convolution in convolutions]
-        limit = self._limit()
-        norms = [of_module(norm) if limit is None else None for norm in norm_modules]
-        parameters = pack(weights, biases, norms)
-        activations = self._activations()
-        settings, group_limit = make_settings(x, norms, activations, grid_size, self.num_prefix_tokens)
-        phase = phase_of(norms, (x, residual, *parameters))
-        choice = backends.choose("leff", x, settings.compute_dtype or x.dtype, limit or group_limit, phase)
-        if choice.backend != "reference":
-            return leff_fused(x, parameters, norms, residual, settings._replace(backend=choice.backend), phase)
-        functions = (self.act if self.first_act else nn.Identity(), self.act)
-        return leff_reference(x, weights, biases, norm_modules, functions, grid_size, self.num_prefix_tokens, residual)
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor | None], list]:
+        """Weights and biases of the convolutions, and what the norms compute with."""
+        convolutions = [self._modules[name] for name in _CONVOLUTIONS]
+        weights, biases = ([held(convolution, name) for convolution in convolutions] for name in ("weight", "bias"))
+        return weights, biases, [of_module(norm) for norm in (self.bn1, self.bn2, self.bn3)]
 
-    def train(self, mode: bool = True) -> FusedLeFF:
-        """Switch between training and inference, which also forgets the weights that were folded for inference."""
-        forget(self.conv1.weight)
-        return super().train(mode)
+    def plain_reason(self) -> str | None:
+        """As of ``Fusion``."""
+        reason = children_reason(self, _CHILDREN)
+        if reason is not None:
+            return reason
+        convolutions = [self._modules[name] for name in _CONVOLUTIONS]
+        weight1, weight2, weight3 = [held(convolution, "weight") for convolution in convolutions]
+        hidden, side = weight2.shape[0], weight2.shape[-1]
+        shapes = ((hidden, weight1.shape[1], 1, 1), (hidden, 1, side, side), (weight3.shape[0], hidden, 1, 1))
+        if (weight1.shape, weight2.shape, weight3.shape) != shapes:
+            return "the convolutions are not a pointwise, a depthwise and a pointwise one that follow each other"
+        return (
+            convolution_reason("conv1", convolutions[0], (1, 1), (0, 0))
+            or convolution_reason("conv2", convolutions[1], (1, 1), (side // 2, side // 2), hidden)
+            or convolution_reason("conv3", convolutions[2], (1, 1), (0, 0))
+            or kernel_size_limit(weight2)
+        )
 
     def inference_parts(self) -> tuple[list[Tensor | None], tuple[float, ...], tuple[str, str]] | None:
         """What inference by the kernels takes: tensors in the operators' order, eps of the norms, activations.
 
         None where a norm takes batch statistics or the kernels do not serve the module.
         """
-        norms = (self.bn1, self.bn2, self.bn3)
-        parameters: list[Tensor | None] = []
-        for convolution, norm in zip((self.conv1, self.conv2, self.conv3), norms, strict=True):
-            state = norm._parameters, norm._buffers
-            mean = state[1].get("running_mean")
-            if norm.training or (mean is None and type(norm) is not nn.Identity):
-                return None
-            of_norm = (state[0].get("weight"), state[0].get("bias"), mean, state[1].get("running_var"))
-            parameters += [convolution.weight, convolution.bias, *of_norm]
-        if self._limit() is not None:
+        if self.plain_reason() is not None:
             return None
-        eps = tuple([0.0 if type(norm) is nn.Identity else norm.eps for norm in norms])
-        return parameters, eps, self._activations()
+        weights, biases, norms = self._tensors()
+        if any(norm is not None and norm.training for norm in norms):
+            return None
+        return pack(weights, biases, norms), tuple([norm.eps if norm else 0.0 for norm in norms]), self._activations()
 
     def _activations(self) -> tuple[str, str]:
         activation = _activation_name(self.act)
         return (activation if self.first_act else "identity", activation)
 
-    def _limit(self) -> str | None:
-        if _activation_name(self.act) is None:
-            return f"the kernels have no {type(self.act).__name__}, they have {', '.join(ACTIVATIONS)}"
-        for norm in (self.bn1, self.bn2, self.bn3):
-            if type(norm) not in _NORMS:
-                return f"the kernels have no {type(norm).__name__}, they have BatchNorm2d and SyncBatchNorm"
-        return kernel_size_limit(self.conv2.weight)
+
+class FusedLeFF(LeFFFusion, LocallyEnhancedFeedForward):
+    """Locally-enhanced feed-forward block (CeiT, section 3.3), fused.
+
+    Constructor, children and state_dict are the plain module's. The kernels have the activations GELU, SiLU, ReLU,
+    Hardswish and Identity, and the norms BatchNorm2d and SyncBatchNorm; another runs by plain PyTorch. An image in
+    layout "NCHW" costs no copy where it is channels-last in memory.
+    """
 
 
-def _activation_name(activation: nn.Module) -> str | None:
-    """What the kernels call an activation module; None for one that they do not have."""
+class FrozenLeFF(FusedLeFF):
+    """A block of a frozen model: norms folded, and packed on the CPU. Made by ``freeze`` alone."""
+
+    @staticmethod
+    def freeze(module: nn.Module) -> None:
+        """Make one of a fused block whose tensors do not change any more; on a GPU fold its norms."""
+        if type(module) is not FusedLeFF or module.inference_parts() is None:
+            return
+        weight = module.conv1.weight
+        if is_freezable("leff", module, FusedLeFF, weight):
+            module.__class__ = FrozenLeFF
+            module._pack()
+        elif weight.is_cuda:
+            fold_norms(module)
+
+    def _pack(self) -> None:
+        parameters, eps, activations = self.inference_parts()
+        parameters = in_compute_dtype(parameters, self.conv1.weight.dtype)
+        sizes = leff_sizes(parameters, activations, (1, 1))  # what is packed does not depend on the grid
+        packed = stages._leff_pack(self.conv1.weight, parameters, eps, sizes)
+        self.__dict__["_packed"] = packed, eps, sizes[:-2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Wherever it was loaded.
+        self.__class__ = FusedLeFF
+        FrozenLeFF.freeze(self)
+
+    def _fused_forward(self, x: Tensor, grid_size: tuple[int, int] | None, residual: Tensor | None) -> Tensor:
+        weight = self.conv1.weight
+        added = residual is None or (residual.dtype, residual.device) == (x.dtype, x.device)
+        if not (added and x.numel() and is_frozen_call("leff", self, x, weight)):
+            return super()._fused_forward(x, grid_size, residual)
+        packed, eps, sizes = self._packed
+        tokens, grid = to_tokens(x, sizes[0], self.layout, self.num_prefix_tokens, grid_size)
+        if residual is not None:
+            residual = residual_to_tokens(residual, tokens, sizes[2], self.layout, grid).contiguous()
+        out = x.new_empty((*tokens.shape[:2], sizes[2]))
+        stages._leff_infer(tokens.contiguous(), [], packed, residual, eps, [*sizes, *grid], out)
+        return from_tokens(out, self.layout, grid)
+
+
+@torch.no_grad()
+def fold_norms(module: LocallyEnhancedFeedForward) -> None:
+    """Put each norm of a block in evaluation mode into a copy of the convolution before it, which may have others."""
+    for i in (1, 2, 3):
+        convolution, norm = getattr(module, f"conv{i}"), of_module(getattr(module, f"bn{i}"))
+        if norm is None:
+            continue
+        convolution = copy.deepcopy(convolution)
+        weight = convolution.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = (
+            -norm.running_mean.to(wide) if convolution.bias is None else convolution.bias.to(wide) - norm.running_mean
+        )
+        shift = shift * scale if norm.bias is None else shift * scale + norm.bias
+        for name, tensor in (("weight", weight * scale[:, None, None, None]), ("bias", shift)):
+            convolution._parameters.pop(name, None)
+            convolution.register_buffer(name, tensor.to(weight.dtype))
+        setattr(module, f"conv{i}", convolution)
+        setattr(module, f"bn{i}", nn.Identity())
+
+
+def _activation_name(activation: nn.Module) -> str:
+    """What the kernels call an activation module."""
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    names = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.Identity: "identity"}
-    return names.get(type(activation))
+    return _ACTIVATION_NAMES[type(activation)]

@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.flops import convolution, register_flops
 from ..common.registration import refuse_gradient, register_autocast
-from .arguments import PARAMETER_NAMES, PARAMETER_SCHEMA, Settings, check, out_dtype, require
-from .folding import fold, folded_before, parameters_per_layer
+from .arguments import (
+    PARAMETER_NAMES,
+    PARAMETER_SCHEMA,
+    Settings,
+    check,
+    convolutions,
+    out_dtype,
+    parameters_per_layer,
+    require,
+)
 
 __all__ = ["leff_inference_eagerly"]
 
@@ -35,24 +44,8 @@ def _unpack(x, arguments) -> tuple[Any, Any, Settings]:
 @torch.library.impl("ceit::leff_inference", "default")
 def _forward(x, *arguments):
     parameters, residual, settings = _unpack(x, arguments)
-    dtype, result_dtype = settings.compute_dtype or x.dtype, out_dtype(x, residual, settings)
     require(x, parameters, settings)
-    if x.shape[0] == 0:
-        return x.new_empty((0, x.shape[1], parameters[12].shape[0]), dtype=result_dtype)
-    if settings.backend == "native":
-        from .native.inference import leff_inference_native as run
-    else:
-        from .launch import leff_inference_triton as run
-    return run(
-        x.contiguous(),
-        fold(parameters, settings.eps, dtype),
-        None if residual is None else residual.contiguous(),
-        (settings.height, settings.width),
-        settings.num_prefix_tokens,
-        tuple(settings.activations),
-        dtype,
-        result_dtype,
-    )
+    return leff_inference_eagerly(x, parameters, residual, settings)
 
 
 @torch.library.register_fake("ceit::leff_inference")
@@ -68,6 +61,13 @@ refuse_gradient(
 )
 
 
+@register_flops("ceit::leff_inference")
+def _flops(x, *arguments, out_shape, **options):
+    count = len(PARAMETER_NAMES)
+    height, width = arguments[count + 2 : count + 4]
+    return sum(convolution(*call) for call in convolutions(x, arguments[:count], height, width))
+
+
 @register_autocast("ceit::leff_inference")
 def _autocast(dtype, x, *arguments):
     *arguments, compute_dtype, backend = arguments
@@ -78,29 +78,28 @@ def _autocast(dtype, x, *arguments):
 def leff_inference_eagerly(
     x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings
 ) -> Tensor:
-    """``ceit::leff_inference`` on the CPU outside any graph, for weights in use: checked and folded before.
+    """``ceit::leff_inference`` without the registered operator, its arguments checked.
 
     Args:
-        x, residual: tokens, checked.
+        x, residual: tokens.
         parameters: as of the operator.
         settings: with autocast's dtype as ``compute_dtype``.
     """
-    dtype = settings.compute_dtype or x.dtype
-    folded = folded_before(parameters, settings.eps, dtype)
-    if folded is None or x.shape[0] == 0:
-        where = (settings.height, settings.width, settings.num_prefix_tokens, settings.activations)
-        return torch.ops.ceit.leff_inference(
-            x, *parameters, residual, settings.eps, *where, settings.compute_dtype, settings.backend
-        )
-    from .native.inference import leff_inference_native
-
-    return leff_inference_native(
+    dtype, result_dtype = settings.compute_dtype or x.dtype, out_dtype(x, residual, settings)
+    if x.shape[0] == 0:
+        return x.new_empty((0, x.shape[1], parameters[12].shape[0]), dtype=result_dtype)
+    if settings.backend == "native":
+        from .native.inference import leff_inference_native as run
+    else:
+        from .launch import leff_inference_triton as run
+    return run(
         x.contiguous(),
-        folded,
+        parameters,
+        settings.eps,
         None if residual is None else residual.contiguous(),
         (settings.height, settings.width),
         settings.num_prefix_tokens,
-        settings.activations,
+        tuple(settings.activations),
         dtype,
-        out_dtype(x, residual, settings),
+        result_dtype,
     )

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_device, check_shape
-from ..common.registration import refuse_gradient, register_autocast
-from .arguments import PARAMETER_NAMES, PARAMETER_SCHEMA, Settings, check, out_dtype, require
-from .folding import parameters_per_layer
+from ..common.flops import convolution, convolution_backward, register_flops
+from ..common.registration import is_plain_call, loop_over_batch, refuse_gradient, register_autocast
+from .arguments import (
+    PARAMETER_NAMES,
+    PARAMETER_SCHEMA,
+    Settings,
+    check,
+    convolutions,
+    out_dtype,
+    parameters_per_layer,
+    require,
+)
 from .kernels import NORM_ROWS
 
 __all__ = ["leff_eagerly"]
@@ -34,7 +43,7 @@ torch.library.define(
 torch.library.define(
     "ceit::leff_backward",
     f"(Tensor grad_out, Tensor x, {PARAMETER_SCHEMA}, {', '.join(f'Tensor {name}' for name in _SAVED_NAMES)}, "
-    f"{_SETTINGS_SCHEMA}, bool need_x, bool[] needs) -> Tensor[]",
+    f"{_SETTINGS_SCHEMA}, bool need_x, bool[] needs) -> ({', '.join(['Tensor'] * (1 + len(_DIFFERENTIABLE)))})",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -132,29 +141,30 @@ def _unpack_backward(arguments):
     return parameters, saved, Settings(*settings), need_x, needs
 
 
-def _wanted(x, parameters, need_x, needs) -> list[Tensor]:
-    """The tensors whose gradients are wanted, in the order of the backward operator's results."""
+def _empty_gradients(make, x, parameters, need_x, needs) -> tuple[Tensor, ...]:
+    """Gradients of the right shape; one that is not needed has no element, because an operator must return tensors."""
     differentiable = [parameters[i] for i in _DIFFERENTIABLE]
-    return [tensor for tensor, need in zip((x, *differentiable), (need_x, *needs), strict=True) if need]
+    return tuple(
+        make(tensor, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for tensor, need in zip((x, *differentiable), (need_x, *needs), strict=True)
+    )
 
 
 def _backward(grad_out, x, *arguments):
     parameters, _, settings, _, needs = _unpack_backward(arguments)
     _check_backward(grad_out, x, parameters, settings, needs)
     require(x, parameters, settings)
-    return _run_backward(grad_out, x, *arguments)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in _run_backward(grad_out, x, *arguments))
 
 
 torch.library.impl("ceit::leff_backward", "default", _backward)
 
 
 def _run_backward(grad_out, x, *arguments):
-    """The backward operator's results, its arguments checked."""
+    """The backward operator's results, its arguments checked; None for those that are not needed."""
     parameters, saved, settings, need_x, needs = _unpack_backward(arguments)
     if x.shape[0] == 0:
-        return [
-            torch.zeros_like(t, memory_format=torch.contiguous_format) for t in _wanted(x, parameters, need_x, needs)
-        ]
+        return _empty_gradients(torch.zeros_like, x, parameters, need_x, needs)
     from .problem import Forward, Needs
 
     if settings.backend == "native":
@@ -165,14 +175,14 @@ def _run_backward(grad_out, x, *arguments):
     forward = Forward(grad_out, *saved)  # in the place of the result, which backward does not read
     layers = [Needs(*needs[i : i + 4]) for i in (0, 4, 8)]
     grad_x, gradients = run(problem, forward, grad_out.contiguous(), need_x, layers)
-    return [gradient for gradient in (grad_x, *gradients) if gradient is not None]
+    return grad_x, *gradients
 
 
 @torch.library.register_fake("ceit::leff_backward")
 def _backward_fake(grad_out, x, *arguments):
     parameters, _, settings, need_x, needs = _unpack_backward(arguments)
     _check_backward(grad_out, x, parameters, settings, needs)
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _wanted(x, parameters, need_x, needs)]
+    return _empty_gradients(torch.empty_like, x, parameters, need_x, needs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -196,8 +206,8 @@ def _gradients(backward, ctx, grad_out):
     found: dict[int, Tensor] = {}
     if grad_out is not None and (need_x or any(needs)):
         gradients = backward(grad_out, *ctx.saved_tensors, *ctx.settings, need_x, needs)
-        wanted = [place for place, need in zip((0, *places), (need_x, *needs), strict=True) if need]
-        found = dict(zip(wanted, gradients, strict=True))
+        wanted = zip((0, *places), gradients, (need_x, *needs), strict=True)
+        found = {place: gradient for place, gradient, need in wanted if need}
     if grad_out is not None and need_residual:
         found[1 + _PARAMETERS] = grad_out.to(ctx.residual_dtype)
     return tuple(found.get(place) for place in range(len(ctx.needs_input_grad)))
@@ -213,6 +223,7 @@ refuse_gradient(
     "ceit_kernels.leff_block and FusedLeFF are differentiable once; for second derivatives run them under "
     'ceit_kernels.use_backend("reference")',
 )
+loop_over_batch("ceit::leff_backward")
 
 
 @register_autocast("ceit::leff_forward")
@@ -232,9 +243,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, *no_grads):
-        # The registered operator where the gradient of this gradient is to be refused. Else forward checked it all.
-        backward = torch.ops.ceit.leff_backward if torch.is_grad_enabled() else _run_backward
-        return _gradients(backward, ctx, grad_out)
+        # The registered operator where the gradient of this gradient is to be refused, or gradients come in batches.
+        # Else forward checked it all.
+        directly = grad_out is not None and is_plain_call(grad_out) and not torch.is_grad_enabled()
+        return _gradients(_run_backward if directly else torch.ops.ceit.leff_backward, ctx, grad_out)
 
 
 def leff_eagerly(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -244,3 +256,20 @@ def leff_eagerly(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         x, arguments: of the operator, with autocast's dtype as ``compute_dtype``.
     """
     return _Eager.apply(x, *arguments)
+
+
+@register_flops("ceit::leff_forward")
+def _flops(x, *arguments, out_shape, **options):
+    settings = Settings(*arguments[-9:])
+    calls = convolutions(x, arguments[:_PARAMETERS], settings.height, settings.width)
+    return sum(convolution(*call) for call in calls)
+
+
+@register_flops("ceit::leff_backward")
+def _backward_flops(grad_out, x, *arguments, out_shape, **options):
+    parameters, _, settings, need_x, needs = _unpack_backward(arguments)
+    flops = 0
+    for i, call in enumerate(convolutions(x, parameters, settings.height, settings.width)):
+        need_input = need_x or any(needs[: 4 * i])
+        flops += convolution_backward(*call, need_input, needs[4 * i])
+    return flops

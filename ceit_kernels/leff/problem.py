@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.launch import launch, target_chip
 from ..common.tuning import tuned_blocks
-from .folding import parameters_per_layer
+from .arguments import parameters_per_layer
 
 if TYPE_CHECKING:
     from .blocks import Blocks
@@ -115,7 +115,7 @@ class Problem:
         return self.layers[i].weight.flatten(1).to(self.dtype).contiguous()
 
     def bias(self, i: int) -> Tensor | None:
-        """The bias of a pointwise layer as oneDNN's products take it."""
+        """The bias of a pointwise layer in the dtype of products."""
         bias = self.layers[i].bias
         return None if bias is None else bias.to(self.dtype)
 

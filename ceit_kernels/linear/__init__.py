@@ -1,6 +1,6 @@
-"""Linear layers on the CPU, by oneDNN, at inference with weights packed once; elsewhere PyTorch's own is as fast."""
+"""Linear layers on the CPU, by this project's GEMM; elsewhere PyTorch's own is as fast."""
 
-from .module import FusedLinear
-from .patches import FusedPatchProjection
+from .module import FrozenLinear, FusedLinear
+from .patches import FusedPatchProjection, PatchProjection
 
-__all__ = ["FusedLinear", "FusedPatchProjection"]
+__all__ = ["FrozenLinear", "FusedLinear", "FusedPatchProjection", "PatchProjection"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,15 +10,16 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.products import linear, packed, product, weight_gradient
-from ..common.registration import refuse_gradient, register_autocast
+from ..common.flops import product as product_flops
+from ..common.flops import register_flops
+from ..common.matmul import linear, matmul, weight_gradient
+from ..common.registration import is_plain_call, loop_over_batch, refuse_gradient, register_autocast
 
 __all__ = ["linear_eagerly"]
 
-# `constant` promises that the weight is used again before it changes, so that packing it pays.
 torch.library.define(
     "ceit::linear",
-    "(Tensor x, Tensor weight, Tensor? bias, bool constant, ScalarType? compute_dtype, str backend) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, ScalarType? compute_dtype, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -55,24 +57,24 @@ def _matrix(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
-def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None, constant: bool, dtype: torch.dtype) -> Tensor:
+def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``ceit::linear``'s result in ``dtype``, its arguments checked; has no gradient."""
     matrix = _matrix(x, dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     if matrix.numel() == 0:
         return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
-    ready = packed(weight, matrix.shape[0]) if constant and weight.dtype == dtype else weight.to(dtype)
-    return linear(matrix, ready, bias).view(*x.shape[:-1], weight.shape[0])
+    # No view, which a Function must not return for its user to write to.
+    return torch.ops.aten._unsafe_view(linear(matrix, weight.to(dtype), bias), [*x.shape[:-1], weight.shape[0]])
 
 
 @torch.library.impl("ceit::linear", "default")
-def _forward(x, weight, bias, constant, compute_dtype, backend):
-    return _linear_native(x, weight, bias, constant, _prepare(x, weight, bias, compute_dtype, backend))
+def _forward(x, weight, bias, compute_dtype, backend):
+    return _linear_native(x, weight, bias, _prepare(x, weight, bias, compute_dtype, backend))
 
 
 @torch.library.register_fake("ceit::linear")
-def _forward_fake(x, weight, bias, constant, compute_dtype, backend):
+def _forward_fake(x, weight, bias, compute_dtype, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype or x.dtype)
 
 
@@ -88,7 +90,7 @@ def _linear_backward_native(
     gradient = _matrix(grad_out, dtype)
     grad_x = grad_weight = None
     if need_x:
-        grad_x = product(gradient, weight.to(dtype)) if gradient.numel() else torch.zeros_like(x)
+        grad_x = matmul(gradient, weight.to(dtype)) if gradient.numel() else torch.zeros_like(x)
         grad_x = grad_x.view(x.shape).to(x.dtype)
     if need_weight:
         matrix = _matrix(x, dtype)
@@ -116,14 +118,14 @@ def _backward_fake(grad_out, x, weight, need_x, need_weight, need_bias, compute_
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, _, ctx.compute_dtype, ctx.backend = inputs
+    x, weight, _, ctx.compute_dtype, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _autograd_backward(ctx, grad_out):
     needs = ctx.needs_input_grad[:3]
     grads = torch.ops.ceit.linear_backward(grad_out, *ctx.saved_tensors, *needs, ctx.compute_dtype, ctx.backend)
-    no_gradient = (None,) * 3  # constant, compute_dtype, backend
+    no_gradient = (None,) * 2  # compute_dtype, backend
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *no_gradient
 
 
@@ -133,40 +135,50 @@ refuse_gradient(
     "ceit_kernels.FusedLinear is differentiable once; for second derivatives run it under "
     'ceit_kernels.use_backend("reference")',
 )
+loop_over_batch("ceit::linear_backward")
 
 
 @register_autocast("ceit::linear")
-def _autocast(dtype, x, weight, bias, constant, compute_dtype, backend):
+def _autocast(dtype, x, weight, bias, compute_dtype, backend):
     compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
-    return torch.ops.ceit.linear(x, weight, bias, constant, compute_dtype, backend)
+    return torch.ops.ceit.linear(x, weight, bias, compute_dtype, backend)
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, constant: bool, dtype: torch.dtype, backend: str
-    ) -> Tensor:
-        _setup_context(ctx, (x, weight, bias, constant, dtype, backend), None)
-        return _linear_native(x, weight, bias, constant, dtype)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+        _setup_context(ctx, (x, weight, bias, dtype, backend), None)
+        return _linear_native(x, weight, bias, dtype)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # where the gradient of this gradient is refused
+        # Where the gradient of this gradient is refused, or gradients come in batches.
+        if torch.is_grad_enabled() or not is_plain_call(grad_out):
             return _autograd_backward(ctx, grad_out)
         grads = _linear_backward_native(grad_out, *ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.compute_dtype)
-        return *grads, None, None, None  # constant, dtype, backend
+        return *grads, None, None  # dtype, backend
 
 
 def linear_eagerly(
-    x: Tensor, weight: Tensor, bias: Tensor | None, constant: bool, dtype: torch.dtype, backend: str, training: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str, training: bool
 ) -> Tensor:
     """``ceit::linear`` outside any graph, its arguments checked, without what a registered operator costs a call.
 
     Args:
-        x, weight, bias, constant, backend: as of the operator.
+        x, weight, bias, backend: as of the operator.
         dtype: what it computes in.
         training: whether a gradient is wanted.
     """
     if training:
-        return _Eager.apply(x, weight, bias, constant, dtype, backend)
-    return _linear_native(x, weight, bias, constant, dtype)
+        return _Eager.apply(x, weight, bias, dtype, backend)
+    return _linear_native(x, weight, bias, dtype)
+
+
+@register_flops("ceit::linear")
+def _flops(x, weight, *rest, out_shape, **options):
+    return product_flops(math.prod(x[:-1]), weight[1], weight[0])
+
+
+@register_flops("ceit::linear_backward")
+def _backward_flops(grad_out, x, weight, need_x, need_weight, *rest, out_shape, **options):
+    return (need_x + need_weight) * product_flops(math.prod(x[:-1]), weight[1], weight[0])

@@ -8,46 +8,44 @@ from torch import Tensor, nn
 from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_input
-from ..common.module import adopt
-from ..common.products import once_per_version
-from ..common.registration import is_plain_call
+from ..common.children import children_reason, convolution_reason
+from ..common.module import Fusion
+from ..common.registration import foreign_reason, unsupported_reason
 from .module import linear_layer
 
-__all__ = ["FusedPatchProjection", "flattened"]
-
-# What a convolution has to have for its patches to be side by side and whole.
-_WHOLE = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "transposed": False}
+__all__ = ["FusedPatchProjection", "PatchProjection"]
 
 
-class FusedPatchProjection(nn.Conv2d):
-    """A convolution whose patches do not overlap, as a linear layer of patches on the CPU.
+class PatchProjection(nn.Conv2d):
+    """Linear projection of patches that lie side by side: a convolution with a stride of the kernel's size."""
 
-    Constructor, parameters and state_dict are those of ``torch.nn.Conv2d`` with a stride of the kernel's size; pixels
-    beyond the last whole patch are dropped, as there. A map in channels-last memory is read as it lies.
-    """
 
-    @classmethod
-    def from_plain(cls, plain: nn.Module) -> FusedPatchProjection:
-        """A fused module over the state of a plain one.
-
-        Raises:
-            TypeError: patches of the convolution overlap, have gaps, or are padded.
-        """
-        fused = adopt(cls, plain, ("kernel_size", "stride", "weight", "bias", *_WHOLE), {})
-        wrong = [name for name, value in _WHOLE.items() if getattr(plain, name) != value]
-        if wrong or plain.kernel_size != plain.stride:
-            raise TypeError(f"plain: FusedPatchProjection needs patches side by side, got {plain}")
-        return fused
+class PatchProjectionFusion(Fusion):
+    """``forward`` of a convolution whose patches do not overlap, as a linear layer of patches on the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, out_channels, H // stride, W // stride), in channels-last memory on the CPU.
+
+        Pixels beyond the last whole patch are dropped. A map in channels-last memory is read as it lies.
 
         Raises:
             ValueError, TypeError: x is no batch of maps of the layer's channels, dtype and device.
             BackendError: the backend that was asked for cannot serve the call.
         """
-        weight = self.weight
-        check_input("x", x, weight, "weight", "B", self.in_channels, "H", "W")
+        if torch.jit.is_scripting():
+            return self._plain_forward(x)
+        return self._fused_forward(x)
+
+    @torch.jit.unused
+    def _fused_forward(self, x: Tensor) -> Tensor:
+        reason = unsupported_reason(x) or self.plain_reason()
+        if reason is None:
+            weight = self.weight
+            reason = foreign_reason(weight, self.bias)
+        if reason is not None:
+            backends.leave_to_reference("linear", reason)
+            return super().forward(x)
+        check_input("x", x, weight, "weight", "B", weight.shape[1], "H", "W")
         height, width = self.kernel_size
         rows, columns = x.shape[2] // height, x.shape[3] // width
         dtype = autocast_dtype(x) or x.dtype
@@ -55,14 +53,22 @@ class FusedPatchProjection(nn.Conv2d):
             return super().forward(x)
         x = x[:, :, : rows * height, : columns * width].permute(0, 2, 3, 1)
         patches = x.unflatten(2, (columns, width)).unflatten(1, (rows, height)).transpose(2, 3).flatten(3)
-        if torch.is_grad_enabled() or not is_plain_call(weight) or weight.is_inference():
-            flat = flattened(weight)
-        else:
-            flat = once_per_version(weight, flattened)
-        training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return linear_layer(patches, flat, self.bias, constant=not (training or self.training)).permute(0, 3, 1, 2)
+        flat = weight.permute(0, 2, 3, 1).flatten(1)  # the channels of a pixel side by side
+        return linear_layer(patches, flat, self.bias).permute(0, 3, 1, 2)
+
+    def plain_reason(self) -> str | None:
+        """As of ``Fusion``."""
+        reason = children_reason(self, {}, ("weight", "bias"))
+        if reason is not None:
+            return reason
+        kernel_size = tuple(self.weight.shape[2:])
+        if self.__dict__.get("kernel_size") != kernel_size:
+            return f"the weight has patches of {kernel_size}, which is not the module's kernel_size"
+        return convolution_reason("the projection", self, stride=kernel_size, padding=(0, 0))
 
 
-def flattened(weight: Tensor) -> Tensor:
-    """(out_channels, patch), with the channels of a pixel side by side."""
-    return weight.permute(0, 2, 3, 1).flatten(1)
+class FusedPatchProjection(PatchProjectionFusion, PatchProjection):
+    """A convolution whose patches do not overlap, as a linear layer of patches on the CPU.
+
+    Constructor, parameters and state_dict are those of ``torch.nn.Conv2d``, with a stride of the kernel's size.
+    """

@@ -89,16 +89,31 @@ def _all(*names: str) -> dict[str, Share]:
     return dict.fromkeys(names, whole)
 
 
+def _leff_layer(i: int) -> dict[str, Share]:
+    """The parameters of a layer of LeFF."""
+    return _all(
+        *(f"p_{name}{i}" for name in ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var"))
+    )
+
+
 _LCA_PARAMETERS = _all("p_weight", "p_bias", "p_seed")
 
 KERNELS: dict[str, KernelCost] = {
     "leff_expand_kernel": KernelCost(
-        reads={**_all("p_weight", "p_bias"), "p_x": image_tokens},
-        writes=_all("p_h"),
+        reads={
+            **_leff_layer(1),
+            **_leff_layer(2),
+            "p_x": image_tokens,
+        },
+        writes=_all("p_h", "p_rows2"),
         flops=lambda a: 2 * a["M"] * a["C"] * a["E"],
     ),
     "leff_contract_kernel": KernelCost(
-        reads={**_all("p_h", "p_taps", "p_bias2", "p_weight", "p_bias3", "p_residual"), "p_x": prefix_tokens},
+        reads={
+            **_leff_layer(3),
+            **_all("p_h", "p_rows2", "p_residual"),
+            "p_x": prefix_tokens,
+        },
         writes=_all("p_out"),
         flops=lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * (a["O"] + a["KERNEL"] ** 2),
     ),

@@ -153,8 +153,7 @@ def count_call(
     """Count the kernels of a module's call, by the backends that ``use_backend`` set.
 
     A fused operator counts by its launches (``access``). An operator of PyTorch counts as one kernel that reads its
-    inputs and writes its outputs once, views and allocations as none, attention as flash attention. What happens once
-    and not in every call, the folding of weights for inference, is left out.
+    inputs and writes its outputs once, views and allocations as none, attention as flash attention.
 
     Args:
         make: makes the module; called where new tensors are on the meta device.
@@ -172,13 +171,12 @@ def count_call(
     with fake_model(make, dtype) as module, record_launches(chip), FlashAttention():
         module.train(training)
         x = torch.empty(shape, dtype=dtype, requires_grad=training and input_gradient)
+        counter.kernels = call.forward
         if not training:
             with torch.no_grad(), counter:
                 module(x)
-                counter.kernels = call.forward
-                module(x)
             return call
-        saved, counter.kernels = _Saved(module), call.forward
+        saved = _Saved(module)
         with counter:
             with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
                 out = module(x)

@@ -1,4 +1,5 @@
-// Matrix products, by the library that PyTorch carries.
+// Whole matrix products, by the library that PyTorch carries: for training in bfloat16 and float64, which the bands of
+// training_bands.h do not serve.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -137,6 +137,30 @@ CEIT_INLINE void Square<float>::transpose() {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+CEIT_INLINE void Square<float>::transpose() {
+  __m256 pairs[side], quads[side];
+#pragma GCC unroll 4
+  for (int i = 0; i < side; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(__m256(rows[i]), __m256(rows[i + 1]));
+    pairs[i + 1] = _mm256_unpackhi_ps(__m256(rows[i]), __m256(rows[i + 1]));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < side; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < side / 2; ++i) {
+    rows[i] = Vec<float>(_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
+    rows[i + 4] = Vec<float>(_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
+  }
+}
+#endif
+
 template <class Real>
 CEIT_INLINE Real sum_of_lanes(Vec<Real> v) {
   Real sum = 0;

@@ -9,6 +9,18 @@ struct Bf16 {
   uint16_t bits;
 };
 
+// What a type's sums are accumulated in.
+template <class T>
+struct Accumulator {
+  using Type = T;
+};
+template <>
+struct Accumulator<Bf16> {
+  using Type = float;
+};
+template <class T>
+using AccOf = typename Accumulator<T>::Type;
+
 // Where a type's kernels are in the tables.
 template <class T>
 inline constexpr int kIndex = 0;

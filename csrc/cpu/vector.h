@@ -47,15 +47,7 @@ using Vec = typename Lanes<Real>::Vector;
 
 // What tensors of a storage type are computed in.
 template <class T>
-struct Compute {
-  using Real = T;
-};
-template <>
-struct Compute<Bf16> {
-  using Real = float;
-};
-template <class T>
-using RealOf = typename Compute<T>::Real;
+using RealOf = AccOf<T>;
 
 template <class Real>
 CEIT_INLINE Vec<Real> splat(Real value) {

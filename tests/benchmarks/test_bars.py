@@ -23,8 +23,8 @@ def result(*entries):
     return GroupResult({}, GROUP.name, list(entries), 0, 0, 1)
 
 
-def bar(speedup, memory=None, rivals=("plain", "compile")):
-    return Bar(GROUP, rivals, speedup, memory)
+def bar(speedup, memory=None, rivals=("plain", "compile"), ours="fused"):
+    return Bar(GROUP, ours, rivals, speedup, memory)
 
 
 def test_fastest_rival_counts():
@@ -69,14 +69,47 @@ def test_bars_of_both_models_are_at_every_batch_that_the_plan_has_for_them():
     inference = {(size, "inference", batch) for size in ("tiny", "small") for batch in (1, 16)}
     assert models == inference | {(size, "training", 8) for size in ("tiny", "small")}
     assert groups <= set(plan(CPU))
-    assert len(groups) == len(bars(CPU))
+
+
+def test_who_prepares_a_model_is_held_against_a_frozen_one_and_all_others_against_a_live_one(monkeypatch):
+    monkeypatch.setattr("ceit.benchmarking.bars.has_bfloat16", lambda device: True)
+    found, prepared = bars(CPU), {"compile-freezing", "openvino", "onnxruntime"}
+    for b in found:
+        assert b.ours == ("frozen" if prepared & set(b.rivals) else "fused"), b
+        assert b.ours == "fused" or not {"plain", "compile"} & set(b.rivals), b
+        assert b.contenders == ("plain", *(r for r in b.rivals if r != "plain"), b.ours)
+    models = {b.group for b in found if (b.group.operator, b.group.phase) == ("model", "inference")}
+    for group in (g for g in models if g.dtype == "float32"):
+        assert {b.ours for b in found if b.group == group} == {"fused", "frozen"}
+
+
+def test_a_frozen_model_is_judged_by_its_own_time():
+    times = result(timed("plain", 9.0), timed("openvino", 2.0), timed("fused", 3.0), timed("frozen", 1.0))
+    found = judge(bar(1.5, rivals=("openvino",), ours="frozen"), times)
+    assert (found.verdict, found.ratio.value) == ("reached", pytest.approx(2.0))
+    assert bar_rows([found])[1][:3] == [GROUP.name, "frozen", "openvino"]
+    assert judge(bar(1.0, rivals=("openvino",), ours="fused"), times).verdict == "missed"
+
+
+def test_bars_of_one_group_are_judged_of_one_measurement(monkeypatch):
+    live, frozen = bar(1.0, rivals=("compile",)), bar(1.0, rivals=("openvino",), ours="frozen")
+    monkeypatch.setattr(command, "bars", lambda device: [live, frozen])
+    asked = []
+
+    def measure(group, device, *, seconds, contenders):
+        asked.append((group, sorted(contenders)))
+        return result(*(timed(name, 1.0 if name in ("fused", "frozen") else 2.0) for name in contenders))
+
+    monkeypatch.setattr(command, "measure_group", measure)
+    bench(BenchOptions(bars=True, device="cpu"))
+    assert asked == [(GROUP, ["compile", "frozen", "fused", "openvino", "plain"])]
 
 
 def test_missed_bar_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(command, "bars", lambda device: [bar(1000.0, rivals=("plain",))])
     times = result(timed("plain", 1.0), timed("fused", 1.0))
     monkeypatch.setattr(command, "measure_group", lambda *args, **kwargs: times)
-    with pytest.raises(BenchFailed, match="missed: leff-tiny-training"):
+    with pytest.raises(BenchFailed, match=r"missed: leff-tiny-training-float32-b16 \(fused\)"):
         bench(BenchOptions(bars=True, device="cpu"))
     assert "1000.00" in capsys.readouterr().out
 

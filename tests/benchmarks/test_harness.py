@@ -16,7 +16,7 @@ from ceit.benchmarking.groups import Group, plan
 from ceit.benchmarking.measure import Clock, measure_group
 from ceit.benchmarking.usage import peak_memory
 from ceit.running.options import UsageError
-from ceit_kernels import FusedLCAAttention, FusedLeFF
+from ceit_kernels import Frozen, FusedLCAAttention, FusedLeFF
 
 CPU = torch.device("cpu")
 LCA = Group("lca", "tiny", "training", "float32", 2)
@@ -80,6 +80,31 @@ def test_contender_that_is_not_installed_is_listed(monkeypatch):
     found = entry(Group("leff", "tiny", "inference", "float32", 1), "openvino")
     assert found.status == "absent"
     assert "not installed: openvino" in found.reason
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        Group("leff", "tiny", "inference", "float32", 1),
+        Group("model", "tiny", "inference", "float32", 1, image_size=32, model_kwargs={"depth": 1}),
+    ],
+    ids=["leff", "model"],
+)
+def test_a_frozen_module_is_timed_beside_the_live_one_and_its_backend_named(group):
+    found = entry(group, "frozen")
+    assert found.status == "timed", found.reason
+    assert found.backends == entry(group, "fused").backends
+
+
+def test_training_and_parts_that_are_not_served_have_no_frozen_contender():
+    for group in (Group("leff", "tiny", "training", "float32", 1), Group("norm", "tiny", "inference", "float32", 1)):
+        found = entry(group, "frozen")
+        assert (found.status, found.reason) == ("absent", "taken for inference of LeFF and of whole models only")
+
+
+def test_a_wrong_frozen_module_is_refused(monkeypatch):
+    monkeypatch.setattr(Frozen, "forward", lambda self, x: 1.01 * self.model(x))
+    assert entry(Group("leff", "tiny", "inference", "float32", 1), "frozen").status == "refused"
 
 
 def test_costly_contenders_are_left_out_with_the_reason_when_time_is_short():
@@ -175,12 +200,18 @@ def test_unknown_group():
         bench(BenchOptions(only="nothing", device="cpu"))
 
 
-def test_slowed_fused_operator_is_caught(tmp_path):
-    """Two copies of the packages, one of them with a fused attention that waits."""
+@pytest.fixture
+def two_copies(tmp_path):
+    """Two copies of the packages, in the folders base and head."""
     for name in ("base", "head"):
         for package in ("ceit", "ceit_kernels"):
             shutil.copytree(ROOT / package, tmp_path / name / package, ignore=shutil.ignore_patterns("__pycache__"))
-    slowed = tmp_path / "head" / "ceit_kernels" / "lca" / "module.py"
+    return tmp_path
+
+
+def test_slowed_fused_operator_is_caught(two_copies):
+    """One of the copies has a fused attention that waits."""
+    slowed = two_copies / "head" / "ceit_kernels" / "lca" / "module.py"
     slowed.write_text(
         slowed.read_text()
         + "\n_right = FusedLCAAttention.forward\n\n\ndef _slow(self, x):\n    import time\n\n"
@@ -188,10 +219,25 @@ def test_slowed_fused_operator_is_caught(tmp_path):
     )
     said = []
     group = Group("lca", "tiny", "inference", "float32", 2)
-    (result,) = compare.compare_groups(tmp_path / "base", tmp_path / "head", [group], seconds=1.0, say=said.append)
+    (result,) = compare.compare_groups(two_copies / "base", two_copies / "head", [group], seconds=1.0, say=said.append)
     assert result.verdict == "slower"
     assert len(result.base_seconds) == len(result.head_seconds) >= 9
     assert "slower" in said[0]
+
+
+@pytest.mark.parametrize("base_freezes", [True, False])
+def test_commits_are_compared_frozen_where_both_of_them_freeze(two_copies, base_freezes, monkeypatch):
+    monkeypatch.setattr(compare, "_MIN_ROUNDS", 1)
+    if not base_freezes:
+        public = two_copies / "base" / "ceit_kernels" / "__init__.py"
+        public.write_text(public.read_text() + "\ndel freeze\n")
+    groups = [Group("leff", "tiny", "inference", "float32", 1), Group("norm", "tiny", "inference", "float32", 1)]
+    results = compare.compare_groups(
+        two_copies / "base", two_copies / "head", groups, seconds=0.0, say=lambda line: None
+    )
+    frozen = [f"{groups[0].name} frozen"] if base_freezes else []
+    assert [result.name for result in results] == [groups[0].name, *frozen, groups[1].name]
+    assert all(result.ratio is not None for result in results), [result.verdict for result in results]
 
 
 def test_unknown_base():

@@ -62,7 +62,7 @@ def report(gpu, tmp_path_factory):
     """Folder of the report."""
     modelled = json.loads(readme.STORED.read_text())["modelled"]
     gpu.setattr(main, "plan", lambda device, quick: PLAN)
-    gpu.setattr(main, "CONTENDERS", ("plain", "rewrite", "openvino", "fused"))
+    gpu.setattr(main, "CONTENDERS", ("plain", "rewrite", "openvino", "fused", "frozen"))
     gpu.setattr(main, "model_gpu", lambda: modelled)
     gpu.setattr(scaling, "_GPU_BATCHES", (1, 2))
     gpu.setattr(scaling, "AXES", {"batch": ()})
@@ -86,6 +86,8 @@ def test_report_of_a_gpu(report):
                 assert entry["method"] == "CUDA events, graph replay"
                 assert entry["peak_bytes"] is not None
                 assert entry["launches"] is not None
+    frozen = [e["status"] for r in data["measured"] for e in r["entries"] if e["contender"] == "frozen"]
+    assert frozen == ["timed", "absent", "absent", "absent"], "served is LeFF at inference"
     for name in ("roofline", "scaling", "ratios-leff", "ratios-norm"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

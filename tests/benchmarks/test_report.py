@@ -38,6 +38,15 @@ def test_changed_results_change_the_readme(stored):
     assert readme.with_results(text, readme.results_text(stored)) != text
 
 
+def test_frozen_has_a_column_where_a_report_has_frozen_times(stored):
+    assert "frozen, ms" not in readme.results_text(stored)
+    entries = stored["measured"][0]["entries"]
+    entries.append({**entries[-1], "contender": "frozen", "seconds": [4.321e-3]})
+    text = readme.results_text(stored)
+    assert "| fused, ms | frozen, ms |" in text
+    assert "| 4.32 |" in text
+
+
 def test_readme_without_markers():
     with pytest.raises(ValueError, match="expected the lines"):
         readme.with_results("nothing", "text")

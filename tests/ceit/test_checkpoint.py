@@ -1,14 +1,19 @@
 import argparse
+import collections
 import copy
+import datetime
 import logging
 import pathlib
 import pickle
+import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ceit import CeiT, load_checkpoint
 from ceit_kernels import fuse
@@ -56,7 +61,38 @@ def as_module(source, path):
     torch.save({f"module.{name}": tensor for name, tensor in source.state_dict().items()}, path)
 
 
+def with_measures(source, path, **settings):
+    """A checkpoint with what the loops of many projects keep beside the weights."""
+    tallies = collections.defaultdict(list, loss=[0.5], nested=collections.defaultdict(int, a=1))
+    contents = {
+        "state_dict": collections.OrderedDict(source.state_dict()),
+        "best": np.float64(71.5),
+        "worst": np.float32(1.5),
+        "epoch": np.int64(3),
+        "done": np.bool_(True),
+        "confusion": np.arange(6).reshape(2, 3),
+        "history": tallies,
+        "recent": collections.deque([1, 2], maxlen=2),
+        "when": datetime.datetime(2026, 1, 2, 3, tzinfo=datetime.timezone.utc),
+        "day": datetime.date(2026, 1, 2),
+        "took": datetime.timedelta(seconds=3),
+        "folder": pathlib.Path("runs"),
+        "rng": np.random.RandomState(0).get_state(),
+        "settings": types.SimpleNamespace(lr=np.float64(0.1)),
+        "seen": {1, 2},
+    }
+    torch.save(contents, path, **settings)
+
+
 FORMATS = {
+    "measures": with_measures,
+    "measures in a legacy file": lambda source, path: with_measures(source, path, _use_new_zipfile_serialization=False),
+    "a defaultdict": lambda source, path: torch.save(
+        collections.defaultdict(dict, model=source.state_dict(), epoch=1), path
+    ),
+    "without counters": lambda source, path: torch.save(
+        {name: t for name, t in source.state_dict().items() if "num_batches_tracked" not in name}, path
+    ),
     "official": lambda source, path: torch.save(training_checkpoint(source), path),
     "official under DDP": lambda source, path: torch.save(training_checkpoint(source, "module."), path),
     "legacy file": lambda source, path: torch.save(
@@ -102,6 +138,54 @@ def test_loads_into_wrapped_models(wrap, source, path):
     load_checkpoint(wrap(inner), path)
     assert same(inner.state_dict(), source.state_dict())
     assert all(a is b for a, b in zip(parameters, inner.parameters(), strict=True))
+
+
+def test_a_file_without_counters_leaves_the_models_and_needs_all_else(source, path):
+    weights = {name: t for name, t in source.state_dict().items() if "num_batches_tracked" not in name}
+    torch.save(weights, path)
+    model = CeiT(**SMALL)
+    model.i2t.backbone.bn.num_batches_tracked.fill_(5)
+    load_checkpoint(model, path)
+    assert model.i2t.backbone.bn.num_batches_tracked == 5
+    del weights["i2t.backbone.bn.running_var"]
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"missing \(1\): i2t\.backbone\.bn\.running_var"):
+        load_checkpoint(model, path)
+
+
+def test_loads_into_a_model_whose_parts_are_wrapped(source, path):
+    torch.save(training_checkpoint(source, "module._orig_mod."), path)
+    model = CeiT(**SMALL)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    load_checkpoint(nn.DataParallel(model), path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True))
+
+
+def test_loads_where_state_dicts_swap_tensors(source, path):
+    torch.save(training_checkpoint(source), path)
+    model = fuse(CeiT(**SMALL)).eval()
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, 64, 64))
+        load_checkpoint(model, path)
+        assert same(model.state_dict(), source.state_dict())
+        model.load_state_dict({name: tensor + 1 for name, tensor in source.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert torch.equal(model.pos_embed, source.pos_embed + 1)
+
+
+def test_a_model_on_the_meta_device_is_refused(source, path):
+    torch.save(source.state_dict(), path)
+    with torch.device("meta"):
+        model = CeiT(**SMALL)
+    with pytest.raises(ValueError, match="model: expected one with memory for its weights, got some on the meta"):
+        load_checkpoint(model, path)
+    load_checkpoint(model.to_empty(device="cpu"), path)
+    assert same(model.state_dict(), source.state_dict())
 
 
 def test_positions_are_resampled_to_the_models_grid_and_layer_positions_kept(source, path):
@@ -199,7 +283,21 @@ class AttackThroughArguments(argparse.Namespace):
         return eval, (f"open({str(self.target)!r}, 'w')",)
 
 
-@pytest.mark.parametrize("attack", [Attack, AttackThroughArguments])
+class AttackThroughAFactory:
+    """Among the arguments of something that a stand-in takes the place of."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return collections.defaultdict, (Attack(self.target),)
+
+
+def attack_through_an_array(target):
+    return np.array([Attack(target)], dtype=object)
+
+
+@pytest.mark.parametrize("attack", [Attack, AttackThroughArguments, AttackThroughAFactory, attack_through_an_array])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_file_is_refused_and_not_run(attack, zipped, source, path, tmp_path):
     target = tmp_path / "created"

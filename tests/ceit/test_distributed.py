@@ -35,7 +35,7 @@ sys.exit(main())
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_two_processes_train_one_model_and_count_every_image_once(options, arguments_of, tmp_path):
+def test_two_processes_train_and_evaluate_one_model_and_count_every_image_once(options, arguments_of, tmp_path):
     settings = options(ema=True, accumulate=3, batch_size=4, fused=True)
     script = tmp_path / "child.py"
     script.write_text(_CHILD)
@@ -61,3 +61,11 @@ def test_two_processes_train_one_model_and_count_every_image_once(options, argum
         EvaluateOptions(data=settings.data, checkpoint=path, ema=True, workers=0, device="cpu", fused=True)
     )
     assert result["accuracy"] == pytest.approx(alone.top1)
+
+    words = ["evaluate", "--data", settings.data, "--checkpoint", path, "--ema", "--fused", "--device", "cpu"]
+    command = [*torchrun, "-m", "ceit", *words, "--workers", "0"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == [
+        f"top-1 {alone.top1:.2f}%  top-5 {alone.top5:.2f}%  loss {alone.loss:.4f}  13 images"
+    ], "one process tells the figures of both"

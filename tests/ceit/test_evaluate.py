@@ -3,12 +3,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import ceit.evaluate
+import ceit.train
 from ceit.data import create_test_loader, open_split
 from ceit.evaluate import evaluate, evaluate_checkpoint
 from ceit.running.building import build_model
 from ceit.running.distributed import Place
 from ceit.running.options import EvaluateOptions, UsageError
 from ceit.train import train
+from ceit_kernels import Frozen, FusedLeFF
 
 CPU = Place(torch.device("cpu"))
 CONFIG = {
@@ -62,6 +65,44 @@ def test_a_checkpoint_of_training_needs_no_description(trained, fused):
         EvaluateOptions(data=settings.data, checkpoint=path, ema=True, fused=fused, workers=0, device="cpu")
     )
     assert (metrics.top1, metrics.images) == (pytest.approx(result.accuracy), 13)
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """The models that are evaluated, in their order."""
+    models = []
+
+    def note(model, *arguments):
+        models.append(model)
+        return evaluate(model, *arguments)
+
+    monkeypatch.setattr(ceit.evaluate, "evaluate", note)
+    monkeypatch.setattr(ceit.train, "evaluate", note)
+    return models
+
+
+@pytest.mark.parametrize("amp", ["none", "bfloat16"])
+def test_a_fused_checkpoint_is_evaluated_frozen_and_a_plain_one_plain(trained, evaluated, amp):
+    settings, _, path = trained
+    common = {"data": settings.data, "checkpoint": path, "amp": amp, "workers": 0, "device": "cpu"}
+    fused, plain = (evaluate_checkpoint(EvaluateOptions(**common, fused=fused)) for fused in (True, False))
+    frozen, live = evaluated
+    assert isinstance(frozen, Frozen)
+    assert not list(frozen.parameters())
+    assert not isinstance(live, Frozen)
+    assert not any(isinstance(module, FusedLeFF) for module in live.modules())
+    assert fused.images == plain.images
+    assert fused.loss == pytest.approx(plain.loss, rel=1e-4 if amp == "none" else 1e-2)
+
+
+def test_validation_during_training_sees_live_weights(options, evaluated):
+    settings = options(fused=True)
+    result = train(settings)
+    assert len(evaluated) == settings.epochs > 1
+    assert not any(isinstance(model, Frozen) for model in evaluated)
+    path = f"{settings.output}/last.pt"
+    last = evaluate_checkpoint(EvaluateOptions(data=settings.data, checkpoint=path, workers=0, device="cpu"))
+    assert result.accuracy == pytest.approx(last.top1)
 
 
 def test_averaged_and_last_weights_are_told_apart(trained):

@@ -81,7 +81,7 @@ def test_a_projection_of_another_kind_is_called_as_it_is():
 def test_what_drops_weights_in_another_way_is_refused():
     plain = Attention(16, 2)
     plain.attn_drop = nn.Identity()
-    with pytest.raises(TypeError, match=r"needs Attention\.attn_drop to be Dropout, got Identity"):
+    with pytest.raises(TypeError, match=r"this Attention: the kernels take Dropout for attn_drop, not Identity"):
         FusedAttention.from_plain(plain)
 
 

@@ -1,40 +1,96 @@
+"""Fused modules are what the plain ones were: the same objects, of a subclass."""
+
 import copy
 import importlib
 import io
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from ceit_kernels import FusedImage2Tokens, FusedLCAAttention, FusedLeFF, fuse, register_fusion, unfuse
+from ceit_kernels import (
+    FusedAddNorm,
+    FusedAttention,
+    FusedImage2Tokens,
+    FusedLCAAttention,
+    FusedLeFF,
+    FusedLinear,
+    FusedPatchProjection,
+    fuse,
+    register_fusion,
+    unfuse,
+)
+from ceit_kernels.add_norm import AddNorm
+from ceit_kernels.attention import Attention
+from ceit_kernels.i2t import Image2Tokens
+from ceit_kernels.lca import LCAAttention
+from ceit_kernels.leff import LocallyEnhancedFeedForward
+from ceit_kernels.linear import PatchProjection
+
+PAIRS = {
+    "leff": (LocallyEnhancedFeedForward, FusedLeFF, lambda: LocallyEnhancedFeedForward(8, 16)),
+    "lca": (LCAAttention, FusedLCAAttention, lambda: LCAAttention(8, 2)),
+    "i2t": (Image2Tokens, FusedImage2Tokens, Image2Tokens),
+    "norm": (AddNorm, FusedAddNorm, AddNorm),
+    "linear": (nn.Linear, FusedLinear, lambda: nn.Linear(8, 8)),
+    "patches": (PatchProjection, FusedPatchProjection, lambda: PatchProjection(3, 8, 4, stride=4)),
+    "attention": (Attention, FusedAttention, lambda: Attention(8, 2)),
+}
+pairs = pytest.mark.parametrize(("plain_class", "fused_class", "make"), PAIRS.values(), ids=PAIRS)
 
 
-class PlainAttention(FusedLCAAttention):
-    """A plain module, as a model package would have it: the same state under its own name."""
+class TheirLeFF(LocallyEnhancedFeedForward):
+    """A plain class of somebody else's."""
+
+
+class TheirAttention(Attention):
+    """Attention with an argument of its own in the place of ours."""
+
+    def forward(self, x, mask=None):
+        out = super().forward(x)
+        return out if mask is None else out * mask
 
 
 @pytest.fixture
-def plain_attention(monkeypatch):
+def registered(monkeypatch):
     # The function ceit_kernels.fuse hides the module of that name.
-    monkeypatch.setattr(importlib.import_module("ceit_kernels.fuse"), "_fusions", {})
-    register_fusion("lca", PlainAttention, FusedLCAAttention.from_plain)
-    return PlainAttention
+    fusions = importlib.import_module("ceit_kernels.fuse")._fusions
+    monkeypatch.setattr(importlib.import_module("ceit_kernels.fuse"), "_fusions", dict(fusions))
+    register_fusion("leff", TheirLeFF, FusedLeFF)
+    register_fusion("attention", TheirAttention, FusedAttention)
 
 
 @pytest.fixture
-def model(plain_attention):
+def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 16), nn.ModuleDict({"inner": plain_attention(16, 2)})["inner"])
+    return nn.Sequential(nn.Sequential(nn.BatchNorm1d(3)), LCAAttention(16, 2))
 
 
-def test_fuse_and_unfuse_swap_modules_over_the_same_state(model):
-    plain, state, parameters = model[1], model.state_dict(), list(model.parameters())
+@pairs
+def test_a_fused_module_is_the_plain_object_and_an_instance_of_its_class(plain_class, fused_class, make):
+    module = make()
+    before = dict(module.__dict__)
+    assert fuse(module) is module
+    assert type(module) is fused_class
+    assert isinstance(module, plain_class)
+    assert repr(module).startswith(fused_class.__name__)
+    assert module.__dict__ == before
+    assert unfuse(module) is module
+    assert type(module) is plain_class
+    assert module.__dict__ == before
+
+
+def test_a_model_keeps_its_modules_references_and_parameters(model):
+    attention, parameters, names = model[1], list(model.parameters()), list(model.state_dict())
+    model.shortcut = attention.qkv
     assert fuse(model) is model
-    assert type(model[1]) is FusedLCAAttention
-    assert list(model.state_dict()) == list(state)
+    assert model[1] is attention
+    assert model.shortcut is model[1].qkv
+    assert type(model.shortcut) is FusedLinear
+    assert list(model.state_dict())[: len(names)] == names
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert unfuse(model) is model
-    assert model[1] is plain
 
 
 def test_either_loads_the_others_weights(model):
@@ -49,90 +105,144 @@ def test_either_loads_the_others_weights(model):
 
 def test_a_flag_leaves_its_operator_alone(model):
     fuse(model, lca=False)
-    assert type(model[1]) is PlainAttention
+    assert type(model[1]) is LCAAttention
+    assert type(model[1].qkv) is FusedLinear
 
 
-def test_a_model_that_is_itself_plain_is_returned_fused(plain_attention):
-    plain = plain_attention(16, 2)
-    fused = fuse(plain)
-    assert type(fused) is FusedLCAAttention
-    assert unfuse(fused) is plain
+def test_hooks_of_a_module_go_on_through_fuse_and_unfuse(model):
+    calls = []
+    model[1].register_forward_hook(lambda *_: calls.append("forward"))
+    model[1].register_full_backward_hook(lambda *_: calls.append("backward"))
+    x = torch.randn(2, 3, 16)
+    for change in (fuse, unfuse):
+        change(model)(x).sum().backward()
+    assert calls == ["forward", "backward"] * 2
 
 
-def test_a_module_used_twice_stays_one_module(plain_attention):
-    shared = plain_attention(16, 2)
+def test_unfuse_keeps_what_was_changed_since(model):
+    attention = fuse(model)[1]
+    attention.scale, attention.proj, attention.note = 1.0, nn.Linear(16, 16), "mine"
+    added = []
+    attention.register_full_backward_hook(lambda *_: added.append(1))
+    x = torch.randn(2, 3, 16)
+    out = model(x)
+    unfuse(model)
+    torch.testing.assert_close(model(x), out)
+    model(x).sum().backward()
+    assert attention.note == "mine"
+    assert added == [1]
+
+
+def test_unfuse_keeps_a_parametrisation():
+    layer = fuse(nn.Linear(8, 8))
+    parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    expected = layer(torch.ones(1, 8))
+    unfuse(layer)
+    assert not isinstance(layer, FusedLinear)
+    assert parametrize.is_parametrized(layer, "weight")
+    torch.testing.assert_close(layer(torch.ones(1, 8)), expected)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is nn.Linear
+
+
+def test_what_may_compute_something_else_stays_plain():
+    class Changed(LocallyEnhancedFeedForward):
+        """A subclass."""
+
+    own_forward, parametrised = nn.Linear(8, 8), nn.Linear(8, 8)
+    own_forward.forward = lambda x: x
+    parametrize.register_parametrization(parametrised, "weight", nn.Tanh())
+    model = nn.ModuleList([Changed(8), own_forward, parametrised, nn.Linear(8, 8)])
+    classes = [type(module) for module in model]
+    fuse(model)
+    assert [type(module) for module in model[:3]] == classes[:3]
+    assert type(model[3]) is FusedLinear
+
+
+def test_one_odd_module_does_not_keep_the_others_plain():
+    class Adapted(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    odd = LocallyEnhancedFeedForward(8)
+    odd.conv1 = Adapted(8, 8, 1)
+    model = nn.Sequential(odd, LocallyEnhancedFeedForward(8)).eval()
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected)
+    assert type(model[1]) is FusedLeFF
+
+
+def test_a_module_used_twice_stays_one_module():
+    shared = LCAAttention(16, 2)
     model = fuse(nn.ModuleList([shared, nn.Sequential(shared)]))
     assert model[0] is model[1][0]
     assert type(model[0]) is FusedLCAAttention
 
 
-def test_training_mode_casts_hooks_and_new_children_survive_both_ways(model):
-    calls = []
-    handle = model[1].register_forward_hook(lambda *args: calls.append(1))
-    fuse(model).eval().double()
-    model(torch.randn(1, 3, 16, dtype=torch.float64))
-    replaced = nn.Linear(16, 16).double()
-    model[1].proj = replaced
-    unfuse(model)
-    assert not model[1].training
-    assert model[1].qkv.weight.dtype == torch.float64
-    assert model[1].proj is replaced
-    handle.remove()
-    model(torch.randn(1, 3, 16, dtype=torch.float64))
-    assert calls == [1]
+def test_fusing_twice_changes_nothing_more(model):
+    fused = fuse(model)[1]
+    assert fuse(model)[1] is fused
+    assert type(fused) is FusedLCAAttention
 
 
 def test_a_deep_copy_of_a_fused_model_is_fused_and_independent(model):
     duplicate = copy.deepcopy(fuse(model))
     nn.init.zeros_(duplicate[1].qkv.weight)
     assert model[1].qkv.weight.any()
-    unfuse(duplicate)
-    assert type(duplicate[1]) is PlainAttention
-    assert not duplicate[1].qkv.weight.any()
+    assert type(unfuse(duplicate)[1]) is LCAAttention
+    assert type(model[1]) is FusedLCAAttention
 
 
-def test_fusing_twice_changes_nothing_more(model):
-    fused = fuse(model)[1]
-    assert fuse(model)[1] is fused
-    unfuse(model)
-    assert type(model[1]) is PlainAttention
-
-
-def test_subclasses_and_altered_children_are_not_silently_replaced(model, plain_attention):
-    class Adapted(nn.Linear):
-        """A layer that computes something else from the same weight."""
-
-    class Changed(plain_attention):
-        """Attention that computes something else."""
-
-    subclass = Changed(16, 2)
-    assert fuse(subclass) is subclass
-    model.append(plain_attention(16, 2))
-    model[2].qkv = Adapted(16, 48)
-    with pytest.raises(TypeError, match=r"needs PlainAttention\.qkv to be Linear or FusedLinear, got Adapted"):
-        fuse(model)
-    assert type(model[1]) is PlainAttention
-
-
-def test_a_module_without_the_attributes_is_refused():
-    with pytest.raises(TypeError, match="FusedLCAAttention needs the attribute 'num_heads', Linear has none"):
-        FusedLCAAttention.from_plain(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("fused_class", [FusedLeFF, FusedImage2Tokens])
-def test_every_fused_class_refuses_what_is_no_plain_counterpart(fused_class):
-    with pytest.raises(TypeError, match=f"{fused_class.__name__} needs"):
-        fused_class.from_plain(nn.Linear(2, 2))
-
-
-def test_register_fusion_names_an_unknown_operator():
-    with pytest.raises(ValueError, match=r"operator: expected one of .*'lca'.*got 'mlp'"):
-        register_fusion("mlp", nn.Linear, lambda plain: plain)
-
-
-def test_a_fused_model_can_be_saved_whole(model):
+@pairs
+def test_a_fused_module_can_be_saved_whole(plain_class, fused_class, make):
     buffer = io.BytesIO()
-    torch.save(fuse(model), buffer)
+    torch.save(fuse(make()), buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    assert type(unfuse(loaded)[1]) is PlainAttention
+    assert type(loaded) is fused_class
+    assert type(unfuse(loaded)) is plain_class
+
+
+def test_a_class_of_ones_own_is_fused_as_a_subclass_of_it(registered):
+    leff = TheirLeFF(8).eval()
+    x = torch.randn(2, 5, 8)
+    expected = leff(x)
+    assert fuse(leff) is leff
+    assert isinstance(leff, TheirLeFF)
+    assert type(leff).__name__ == "FusedTheirLeFF"
+    torch.testing.assert_close(leff(x), expected)
+    for duplicate in (copy.deepcopy(leff), pickle.loads(pickle.dumps(leff))):
+        assert type(duplicate) is type(leff)
+        torch.testing.assert_close(duplicate(x), expected)
+    assert type(unfuse(leff)) is TheirLeFF
+
+
+def test_arguments_that_only_ones_own_class_knows_reach_it(registered):
+    attention = TheirAttention(8, 2).eval()
+    x, mask = torch.randn(2, 5, 8), torch.rand(2, 5, 8)
+    expected, masked = attention(x), attention(x, mask)
+    fuse(attention)
+    torch.testing.assert_close(attention(x), expected)
+    torch.testing.assert_close(attention(x, mask), masked)
+    torch.testing.assert_close(attention(x, mask=mask), masked)
+
+
+def test_from_plain_shares_the_state_and_leaves_the_plain_module_as_it_is():
+    plain = LocallyEnhancedFeedForward(8)
+    fused = FusedLeFF.from_plain(plain)
+    assert (type(plain), type(fused)) == (LocallyEnhancedFeedForward, FusedLeFF)
+    assert fused.conv1 is plain.conv1
+
+
+@pairs
+def test_from_plain_refuses_what_is_no_plain_counterpart(plain_class, fused_class, make):
+    with pytest.raises(TypeError, match=f"{fused_class.__name__} cannot stand in for this Bilinear: "):
+        fused_class.from_plain(nn.Bilinear(2, 2, 2))
+
+
+def test_register_fusion_names_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"operator: expected one of .*'lca'.*got 'mlp'"):
+        register_fusion("mlp", nn.Linear, FusedLinear)
+    with pytest.raises(TypeError, match=r"fused_class: expected a fused class such as FusedLeFF, got .*Linear"):
+        register_fusion("linear", nn.Linear, nn.Linear)

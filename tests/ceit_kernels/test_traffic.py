@@ -86,10 +86,10 @@ def test_leff_keeps_its_budgets_in_training():
 def test_a_launch_counts_what_it_reads_of_a_tensor_and_what_it_writes():
     expand, contract = count_call(leff(), (BATCH, TOKENS, CHANNELS)).forward
     image, hidden = UNIT // TOKENS * (TOKENS - 1), UNIT // TOKENS * (TOKENS - 1) * 4
-    weight, wide = 4 * CHANNELS * CHANNELS * 2, 4
-    assert expand.bytes == image + hidden + weight + 4 * CHANNELS * wide
-    taps_and_biases = (9 * 4 + 4 + 1) * CHANNELS * wide
-    assert contract.bytes == hidden + UNIT // TOKENS + UNIT + weight + taps_and_biases
+    weight, taps, vectors = 4 * CHANNELS * CHANNELS * 2, 9 * 4 * CHANNELS * 2, 5 * CHANNELS * 2
+    scaled_taps = (9 + 1) * 4 * CHANNELS * 4  # in float32, with their shift
+    assert expand.bytes == image + hidden + weight + taps + 2 * 4 * vectors + scaled_taps
+    assert contract.bytes == hidden + UNIT // TOKENS + UNIT + weight + vectors + scaled_taps
     assert expand.flops == 2 * BATCH * (TOKENS - 1) * 4 * CHANNELS**2
 
 
@@ -215,7 +215,7 @@ def test_the_stored_figures_are_what_torch_compile_does(operator):
 def test_the_table_shows_the_fused_operators_beside_torch_compile(capsys):
     assert main([]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["leff", "inference", "2", "388.2", "10.0", "6", "1,428.8", "36.9"] in lines
+    assert ["leff", "inference", "2", "388.3", "10.0", "6", "1,428.8", "36.9"] in lines
     assert ["lca", "training", "backward", "6", "13.5", "5.7", "15", "47.9", "20.3"] in lines
 
 

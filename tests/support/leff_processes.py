@@ -14,11 +14,11 @@ from .leff import first_layer_factored, train_step
 IMAGES = (1, 2)  # of each process
 
 
-def run_processes(leff, x, grad_out, grid_size, folder, factored):
+def run_processes(leff, x, grad_out, grid_size, folder, factored=False, backend="triton"):
     """The results of ``train_step`` of each process, on its share of the batch; ``factored`` takes the first layer's
     gradients as they are taken in 16 bits.
     """
-    torch.save((x, grad_out, grid_size, factored), folder / "inputs.pt")
+    torch.save((x, grad_out, grid_size, factored, backend), folder / "inputs.pt")
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(leff))
     torch.multiprocessing.spawn(_work, (synchronised, folder), len(IMAGES))
     return [torch.load(folder / f"{rank}.pt") for rank in range(len(IMAGES))]
@@ -26,15 +26,15 @@ def run_processes(leff, x, grad_out, grid_size, folder, factored):
 
 def _work(rank, leff, folder):
     torch.set_num_threads(1)
-    x, grad_out, grid_size, factored = torch.load(folder / "inputs.pt")
+    x, grad_out, grid_size, factored, backend = torch.load(folder / "inputs.pt")
     if factored:
         backward._Backward._first_layer = first_layer_factored
     leff = copy.deepcopy(leff)  # what came with the call is shared between the processes
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=len(IMAGES))
     mine = slice(sum(IMAGES[:rank]), sum(IMAGES[: rank + 1]))
     compiled = torch.compile(copy.deepcopy(leff), fullgraph=True, backend="aot_eager")
-    result = train_step("triton", leff, x[mine], grad_out[mine], grid_size)
-    again = train_step("triton", compiled, x[mine], grad_out[mine], grid_size)
+    result = train_step(backend, leff, x[mine], grad_out[mine], grid_size)
+    again = train_step(backend, compiled, x[mine], grad_out[mine], grid_size)
     again = {name.replace("_orig_mod.", ""): tensor for name, tensor in again.items()}
     torch.testing.assert_close(again, result, rtol=0, atol=0)
     torch.save(result, folder / f"{rank}.pt")

@@ -64,6 +64,8 @@ def _source(launch: Launch) -> ASTSource:
             continue
         if isinstance(value, torch.Tensor):
             signature[name], divisible = _POINTERS[value.dtype], True
+        elif isinstance(value, float):
+            signature[name], divisible = launch.kernel.params[i].annotation_type or "fp32", False
         else:
             signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
         if divisible:

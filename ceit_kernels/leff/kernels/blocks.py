@@ -99,7 +99,7 @@ def compute_once(b_a):
     The compiler would compute an operand in the layout in which the product takes it, where each of eight warps has all
     of it. It does not look through a reduction, though this one is over one value and takes no instruction.
     """
-    return tl.reduce(tl.expand_dims(b_a, 2), 2, _only)
+    return tl.reduce(tl.expand_dims(b_a, len(b_a.shape)), len(b_a.shape), _only)
 
 
 @triton.jit

@@ -1,52 +1,70 @@
-"""Inference, with the BatchNorms folded into the convolutions.
+"""Inference, with each BatchNorm as a scale and a shift per channel behind its convolution.
 
-expand     h = act(x W_1^T + b_1), a product that reads the tokens in place
-contract   out = act(dw(h) + b_2) W_3^T + b_3 (+ residual), where the depthwise convolution dw is computed as the
-           product's operand: its result never reaches memory. The prefix tokens pass through in the same launch.
+expand     h = act(scale_1 x W_1^T + shift_1), a product that reads the tokens in place
+contract   out = scale_3 act(dw(h)) W_3^T + shift_3 (+ residual), where the depthwise convolution dw with its norm is
+           computed as the product's operand: its result never reaches memory. The prefix tokens pass through in the
+           same launch.
+
+Program instances compute scale and shift of their channels from the parameters of the call. Only those of the depthwise
+convolution, which every program instance of contract would need again for all channels, are computed once, by expand.
 """
 
 import triton
 import triton.language as tl
 
 from ...common.activations import activate
+from .blocks import compute_once
 
 __all__ = ["leff_contract_kernel", "leff_expand_kernel", "pass_prefix"]
 
 
 @triton.jit
 def leff_expand_kernel(
-    p_x, p_weight, p_bias, p_h, M, HW, P,
-    C: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr,
+    p_x, p_weight1, p_bias1, p_norm_weight1, p_norm_bias1, p_running_mean1, p_running_var1, p_h,
+    p_weight2, p_bias2, p_norm_weight2, p_norm_bias2, p_running_mean2, p_running_var2, p_rows2,
+    M, HW, P, eps1: tl.float64, eps2: tl.float64,
+    C: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """h (M, E) from x (B, P + HW, C), weight (E, C) and bias (E,); M = B * HW."""
+    """h (M, E) from x (B, P + HW, C), weight1 (E, C) and the vectors (E,) of the first layer; M = B * HW.
+
+    The program instances behind those of the tokens make rows2 (KERNEL^2 + 1, E) for ``leff_contract_kernel`` from
+    weight2 (E, KERNEL^2) and the vectors (E,) of the second layer: the taps by the norm's scale, with neighbouring
+    channels side by side, and its shift.
+    """
     # Neighbours in launch order share their rows of x, which then come from cache.
-    o_m = tl.program_id(0) // tl.cdiv(E, BE) * BM + tl.arange(0, BM)
+    i_m = tl.program_id(0) // tl.cdiv(E, BE)
+    o_m = i_m * BM + tl.arange(0, BM)
     o_e = tl.program_id(0) % tl.cdiv(E, BE) * BE + tl.arange(0, BE)
     m_m, m_e = o_m < M, o_e < E
-    p_rows = p_x + (o_m + (o_m // HW + 1) * P).to(tl.int64)[:, None] * C
-
-    b_h = tl.zeros((BM, BE), dtype=ACC)
-    for c in range(0, C, BC):
-        o_c = c + tl.arange(0, BC)
-        m_c = (o_c < C)[None, :]
-        b_x = tl.load(p_rows + o_c[None, :], mask=m_m[:, None] & m_c, other=0.0).to(COMPUTE)  # [BM, BC]
-        b_weight = tl.load(p_weight + o_e[:, None] * C + o_c[None, :], mask=m_e[:, None] & m_c, other=0.0)  # [BE, BC]
-        b_h = tl.dot(b_x, tl.trans(b_weight), b_h, input_precision=PRECISION, out_dtype=ACC)
-    b_h += tl.load(p_bias + o_e, mask=m_e, other=0.0)[None, :]
-    b_h = activate(b_h, ACTIVATION, EXACT).to(COMPUTE)
-    tl.store(p_h + o_m.to(tl.int64)[:, None] * E + o_e[None, :], b_h, mask=m_m[:, None] & m_e[None, :])
+    if i_m >= tl.cdiv(M, BM):
+        vectors2 = (p_bias2, p_norm_weight2, p_norm_bias2, p_running_mean2, p_running_var2)
+        _store_rows2(p_rows2, p_weight2, vectors2, eps2, o_e, m_e, E, KERNEL, BE, ACC)
+    else:
+        p_rows = p_x + (o_m + (o_m // HW + 1) * P).to(tl.int64)[:, None] * C
+        b_h = tl.zeros((BM, BE), dtype=ACC)
+        for c in range(0, C, BC):
+            o_c = c + tl.arange(0, BC)
+            m_c = (o_c < C)[None, :]
+            b_x = tl.load(p_rows + o_c[None, :], mask=m_m[:, None] & m_c, other=0.0).to(COMPUTE)  # [BM, BC]
+            b_weight = tl.load(p_weight1 + o_e[:, None] * C + o_c[None, :], mask=m_e[:, None] & m_c, other=0.0)
+            b_h = tl.dot(b_x, tl.trans(b_weight), b_h, input_precision=PRECISION, out_dtype=ACC)
+        vectors1 = (p_bias1, p_norm_weight1, p_norm_bias1, p_running_mean1, p_running_var1)
+        b_scale, b_shift = _scale_and_shift(vectors1, eps1, o_e, m_e, BE, ACC)
+        b_h = activate(b_h * b_scale[None, :] + b_shift[None, :], ACTIVATION, EXACT)
+        tl.store(p_h + o_m.to(tl.int64)[:, None] * E + o_e[None, :], b_h.to(COMPUTE), mask=m_m[:, None] & m_e[None, :])
 
 
 @triton.jit
 def leff_contract_kernel(
-    p_h, p_taps, p_bias2, p_weight, p_bias3, p_x, p_residual, p_out, B, H, W, P,
+    p_h, p_rows2, p_weight3, p_bias3, p_norm_weight3, p_norm_bias3, p_running_mean3, p_running_var3,
+    p_x, p_residual, p_out, B, H, W, P, eps3: tl.float64,
     E: tl.constexpr, O: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BX: tl.constexpr, BE: tl.constexpr, BO: tl.constexpr, NO: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """out (B, P + HW, O) from h (B * HW, E), taps (KERNEL^2, E), weight (O, E) and the biases (E,) and (O,).
+    """out (B, P + HW, O) from h (B * HW, E), rows2 (KERNEL^2 + 1, E), weight3 (O, E) and the last layer's vectors (O,).
 
     A program instance takes BX patches of two by two outputs, for which 16 loads of h do where four outputs by
     themselves have 36 taps of side 3, and NO blocks of BO output channels. The product is taken as W_3 h2^T: h2 is then
@@ -81,12 +99,12 @@ def leff_contract_kernel(
             ROWS: tl.constexpr = KERNEL + 1 if KERNEL == 3 else 1
             b_weights, b_taps = (), ()
             for i_o in tl.static_range(NO):
-                b_weights = b_weights + (_load_weight(p_weight, o_o + i_o * BO, o_e, E, O),)
+                b_weights = b_weights + (_load_weight(p_weight3, o_o + i_o * BO, o_e, E, O),)
             if KERNEL == 3:
                 for k in tl.static_range(KERNEL * KERNEL):
-                    b_taps = b_taps + (_load_row(p_taps + k * E, o_e, m_e),)
-            b_bias = tl.zeros((BX, BE), dtype=ACC) + _load_row(p_bias2, o_e, m_e)
-            b_patch = (b_bias, b_bias, b_bias, b_bias)
+                    b_taps = b_taps + (_load_row(p_rows2 + k * E, o_e, m_e),)
+            b_shift = tl.zeros((BX, BE), dtype=ACC) + _load_row(p_rows2 + KERNEL * KERNEL * E, o_e, m_e)
+            b_patch = (b_shift, b_shift, b_shift, b_shift)
             for first in tl.static_range(0, KERNEL + 1, ROWS):
                 b_rows = ()
                 for k in tl.static_range(ROWS * (KERNEL + 1)):
@@ -102,7 +120,7 @@ def leff_contract_kernel(
                         elif KERNEL == 3:
                             b_sums = b_sums + (b_patch[i] + b_h * b_taps[_tap(k, i, KERNEL)],)
                         else:
-                            p_tap = p_taps + _tap(first * (KERNEL + 1) + k, i, KERNEL) * E
+                            p_tap = p_rows2 + _tap(first * (KERNEL + 1) + k, i, KERNEL) * E
                             b_sums = b_sums + (b_patch[i] + b_h * _load_row(p_tap, o_e, m_e),)
                     b_patch = b_sums
             b_h2 = ()
@@ -125,11 +143,12 @@ def leff_contract_kernel(
         i_b = o_q // columns // rows
         o_t = (i_b * H + o_y) * W + o_x + (i_b + 1) * P
         m_t = (o_q < patches) & (o_y < H) & (o_x < W)
-        _store_block(p_out, p_residual, p_bias3, b_out0, o_t, m_t, o_o, O, HAS_RESIDUAL)
+        vectors3 = (p_bias3, p_norm_weight3, p_norm_bias3, p_running_mean3, p_running_var3)
+        _store_block(p_out, p_residual, vectors3, eps3, b_out0, o_t, m_t, o_o, O, HAS_RESIDUAL, BO, ACC)
         if NO > 1:
-            _store_block(p_out, p_residual, p_bias3, b_out1, o_t, m_t, o_o + BO, O, HAS_RESIDUAL)
+            _store_block(p_out, p_residual, vectors3, eps3, b_out1, o_t, m_t, o_o + BO, O, HAS_RESIDUAL, BO, ACC)
         if NO > 2:
-            _store_block(p_out, p_residual, p_bias3, b_out2, o_t, m_t, o_o + 2 * BO, O, HAS_RESIDUAL)
+            _store_block(p_out, p_residual, vectors3, eps3, b_out2, o_t, m_t, o_o + 2 * BO, O, HAS_RESIDUAL, BO, ACC)
 
 
 @triton.constexpr_function
@@ -137,6 +156,44 @@ def _tap(i, output, KERNEL):
     """The tap by which input i of a patch's (KERNEL + 1)^2 counts for one of its four outputs, -1 if it does not."""
     row, column = i // (KERNEL + 1) - output // 2, i % (KERNEL + 1) - output % 2
     return row * KERNEL + column if 0 <= row < KERNEL and 0 <= column < KERNEL else -1
+
+
+@triton.jit
+def _scale_and_shift(vectors, eps, o_e, m_e, BE: tl.constexpr, ACC: tl.constexpr):
+    """Of BE channels the scale and the shift that a layer's bias and norm are behind its weight.
+
+    The vectors are bias, norm_weight, norm_bias, running_mean and running_var; any may be None, and without running
+    statistics there is no norm.
+    """
+    p_bias, p_norm_weight, p_norm_bias, p_mean, p_variance = vectors
+    b_scale, b_shift = tl.full((BE,), 1.0, dtype=ACC), tl.zeros((BE,), dtype=ACC)
+    if p_bias is not None:
+        b_shift += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
+    if p_mean is not None:
+        b_variance = tl.load(p_variance + o_e, mask=m_e, other=1.0).to(ACC)
+        b_scale = tl.rsqrt(b_variance + tl.full((BE,), eps, dtype=ACC))
+        if p_norm_weight is not None:
+            b_scale *= tl.load(p_norm_weight + o_e, mask=m_e, other=0.0).to(ACC)
+        b_shift = (b_shift - tl.load(p_mean + o_e, mask=m_e, other=0.0).to(ACC)) * b_scale
+        if p_norm_bias is not None:
+            b_shift += tl.load(p_norm_bias + o_e, mask=m_e, other=0.0).to(ACC)
+    # Or every thread would load and compute the vectors for all the columns that it holds of a product.
+    return compute_once(b_scale), compute_once(b_shift)
+
+
+@triton.jit
+def _store_rows2(
+    p_rows2, p_weight2, vectors, eps, o_e, m_e, E: tl.constexpr, KERNEL: tl.constexpr, BE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The rows of BE channels, all taps in one load."""
+    b_scale, b_shift = _scale_and_shift(vectors, eps, o_e, m_e, BE, ACC)
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    o_k = tl.arange(0, 16 if KERNEL == 3 else 64)[:, None]
+    mask = (o_k < TAPS) & m_e[None, :]
+    b_taps = tl.load(p_weight2 + o_e[None, :] * TAPS + o_k, mask=mask, other=0.0).to(ACC)
+    tl.store(p_rows2 + o_k * E + o_e[None, :], b_taps * b_scale[None, :], mask=mask)
+    tl.store(p_rows2 + TAPS * E + o_e, b_shift, mask=m_e)
 
 
 @triton.jit
@@ -151,12 +208,15 @@ def _load_weight(p_weight, o_o, o_e, E: tl.constexpr, O: tl.constexpr):
 
 
 @triton.jit
-def _store_block(p_out, p_residual, p_bias, b_out, o_t, m_t, o_o, O: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    """Add the bias and the residual to a block of channels by tokens, and store it as tokens by channels."""
-    m_o = o_o < O
-    b_out = tl.trans(b_out) + tl.load(p_bias + o_o, mask=m_o, other=0.0)[None, :]
+def _store_block(
+    p_out, p_residual, vectors, eps, b_out, o_t, m_t, o_o,
+    O: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BO: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Scale and shift a block of channels by tokens, add the residual, and store it as tokens by channels."""
+    b_scale, b_shift = _scale_and_shift(vectors, eps, o_o, o_o < O, BO, ACC)
+    b_out = tl.trans(b_out * b_scale[:, None] + b_shift[:, None])
     offsets = o_t.to(tl.int64)[:, None] * O + o_o[None, :]
-    mask = m_t[:, None] & m_o[None, :]
+    mask = m_t[:, None] & (o_o < O)[None, :]
     if HAS_RESIDUAL:
         b_out += tl.load(p_residual + offsets, mask=mask, other=0.0).to(b_out.dtype)
     tl.store(p_out + offsets, b_out.to(p_out.dtype.element_ty), mask=mask)

@@ -1,51 +1,53 @@
-"""LeFF's inference on the CPU, a few images at a time, so that their hidden tokens stay in cache."""
+"""LeFF's inference on the CPU, image by image, so that hidden tokens stay in cache."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...common.products import has_panels, in_panels, packed
-from ..folding import FoldedWeights
-from .stages import activation_index, images_at_a_time, stages
+from ..arguments import parameters_per_layer
+from .stages import activation_index, stages
 
-__all__ = ["leff_inference_native"]
+__all__ = ["in_compute_dtype", "leff_inference_native", "leff_sizes"]
 
-# Of hidden tokens for each thread: both products and the stage between them stay in the second level of cache.
-bytes_in_cache = 512 << 10
+
+def leff_sizes(
+    parameters: Sequence[Tensor | None], activations: Sequence[str], grid_size: tuple[int, int]
+) -> list[int]:
+    """What ``ceit::_leff_infer`` takes beside tensors, of ``parameters`` as the operators have them."""
+    weight1, weight2, weight3 = parameters[::parameters_per_layer]
+    sizes = [weight1.shape[1], weight1.shape[0], weight3.shape[0], weight2.shape[-1]]
+    return [*sizes, *map(activation_index, activations), *grid_size]
+
+
+def in_compute_dtype(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """The parameters with weights in the dtype of products; vectors are read in any."""
+    return [tensor.to(dtype) if i % parameters_per_layer == 0 else tensor for i, tensor in enumerate(parameters)]
 
 
 def leff_inference_native(
     x: Tensor,
-    folded: FoldedWeights,
+    parameters: Sequence[Tensor | None],
+    eps: Sequence[float],
     residual: Tensor | None,
     grid_size: tuple[int, int],
     num_prefix_tokens: int,
-    activations: tuple[str, str],
+    activations: Sequence[str],
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The registered operator's result, its arguments checked; x and residual contiguous, B at least 1."""
-    tokens, hidden = grid_size[0] * grid_size[1], folded.weight1.shape[0]
-    first, second = (activation_index(name) for name in activations)
-    images = min(x.shape[0], images_at_a_time(tokens * hidden * dtype.itemsize, bytes_in_cache))
-    pack = in_panels if out_dtype == dtype and has_panels(dtype, x.shape[2], hidden) else packed
-    weight1, weight3 = (pack(w, images * tokens, constant=True) for w in (folded.weight1, folded.weight3))
-    out = x.new_empty((*x.shape[:2], folded.weight3.shape[0]), dtype=out_dtype)
-    stages._leff_infer(
-        x.to(dtype),
-        x.to(out_dtype) if num_prefix_tokens else x,
-        weight1,
-        folded.bias1.to(dtype),
-        folded.taps,
-        folded.bias2,
-        weight3,
-        folded.bias3.to(dtype),
-        None if residual is None else residual.to(out_dtype),
-        first,
-        second,
-        *grid_size,
-        images,
-        out,
-    )
-    return out
+    parameters = in_compute_dtype(parameters, dtype)
+    sizes = leff_sizes(parameters, activations, grid_size)
+    out = x.new_empty((*x.shape[:2], sizes[2]), dtype=dtype)
+    alike = out_dtype == dtype
+    added = residual.to(dtype) if alike and residual is not None else None
+    stages._leff_infer(x.to(dtype), parameters, None, added, eps, sizes, out)
+    if alike:
+        return out
+    # Under autocast prefix tokens and residual are not rounded to the dtype of products.
+    out = out.to(out_dtype)
+    out[:, :num_prefix_tokens] = x[:, :num_prefix_tokens]
+    return out if residual is None else out.add_(residual)

@@ -26,7 +26,7 @@ def _gather_moments(moments: Tensor, count: Tensor, group: str) -> tuple[Tensor,
     everyone = mine.new_empty(dist.get_world_size(processes) * mine.numel())  # flat, as gloo wants it
     dist.all_gather_into_tensor(everyone, mine, group=processes)
     everyone = everyone.view(-1, mine.numel())
-    return everyone[:, :-1].reshape(-1, 2, moments.shape[1]), everyone[:, -1].contiguous()
+    return everyone[:, :-1].contiguous().view(-1, 2, moments.shape[1]), everyone[:, -1].contiguous()
 
 
 @torch.library.impl("ceit::_leff_sum_over_processes", "default")

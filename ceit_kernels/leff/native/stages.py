@@ -7,8 +7,9 @@ from ..arguments import ACTIVATIONS
 __all__ = ["activation_index", "images_at_a_time", "stages"]
 
 for _schema in (
-    "_leff_infer(Tensor x, Tensor prefix, Tensor weight1, Tensor bias1, Tensor taps, Tensor bias2, Tensor weight3, "
-    "Tensor bias3, Tensor? residual, int first, int second, int height, int width, int images, Tensor(a!) out) -> ()",
+    "_leff_infer(Tensor x, Tensor?[] parameters, Tensor? packed, Tensor? residual, float[] eps, int[] sizes, "
+    "Tensor(a!) out) -> ()",
+    "_leff_pack(Tensor like, Tensor?[] parameters, float[] eps, int[] sizes) -> Tensor",
     "_leff_train(Tensor x, Tensor?[] parameters, Tensor? residual, Tensor prefix, float[] eps, int[] modes, "
     "int[] sizes, str group, Tensor(a!) out) -> Tensor[]",
     "_leff_train_backward(Tensor dout, Tensor x, Tensor?[] parameters, Tensor[] saved, int[] modes, int[] sizes, "

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import NORM_MODES
-from ..folding import parameters_per_layer
+from ..arguments import NORM_MODES, parameters_per_layer
 from ..problem import Forward, Needs, Problem
 from . import processes  # noqa: F401  what compiled code calls
 from .stages import activation_index, images_at_a_time, stages

@@ -1,58 +1,88 @@
 // Patch tokens from the stem's map, with the class token ahead of them and positions added.
 #include <algorithm>
 
-#include "../sums.h"
+#include "../capability.h"
+#include "../scalar.h"
 #include "block.h"
 
 namespace ceit::block {
 namespace {
 
-// A sum for each row of a patch: one long chain of additions would lose digits of float32.
-void project(const panels::Call<float>& call, int64_t patch_height, int64_t begin, int64_t end) {
-  const int64_t line = call.terms / patch_height;
-  for (int64_t y = 0; y < patch_height; ++y) {
-    panels::Call<float> part = call;
-    part.terms = line, part.add = y > 0;
-    part.a = call.a + y * line, part.b = call.b + y * line * panels::kColumns;
-    if (y + 1 < patch_height) part.bias = part.residual = nullptr;
-    panels::multiply(part, begin, end);
-  }
+// oneDNN's brgemm adds up all terms in one chain, which would lose digits of float32: there a sum for each row of a patch.
+template <class T>
+bool by_rows() {
+  return std::is_same_v<T, float> && capability() == Capability::avx512;
 }
-void project(const panels::Call<Bf16>& call, int64_t, int64_t begin, int64_t end) { panels::multiply(call, begin, end); }
+
+// Columns of a patch's elements in the order of the map's, for elements `first` of `count` rows of a patch.
+template <class T>
+std::vector<T> in_order_of_map(const T* weight, const PatchSizes& sizes, int64_t first, int64_t count) {
+  const int64_t pixels = sizes.height * sizes.width, line = sizes.line(), terms = count * line;
+  std::vector<T> ordered(size_t(sizes.channels * terms));
+  torch::stable::parallel_for(0, sizes.channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t out = begin; out < end; ++out) {
+      T* to = ordered.data() + out * terms;
+      const T* from = weight + out * sizes.map_channels * pixels + first * sizes.width;
+      for (int64_t c = 0; c < sizes.map_channels; ++c)
+        for (int64_t pixel = 0; pixel < count * sizes.width; ++pixel)
+          to[pixel * sizes.map_channels + c] = from[c * pixels + pixel];
+    }
+  });
+  return ordered;
+}
 
 }  // namespace
 
 template <class T>
-void infer_patches(const Patches& patches, panels::Call<T> projection, int64_t images, const T* map,
-                   const T* class_token, const T* positions, T* out) {
-  const int64_t rows = patches.map_height / patches.height, columns = patches.map_width / patches.width;
-  const int64_t line = patches.width * patches.channels, channels = projection.columns;
-  const int64_t tokens = rows * columns;
-  projection.a_stride = projection.terms, projection.out_stride = channels;
-  projection.residual = positions + channels;
-  const int64_t floats = panels::floats_for<T>(tokens * projection.terms);
-  panels::for_images(images, floats, [&](int64_t image, panels::Place place, auto run) {
+Patches<T>::Patches(const PatchSizes& sizes, gemm::Packer<T>& packer) : PatchSizes(sizes) {
+  const int64_t parts = by_rows<T>() ? height : 1, count = height / parts;
+  const T* weight = packer.fills() ? packer.whole("projection", channels * height * line()) : nullptr;
+  for (int64_t part = 0; part < parts; ++part) {
+    std::vector<T> ordered;
+    if (weight) ordered = in_order_of_map(weight, sizes, part * count, count);
+    projections.push_back(packer.packed(ordered.data(), channels, count * line()));
+    projections.back().a_stride = height * line(), projections.back().out_stride = channels;
+    projections.back().accumulate = part > 0;
+  }
+  projections.back().shift = packer.vector("bias", channels);
+  class_token = packer.copy("class_token", channels);
+  positions = packer.copy("positions", (1 + tokens()) * channels);
+  projections.back().residual = positions + channels;
+}
+
+template <class T>
+void infer_patches(const Patches<T>& patches, int64_t images, const T* map, T* out) {
+  const int64_t columns = patches.columns(), line = patches.line(), channels = patches.channels;
+  const int64_t terms = patches.height * line, tokens = patches.tokens(), row_of_map = patches.map_width * patches.map_channels;
+  const int64_t floats = gemm::floats_for<T>(tokens * terms);
+  gemm::for_images(images, floats, [&](int64_t image, gemm::Place place, auto run) {
     T* all = reinterpret_cast<T*>(place.memory);
-    const T* from = map + image * patches.map_height * patches.map_width * patches.channels;
+    const T* from = map + image * patches.map_height * row_of_map;
     T* to = out + image * (1 + tokens) * channels;
-    for (int64_t c = 0; c < channels; ++c) to[c] = sum_of(class_token[c], positions[c]);
-    run(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < channels; ++c) to[c] = sum_of(patches.class_token[c], patches.positions[c]);
+    run(patches.rows(), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         for (int64_t y = 0; y < patches.height; ++y) {
-          const T* pixels = from + (row * patches.height + y) * patches.map_width * patches.channels;
-          T* patch = all + row * columns * projection.terms + y * line;
-          for (int64_t column = 0; column < columns; ++column, pixels += line, patch += projection.terms)
+          const T* pixels = from + (row * patches.height + y) * row_of_map;
+          T* patch = all + row * columns * terms + y * line;
+          for (int64_t column = 0; column < columns; ++column, pixels += line, patch += terms)
             std::copy(pixels, pixels + line, patch);
         }
-      panels::Call<T> call = projection;
-      call.a = all, call.out = to + channels;
-      project(call, patches.height, begin * columns, end * columns);
+      int64_t first = 0;
+      for (gemm::Call<T> call : patches.projections) {
+        call.a = all + first, call.out = to + channels;
+        gemm::multiply(call, begin * columns, end * columns);
+        first += call.terms;
+      }
     });
   });
 }
 
-template void infer_patches(const Patches&, panels::Call<float>, int64_t, const float*, const float*, const float*,
-                            float*);
-template void infer_patches(const Patches&, panels::Call<Bf16>, int64_t, const Bf16*, const Bf16*, const Bf16*, Bf16*);
+#define CEIT_INSTANTIATE(T)  \
+  template struct Patches<T>; \
+  template void infer_patches(const Patches<T>&, int64_t, const T*, T*);
+CEIT_INSTANTIATE(float)
+CEIT_INSTANTIATE(Bf16)
+CEIT_INSTANTIATE(double)
 
 }  // namespace ceit::block

@@ -2,7 +2,7 @@
 // keys and values of all tokens, and of the rest one row an image.
 #include <vector>
 
-#include "../sums.h"
+#include "../scalar.h"
 #include "block.h"
 
 namespace ceit::block {
@@ -18,7 +18,7 @@ struct Memory {
 };
 
 template <class T>
-panels::Call<T> with_rows(panels::Call<T> call, const T* a, T* out, const T* residual = nullptr) {
+gemm::Call<T> with_rows(gemm::Call<T> call, const T* a, T* out, const T* residual = nullptr) {
   call.a = a, call.a_stride = call.terms;
   call.out = out, call.out_stride = call.columns;
   call.residual = residual;
@@ -36,7 +36,7 @@ class ClassTokens {
   T* total() { return row(2, 0); }
   T* normalised() { return row(3, 0); }
   void add_attention(const Attention<T>& block) {
-    panels::multiply_few(with_rows<T>(block.projection, attended(0), total(), row(0, 0)), images_, panels::Threads());
+    gemm::multiply_few(with_rows<T>(block.projection, attended(0), total(), row(0, 0)), images_, gemm::Threads());
     block.norm2(total(), normalised(), 0, images_);
   }
 
@@ -49,22 +49,23 @@ class ClassTokens {
 }  // namespace
 
 template <class T>
-void infer_encoder(const Attention<T>& block, const leff::Bands<T>& leff, int64_t images, int64_t rows, const T* x,
-                   T* out) {
+void infer_encoder(const Encoder<T>& encoder, int64_t images, int64_t rows, const T* x, T* out) {
+  const Attention<T>& block = encoder.attention;
+  const leff::Bands<T>& leff = encoder.leff;
   const int64_t channels = leff.channels, elements = rows * channels;
-  const int64_t floats = panels::floats_for<T>(6 * elements + leff.memory());
-  panels::for_images(images, floats, [&](int64_t image, panels::Place place, auto run) {
+  const int64_t floats = gemm::floats_for<T>(6 * elements + leff.memory());
+  gemm::for_images(images, floats, [&](int64_t image, gemm::Place place, auto run) {
     const Memory<T> memory(reinterpret_cast<T*>(place.memory), elements);
     const T* in = x + image * elements;
     run(rows, [&](int64_t begin, int64_t end) {
       block.norm1(in, memory.normalised, begin, end);
-      panels::multiply(with_rows<T>(block.qkv, memory.normalised, memory.qkv), begin, end);
+      gemm::multiply(with_rows<T>(block.qkv, memory.normalised, memory.qkv), begin, end);
     });
     const auto attention =
         attention_call<T>(1, rows, rows, channels, block.heads, block.scale, memory.qkv, memory.attended);
     run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
     run(rows, [&](int64_t begin, int64_t end) {
-      panels::multiply(with_rows<T>(block.projection, memory.attended, memory.total, in), begin, end);
+      gemm::multiply(with_rows<T>(block.projection, memory.attended, memory.total, in), begin, end);
       block.norm2(memory.total, memory.normalised, begin, end);
       leff.expand(memory.normalised, memory.leff, std::max<int64_t>(0, begin - leff.prefix), end - leff.prefix);
     });
@@ -79,17 +80,17 @@ void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, 
                        Rows<T> out) {
   const int64_t elements = rows * channels;
   ClassTokens<T> tokens(images, channels);
-  panels::for_images(images, panels::floats_for<T>(4 * elements), [&](int64_t image, panels::Place place, auto run) {
+  gemm::for_images(images, gemm::floats_for<T>(4 * elements), [&](int64_t image, gemm::Place place, auto run) {
     T* memory = reinterpret_cast<T*>(place.memory);
     const T* in = x + image * elements;
     tokens.ask(image, in);
-    const panels::Call<T> qkv = with_rows<T>(block.qkv, memory, memory + elements);
+    const gemm::Call<T> qkv = with_rows<T>(block.qkv, memory, memory + elements);
     // Panels with a column of keys or values of all rows, and those of queries, which may share one, of the first.
-    const panels::Range keys_and_values{channels / panels::kColumns, panels::panels_of(3 * channels)};
+    const gemm::Range keys_and_values{channels / gemm::kColumns, gemm::panels_of(3 * channels)};
     run(rows, [&](int64_t begin, int64_t end) {
       block.norm1(in, memory, begin, end);
-      panels::multiply(qkv, panels::Range{begin, end}, keys_and_values);
-      if (begin == 0) panels::multiply(qkv, panels::Range{0, 1}, panels::Range{0, panels::panels_of(channels)});
+      gemm::multiply(qkv, gemm::Range{begin, end}, keys_and_values);
+      if (begin == 0) gemm::multiply(qkv, gemm::Range{0, 1}, gemm::Range{0, gemm::panels_of(channels)});
     });
     const auto attention =
         attention_call<T>(1, rows, 1, channels, block.heads, block.scale, qkv.out, tokens.attended(image));
@@ -101,13 +102,13 @@ void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, 
 }
 
 template <class T>
-void infer_layers(const Attention<T>& block, panels::Call<T> expanding, panels::Call<T> contracting, int64_t images,
-                  int64_t layers, int64_t channels, const T* x, T* out) {
-  const int64_t rows = images * layers, elements = rows * channels;
-  const panels::Threads run;
+void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const T* x, T* out) {
+  const Attention<T>& block = layer.attention;
+  const int64_t channels = layer.channels, rows = images * layers, elements = rows * channels;
+  const gemm::Threads run;
   ClassTokens<T> tokens(images, channels);
-  const int64_t floats = panels::floats_for<T>(4 * elements + images * expanding.columns);
-  T *memory = reinterpret_cast<T*>(panels::workspace(floats)), *hidden = memory + 4 * elements;
+  const int64_t floats = gemm::floats_for<T>(4 * elements + images * layer.expanding.columns);
+  T *memory = reinterpret_cast<T*>(gemm::workspace(floats)), *hidden = memory + 4 * elements;
   for (int64_t image = 0; image < images; ++image) {
     // Attention's queries are the first tokens, so the last goes ahead of the others.
     const T *in = x + image * layers * channels, *last = in + (layers - 1) * channels;
@@ -117,21 +118,21 @@ void infer_layers(const Attention<T>& block, panels::Call<T> expanding, panels::
     std::copy(in, last, turned + channels);
   }
   block.norm1(memory + elements, memory, 0, rows);
-  panels::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows, run);
+  gemm::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows, run);
   const auto attention = attention_call<T>(images, layers, 1, channels, block.heads, block.scale, memory + elements,
                                            tokens.attended(0));
   run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
   tokens.add_attention(block);
-  panels::multiply_few(with_rows<T>(expanding, tokens.normalised(), hidden), images, run);
-  panels::multiply_few(with_rows<T>(contracting, hidden, out, tokens.total()), images, run);
+  gemm::multiply_few(with_rows<T>(layer.expanding, tokens.normalised(), hidden), images, run);
+  gemm::multiply_few(with_rows<T>(layer.contracting, hidden, out, tokens.total()), images, run);
 }
 
-#define CEIT_INSTANTIATE(T)                                                                                       \
-  template void infer_encoder(const Attention<T>&, const leff::Bands<T>&, int64_t, int64_t, const T*, T*);        \
-  template void infer_class_token(const Attention<T>&, int64_t, int64_t, int64_t, const T*, Rows<T>);             \
-  template void infer_layers(const Attention<T>&, panels::Call<T>, panels::Call<T>, int64_t, int64_t, int64_t, \
-                             const T*, T*);
+#define CEIT_INSTANTIATE(T)                                                                           \
+  template void infer_encoder(const Encoder<T>&, int64_t, int64_t, const T*, T*);                     \
+  template void infer_class_token(const Attention<T>&, int64_t, int64_t, int64_t, const T*, Rows<T>); \
+  template void infer_layers(const Layers<T>&, int64_t, int64_t, const T*, T*);
 CEIT_INSTANTIATE(float)
 CEIT_INSTANTIATE(Bf16)
+CEIT_INSTANTIATE(double)
 
 }  // namespace ceit::block

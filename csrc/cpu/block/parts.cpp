@@ -11,16 +11,15 @@ CEIT_DECLARE_TABLE(Kernels, kernels, 3)
 
 namespace ceit::block {
 
-using torch::stable::Tensor;
-
-Norm::Norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, int64_t channels) {
+template <class T>
+Norm<T>::Norm(int64_t channels, double eps, gemm::Packer<T>& packer) {
   call_.channels = channels, call_.eps = eps;
-  call_.weight = floats("norm.weight", weight, channels);
-  call_.bias = floats("norm.bias", bias, channels);
+  call_.weight = packer.vector("norm.weight", channels, 1);
+  call_.bias = packer.vector("norm.bias", channels);
 }
 
 template <class T>
-void Norm::operator()(const T* x, T* out, int64_t begin, int64_t end) const {
+void Norm<T>::operator()(const T* x, T* out, int64_t begin, int64_t end) const {
   add_norm::ForwardCall call = call_;
   call.rows = end - begin;
   call.x = x + begin * call.channels, call.out = out + begin * call.channels;
@@ -43,10 +42,11 @@ void attend(const attention::ForwardCall& call, int64_t begin, int64_t end) {
 }
 
 #define CEIT_INSTANTIATE(T)                                                                             \
-  template void Norm::operator()(const T*, T*, int64_t, int64_t) const;                                 \
+  template class Norm<T>;                                                                               \
   template attention::ForwardCall attention_call(int64_t, int64_t, int64_t, int64_t, int64_t, double, const T*, T*); \
   template void attend<T>(const attention::ForwardCall&, int64_t, int64_t);
 CEIT_INSTANTIATE(float)
 CEIT_INSTANTIATE(Bf16)
+CEIT_INSTANTIATE(double)
 
 }  // namespace ceit::block

@@ -165,15 +165,15 @@ void sums(const SumsCall& call, int64_t begin, int64_t end) {
   using Real = RealOf<T>;
   const int64_t channels = call.channels, size = call.width * channels;
   for_vectors<Real>(channels, [&](int64_t c, auto n) {
-    const auto shift = load(static_cast<const Real*>(call.shift) + c, n);
+    const auto mean = load(static_cast<const Real*>(call.mean) + c, n);
     for (int64_t row = begin; row < end; ++row) {
       const T* gradient = static_cast<const T*>(call.gradient) + row * size;
-      const T* out = static_cast<const T*>(call.out) + row * size;
+      const T* x = static_cast<const T*>(call.x) + row * size;
       auto sum = splat(Real(0)), product = splat(Real(0));
       for (int64_t at = c; at < size; at += channels) {
         const auto g = load(gradient + at, n);
         sum += g;
-        product += g * (load(out + at, n) - shift);
+        product += g * (load(x + at, n) - mean);
       }
       Real* to = static_cast<Real*>(call.sums) + row * 2 * channels + c;
       store(to, sum, n);

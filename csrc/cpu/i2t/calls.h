@@ -37,20 +37,21 @@ struct ForwardCall {
   void* moments;     // (B, conv_height, 2, out_channels), or null
 };
 
-// x = (x - mean) scale + shift, in place.
+// out = (x - mean) scale + shift, which may be in the place of x.
 struct NormaliseCall {
   int64_t pixels, channels;
   const void* norm;  // (3, channels)
-  void* x;           // (pixels, channels)
+  const void* x;     // (pixels, channels)
+  void* out;         // likewise
 };
 
-// Sums over each row of g and of g (out - shift).
+// Sums over each row of g and of g (x - mean).
 struct SumsCall {
   int64_t rows, width, channels;
   const void* gradient;
-  const void* out;
-  const void* shift;  // (channels)
-  void* sums;         // (rows, 2, channels)
+  const void* x;
+  const void* mean;  // (channels)
+  void* sums;        // (rows, 2, channels)
 };
 
 // With the pooled gradient g at the places of the maxima, and zero elsewhere: dz = a g + b (z - mean) + c, its products

@@ -130,11 +130,12 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
 template <class T>
 void normalise(const NormaliseCall& call, int64_t begin, int64_t end) {
   using Real = RealOf<T>;
-  T* x = static_cast<T*>(call.x);
+  const T* x = static_cast<const T*>(call.x);
+  T* out = static_cast<T*>(call.out);
   for_vectors<Real>(call.channels, [&](int64_t c, auto n) {
     const Norm<Real> norm(call.norm, call.channels, c, n);
     for (int64_t at = begin * call.channels + c; at < end * call.channels; at += call.channels)
-      store(x + at, norm(load(x + at, n)), n);
+      store(out + at, norm(load(x + at, n)), n);
   });
 }
 

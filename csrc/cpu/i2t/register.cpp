@@ -81,14 +81,15 @@ void forward(Tensor image, Tensor weight, Tensor sign, OptionalTensor norm, Tens
 
 namespace {
 
-void normalise(Tensor x, Tensor norm) {
+void normalise(Tensor x, Tensor norm, Tensor out) {
   const int64_t channels = norm.numel() / 3;
   const NormaliseCall call{x.numel() / channels, channels, array("norm", norm, 3 * channels, real_type(x)),
-                           array("x", x, x.numel() / channels * channels, x.scalar_type())};
+                           array("x", x, x.numel() / channels * channels, x.scalar_type()),
+                           array("out", out, x.numel(), x.scalar_type())};
   run(kernels_for(x).normalise, call, call.pixels, 64);
 }
 
-void sums(Tensor gradient, Tensor out, Tensor shift, Tensor sums) {
+void sums(Tensor gradient, Tensor x, Tensor mean, Tensor sums) {
   STD_TORCH_CHECK(gradient.dim() == 4, "gradient: expected 4 dimensions");
   const ScalarType type = gradient.scalar_type(), real = real_type(gradient);
   const int64_t rows = gradient.size(0) * gradient.size(1), channels = gradient.size(3);
@@ -96,8 +97,8 @@ void sums(Tensor gradient, Tensor out, Tensor shift, Tensor sums) {
                       gradient.size(2),
                       channels,
                       array("gradient", gradient, gradient.numel(), type),
-                      array("out", out, gradient.numel(), type),
-                      array("shift", shift, channels, real),
+                      array("x", x, gradient.numel(), type),
+                      array("mean", mean, channels, real),
                       array("sums", sums, rows * 2 * channels, real)};
   run(kernels_for(gradient).sums, call, rows);
 }

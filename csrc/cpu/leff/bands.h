@@ -1,27 +1,28 @@
-// LeFF's inference on one image, in float32 or bfloat16; its hidden tokens go from a product to the convolution and to the
-// next product while they are in cache.
+// LeFF's inference on one image; its hidden tokens go from a product to the convolution and to the next product while
+// they are in cache.
 #pragma once
 
-#include <algorithm>
-
-#include "../panels/panels.h"
+#include "../gemm/packing.h"
 #include "calls.h"
 
 namespace ceit::leff {
 
-template <class T>
-struct Bands {
+// What a block computes beside its parameters.
+struct Sizes {
   int64_t channels, hidden, outputs, prefix;
   int height, width, side;
   Activation first, second;
-  panels::Call<T> expanding, contracting;  // but for the rows
-  const float *taps, *bias2;
+  double eps[3];  // of the norms
+};
 
-  // Of weights that are packed in panels; checks what it is given.
-  Bands(int64_t channels, int64_t prefix, int64_t height, int64_t width, int64_t outputs,
-        const torch::stable::Tensor& weight1, const torch::stable::Tensor& bias1, const torch::stable::Tensor& taps,
-        const torch::stable::Tensor& bias2, const torch::stable::Tensor& weight3, const torch::stable::Tensor& bias3,
-        int64_t first, int64_t second);
+template <class T>
+struct Bands : Sizes {
+  using Acc = AccOf<T>;
+  gemm::Call<T> expanding, contracting;  // but for the rows
+  const Acc *taps, *shift2;
+
+  // Takes weight, bias, norm weight, norm bias, running mean and running variance of the three convolutions.
+  Bands(const Sizes& sizes, gemm::Packer<T>& packer);
 
   int64_t tokens() const { return int64_t(height) * width; }
   // Elements of an image's memory.

@@ -74,55 +74,50 @@ class WeightGradient {
   Tensor sum_;
 };
 
-// `infer` with weights in panels.
-template <class T>
-void infer_by_bands(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& taps,
-                    const Tensor& bias2, const Tensor& weight3, const Tensor& bias3, const OptionalTensor& residual,
-                    int64_t first, int64_t second, int64_t height, int64_t width, const Tensor& out) {
-  const int64_t rows = x.size(1), channels = x.size(2), outputs = out.size(2);
-  STD_TORCH_CHECK(rows >= height * width && (rows == height * width || channels == outputs),
-                  "out: expected the rows of x, and its channels where there are prefix tokens");
-  const Bands<T> bands(channels, rows - height * width, height, width, outputs, weight1, bias1, taps, bias2, weight3,
-                       bias3, first, second);
-  const T* from = panels::elements<T>("x", x, x.numel());
-  T* to = panels::elements<T>("out", out, x.size(0) * rows * outputs);
-  const T* rest = panels::elements<T>("residual", residual, out.numel());
-  const int64_t floats = panels::floats_for<T>(bands.memory());
-  panels::for_images(x.size(0), floats, [&](int64_t image, panels::Place place, auto run) {
-    T* memory = reinterpret_cast<T*>(place.memory);
-    const T* tokens = from + image * rows * channels;
-    const int64_t start = image * rows * outputs;
-    run(bands.tokens(), [&](int64_t begin, int64_t end) { bands.expand(tokens, memory, begin, end); });
-    run(height, [&](int64_t begin, int64_t end) {
-      bands.contract(tokens, rest ? rest + start : nullptr, memory, to + start, begin, end);
-    });
-  });
+Sizes sizes_of(const std::vector<double>& eps, const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(sizes.size() == 8 && eps.size() == 3, "sizes, eps: expected 8 and 3 numbers");
+  return {sizes[0], sizes[1], sizes[2], 0, int(sizes[6]), int(sizes[7]), int(sizes[3]),
+          checked_activation(sizes[4]), checked_activation(sizes[5]), {eps[0], eps[1], eps[2]}};
 }
 
 }  // namespace
 
-void infer(Tensor x, Tensor prefix, Tensor weight1, Tensor bias1, Tensor taps, Tensor bias2, Tensor weight3,
-           Tensor bias3, OptionalTensor residual, int64_t first, int64_t second, int64_t height, int64_t width,
-           int64_t images, Tensor out) {
-  STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0) && taps.dim() == 2,
-                  "x, out, taps: expected (B, rows, C), (B, rows, O) and (side * side, E)");
-  if (panels::is_packed(weight1)) {
-    (x.scalar_type() == ScalarType::BFloat16 ? infer_by_bands<Bf16> : infer_by_bands<float>)(
-        x, weight1, bias1, taps, bias2, weight3, bias3, residual, first, second, height, width, out);
-    return;
-  }
-  const int64_t batch = x.size(0), tokens = height * width, hidden = taps.size(1);
-  const int64_t side = taps.size(0) == 9 ? 3 : taps.size(0) == 25 ? 5 : 7;
-  const Tensor h2 = new_empty(x, {std::min(images, batch), tokens, hidden});
-  in_parts(batch, images, [&](int64_t start, int64_t count) {
-    const Tensor h1 = as_images(linear(matrix(images_of(x, start, count)), weight1, bias1), count);
-    const Tensor part = images_of(h2, 0, count);
-    depthwise(h1, std::nullopt, first, taps, bias2, second, side, height, width, part, std::nullopt);
-    const Tensor z3 = as_images(linear(matrix(part), weight3, bias3), count);
-    OptionalTensor of_residual;
-    if (residual) of_residual = images_of(*residual, start, count);
-    finish(z3, std::nullopt, images_of(prefix, start, count), of_residual, tokens, images_of(out, start, count));
+void infer(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor packed, OptionalTensor residual,
+           std::vector<double> eps, std::vector<int64_t> sizes, Tensor out) {
+  Sizes size = sizes_of(eps, sizes);
+  const int64_t batch = x.size(0), rows = x.size(1), tokens = int64_t(size.height) * size.width;
+  STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && rows >= tokens && (rows == tokens || size.channels == size.outputs),
+                  "x: expected (B, rows, C) with the image's rows last, and as wide as out where there are others");
+  size.prefix = rows - tokens;
+  gemm::with_type(x, [&](auto type) {
+    using T = decltype(type);
+    const T* from = gemm::elements<T>("x", x, batch * rows * size.channels);
+    T* to = gemm::elements<T>("out", out, batch * rows * size.outputs);
+    const T* rest = gemm::elements<T>("residual", residual, out.numel());
+    const auto make = [&](gemm::Packer<T>& packer) { return Bands<T>(size, packer); };
+    gemm::with_packed<T>(parameters, packed, make, [&](const Bands<T>& bands) {
+      const int64_t floats = gemm::floats_for<T>(bands.memory());
+      gemm::for_images(batch, floats, [&](int64_t image, gemm::Place place, auto run) {
+        T* memory = reinterpret_cast<T*>(place.memory);
+        const T* in = from + image * rows * size.channels;
+        const int64_t start = image * rows * size.outputs;
+        run(tokens, [&](int64_t begin, int64_t end) { bands.expand(in, memory, begin, end); });
+        run(size.height, [&](int64_t begin, int64_t end) {
+          bands.contract(in, rest ? rest + start : nullptr, memory, to + start, begin, end);
+        });
+      });
+    });
   });
+}
+
+Tensor pack(Tensor like, std::vector<OptionalTensor> parameters, std::vector<double> eps, std::vector<int64_t> sizes) {
+  const Sizes size = sizes_of(eps, sizes);
+  Tensor packed = like;
+  gemm::with_type(like, [&](auto type) {
+    using T = decltype(type);
+    packed = gemm::packed_tensor<T>(like, parameters, [&](gemm::Packer<T>& packer) { return Bands<T>(size, packer); });
+  });
+  return packed;
 }
 
 Tensor expand(Tensor x, Tensor weight, OptionalTensor bias, int64_t tokens, OptionalTensor moments) {

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "calls.h"
 
@@ -67,10 +68,12 @@ void gradient_array(Tensor sums, OptionalTensor norm, OptionalTensor count, Opti
 
 // The pipelines, `images` images at a time. z has no prefix tokens where it is not said.
 
-// out of inference, as the registered operator returns it: x in the type that is computed in, `prefix` x in that of out.
-void infer(Tensor x, Tensor prefix, Tensor weight1, Tensor bias1, Tensor taps, Tensor bias2, Tensor weight3,
-           Tensor bias3, OptionalTensor residual, int64_t first, int64_t second, int64_t height, int64_t width,
-           int64_t images, Tensor out);
+// out (B, rows, O) of inference of tokens x (B, rows, C), of the type that is computed in. parameters: of each of three
+// convolutions weight, bias, norm weight, norm bias, running mean and running variance; or `packed`, what `pack` made of
+// them. eps: of the norms. sizes: C, E, O, side of the kernel, both activations, height, width.
+void infer(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor packed, OptionalTensor residual,
+           std::vector<double> eps, std::vector<int64_t> sizes, Tensor out);
+Tensor pack(Tensor like, std::vector<OptionalTensor> parameters, std::vector<double> eps, std::vector<int64_t> sizes);
 // z1 (B, rows, E) of x (B, rows, C), with the moments of its tokens where they are wanted.
 Tensor expand(Tensor x, Tensor weight, OptionalTensor bias, int64_t tokens, OptionalTensor moments);
 // z3 (B, tokens, O) of z2 (B, tokens, E), with its moments where they are wanted.

@@ -1,7 +1,7 @@
 #include "training_bands.h"
 
 #include "../capability.h"
-#include "../panels/panels.h"
+#include "../gemm/gemm.h"
 
 namespace ceit::leff {
 
@@ -29,37 +29,38 @@ class Projection {
  public:
   Projection(const Tensor& weight, const OptionalTensor& bias, int64_t tokens, int64_t images,
              const OptionalTensor& moments)
-      : weight_(transposed(weight)),
-        call_(panels::call_of(panels::floats("weight", weight_, weight.numel()), weight.size(0), weight.size(1), weight.size(0))),
+      : packed_(new_empty(weight, {gemm::packed_bytes<float>(weight.size(0), weight.size(1))}, ScalarType::Byte)),
+        call_(gemm::packed_call<float>(packed_.data_ptr(), weight.size(0), weight.size(1))),
         tokens_(tokens),
-        moments_(panels::floats("moments", moments, images * 2 * weight.size(0))) {
-    call_.bias = panels::floats("bias", bias, weight.size(0));
+        moments_(gemm::floats("moments", moments, images * 2 * weight.size(0))) {
+    gemm::pack<float>({gemm::floats("weight", weight, weight.numel()), call_.columns, call_.terms}, packed_.data_ptr());
+    call_.shift = gemm::floats("bias", bias, weight.size(0));
     call_.a_stride = call_.terms, call_.out_stride = call_.columns;
   }
   void multiply(const float* a, float* out, int64_t begin, int64_t end) const {
-    panels::multiply(of(a, out), begin, end);
+    gemm::multiply(of(a, out), begin, end);
   }
   template <class Run>
   void take_moments(float* out, int64_t image, const Run& run) const {
     if (!moments_) return;
-    run(panels::panels_of(call_.columns), [&](int64_t begin, int64_t end) { take(out, image, begin, end); });
+    run(gemm::panels_of(call_.columns), [&](int64_t begin, int64_t end) { take(out, image, begin, end); });
   }
   // Both for all rows, some channels at a time, of which the moments are taken before they leave the cache.
   template <class Run>
   void multiply_with_moments(const float* a, float* out, int64_t image, const Run& run) const {
-    run(panels::panels_of(call_.columns), [&](int64_t begin, int64_t end) {
+    run(gemm::panels_of(call_.columns), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; panel += kBandPanels) {
         const int64_t last = std::min(end, panel + kBandPanels);
-        panels::multiply(of(a, out), panels::Range{0, tokens_}, panels::Range{panel, last});
+        gemm::multiply(of(a, out), gemm::Range{0, tokens_}, gemm::Range{panel, last});
         if (moments_) take(out, image, panel, last);
       }
     });
   }
 
  private:
-  static_assert(panels::kColumns == kBlock, "a panel has the channels of a task");
-  panels::Call<float> of(const float* a, float* out) const {
-    panels::Call<float> rows = call_;
+  static_assert(gemm::kColumns == kBlock, "a panel has the channels of a task");
+  gemm::Call<float> of(const float* a, float* out) const {
+    gemm::Call<float> rows = call_;
     rows.a = a, rows.out = out;
     return rows;
   }
@@ -68,15 +69,15 @@ class Projection {
     chosen(0).moments({{1, tokens_, columns}, {out, tokens_}, moments_ + image * 2 * columns}, begin, end);
   }
 
-  Tensor weight_;
-  panels::Call<float> call_;
+  Tensor packed_;
+  gemm::Call<float> call_;
   int64_t tokens_;
   float* moments_;  // of all images, or null
 };
 
 // Adds to a matrix what threads beyond the first left at the start of their memory.
-void add_others(const panels::Memory& memory, const Tensor& sum) {
-  float* to = panels::floats("sum", sum, sum.numel());
+void add_others(const gemm::Memory& memory, const Tensor& sum) {
+  float* to = gemm::floats("sum", sum, sum.numel());
   torch::stable::parallel_for(0, sum.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t thread = 1; thread < memory.threads; ++thread) {
       const float* from = memory.of(thread);
@@ -87,7 +88,7 @@ void add_others(const panels::Memory& memory, const Tensor& sum) {
 
 }  // namespace
 
-bool has_bands(const Tensor& like) { return like.scalar_type() == ScalarType::Float && panels::available<float>(); }
+bool has_bands(const Tensor& like) { return like.scalar_type() == ScalarType::Float; }
 
 Tensor expand_by_bands(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t tokens,
                        const OptionalTensor& moments) {
@@ -95,9 +96,9 @@ Tensor expand_by_bands(const Tensor& x, const Tensor& weight, const OptionalTens
   const int64_t prefix = rows - tokens;
   const Projection projection(weight, bias, tokens, images, moments);
   const Tensor z1 = new_empty(x, {images, rows, hidden});
-  const float* from = panels::floats("x", x, images * rows * channels);
-  float* to = panels::floats("z1", z1, images * rows * hidden);
-  panels::for_images(images, 0, [&](int64_t image, panels::Place, auto run) {
+  const float* from = gemm::floats("x", x, images * rows * channels);
+  float* to = gemm::floats("z1", z1, images * rows * hidden);
+  gemm::for_images(images, 0, [&](int64_t image, gemm::Place, auto run) {
     float* out = to + image * rows * hidden;
     std::fill_n(out, prefix * hidden, 0.0f);
     out += prefix * hidden;
@@ -112,11 +113,11 @@ Tensor contract_by_bands(const Tensor& z2, const OptionalTensor& norm, int64_t a
   const int64_t images = z2.size(0), tokens = z2.size(1), hidden = z2.size(2), outputs = weight.size(0);
   const Projection projection(weight, bias, tokens, images, moments);
   const Tensor z3 = new_empty(z2, {images, tokens, outputs});
-  const float* from = panels::floats("z2", z2, z2.numel());
-  float* to = panels::floats("z3", z3, z3.numel());
-  const float* of_norm = panels::floats("norm", norm, 5 * hidden);
+  const float* from = gemm::floats("z2", z2, z2.numel());
+  float* to = gemm::floats("z3", z3, z3.numel());
+  const float* of_norm = gemm::floats("norm", norm, 5 * hidden);
   const Activation kind = checked_activation(activation);
-  panels::for_images(images, tokens * hidden, [&](int64_t image, panels::Place place, auto run) {
+  gemm::for_images(images, tokens * hidden, [&](int64_t image, gemm::Place place, auto run) {
     float* memory = place.memory;
     const float* in = from + image * tokens * hidden;
     float* out = to + image * tokens * outputs;
@@ -139,15 +140,15 @@ Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const
                                   int64_t activation, bool need_weight, const Tensor& g2, const Tensor& sums) {
   const int64_t images = z2.size(0), tokens = z2.size(1), hidden = z2.size(2), outputs = weight.size(0);
   const int64_t g_rows = g2.size(1);
-  const float *dz = panels::floats("dz3", dz3, images * tokens * outputs), *z = panels::floats("z2", z2, z2.numel());
-  float *g = panels::floats("g2", g2, images * g_rows * hidden), *of_sums = panels::floats("sums", sums, images * 2 * hidden);
-  const float *of_weight = panels::floats("weight", weight, outputs * hidden), *of_norm = panels::floats("norm", norm, 5 * hidden);
+  const float *dz = gemm::floats("dz3", dz3, images * tokens * outputs), *z = gemm::floats("z2", z2, z2.numel());
+  float *g = gemm::floats("g2", g2, images * g_rows * hidden), *of_sums = gemm::floats("sums", sums, images * 2 * hidden);
+  const float *of_weight = gemm::floats("weight", weight, outputs * hidden), *of_norm = gemm::floats("norm", norm, 5 * hidden);
   const Activation kind = checked_activation(activation);
   const Tensor dweight = new_empty(sums, {need_weight ? outputs : 0, hidden});
-  float* of_dweight = panels::floats("dweight", dweight, dweight.numel());
+  float* of_dweight = gemm::floats("dweight", dweight, dweight.numel());
   const int64_t stride = turned_stride(tokens), turned_size = need_weight ? outputs * stride : 0;
   const int64_t parts = blocks_of(hidden, kBandChannels);
-  const auto body = [&](int64_t image, panels::Place place, auto run) {
+  const auto body = [&](int64_t image, gemm::Place place, auto run) {
     const float* in = dz + image * tokens * outputs;
     float *total = place.thread ? place.memory : of_dweight, *turned = place.memory + dweight.numel();
     float* scratch = turned + turned_size;
@@ -162,25 +163,25 @@ Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const
     run(parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t channel = part * kBandChannels, channels = std::min(kBandChannels, hidden - channel);
-        panels::Call<float> product = panels::call_of(of_weight + channel, hidden, outputs, channels);
+        gemm::Call<float> product = gemm::call_of(of_weight + channel, hidden, outputs, channels);
         product.a = in, product.a_stride = outputs;
         product.out = out + channel, product.out_stride = hidden;
-        panels::multiply(product, 0, tokens);
+        gemm::multiply(product, 0, tokens);
         ActivateBackwardCall of_part = call;
         // Alone every part may have the same memory.
         float* activated = scratch + begin * tokens * kBandChannels;
         if (need_weight) of_part.part = {activated, channels, channel};
         chosen(0).activate_backward(of_part, channel / kBlock, blocks_of(channel + channels, kBlock));
         if (!need_weight) continue;
-        panels::Call<float> gradient = panels::call_of(activated, channels, tokens, channels);
+        gemm::Call<float> gradient = gemm::call_of(activated, channels, tokens, channels);
         gradient.a = turned, gradient.a_stride = stride;
-        gradient.out = total + channel, gradient.out_stride = hidden, gradient.add = !place.first;
-        panels::multiply(gradient, 0, outputs);
+        gradient.out = total + channel, gradient.out_stride = hidden, gradient.accumulate = !place.first;
+        gemm::multiply(gradient, 0, outputs);
       }
     });
   };
   const int64_t scratch = need_weight ? parts * tokens * kBandChannels : 0;
-  add_others(panels::for_images(images, dweight.numel() + turned_size + scratch, body), dweight);
+  add_others(gemm::for_images(images, dweight.numel() + turned_size + scratch, body), dweight);
   return dweight;
 }
 
@@ -189,15 +190,15 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
                                                     bool need_weight) {
   const int64_t images = x.size(0), rows = x.size(1), channels = x.size(2), hidden = weight.size(0);
   const int64_t prefix = rows - tokens;
-  const float *g = panels::floats("g1", g1, images * rows * hidden), *z = panels::floats("z1", z1, images * rows * hidden);
-  const float *from = panels::floats("x", x, images * rows * channels), *of_weight = panels::floats("weight", weight, weight.numel());
-  const float* of_gradient = panels::floats("gradient", gradient, 4 * hidden);
+  const float *g = gemm::floats("g1", g1, images * rows * hidden), *z = gemm::floats("z1", z1, images * rows * hidden);
+  const float *from = gemm::floats("x", x, images * rows * channels), *of_weight = gemm::floats("weight", weight, weight.numel());
+  const float* of_gradient = gemm::floats("gradient", gradient, 4 * hidden);
   const Tensor dx = need_x ? new_empty(x, {images, rows, channels}) : new_empty(x, {0});
   const Tensor dweight = new_empty(x, {need_weight ? channels : 0, hidden});  // transposed
-  float* of_dweight = panels::floats("dweight", dweight, dweight.numel());
+  float* of_dweight = gemm::floats("dweight", dweight, dweight.numel());
   const int64_t stride = turned_stride(tokens), turned_size = need_weight ? channels * stride : 0;
   const int64_t parts = blocks_of(hidden, kBandChannels);
-  const auto body = [&](int64_t image, panels::Place place, auto run) {
+  const auto body = [&](int64_t image, gemm::Place place, auto run) {
     const int64_t start = image * rows + prefix;
     float *total = place.thread ? place.memory : of_dweight, *turned = place.memory + dweight.numel();
     float* scratch = turned + turned_size;
@@ -215,19 +216,19 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
       of_part.first = channel, of_part.last = channel + count;
       chosen(0).gradient(of_part, 0, blocks_of(tokens, kRows));
       if (!need_weight) return;
-      panels::Call<float> product = panels::call_of(dz1, count, tokens, count);
+      gemm::Call<float> product = gemm::call_of(dz1, count, tokens, count);
       product.a = turned, product.a_stride = stride;
-      product.out = total + channel, product.out_stride = hidden, product.add = !place.first;
-      panels::multiply(product, 0, channels);
+      product.out = total + channel, product.out_stride = hidden, product.accumulate = !place.first;
+      gemm::multiply(product, 0, channels);
     };
     const auto finish = [&](int64_t part, const float* dz1, int64_t begin, int64_t end) {
       if (!need_x) return;
       const int64_t channel = part * kBandChannels, count = std::min(kBandChannels, hidden - channel);
-      panels::Call<float> product = panels::call_of(of_weight + channel * channels, channels, count, channels);
+      gemm::Call<float> product = gemm::call_of(of_weight + channel * channels, channels, count, channels);
       product.a = dz1, product.a_stride = count;
-      product.out = panels::floats("dx", dx, images * rows * channels) + start * channels, product.out_stride = channels;
-      product.add = part > 0;
-      panels::multiply(product, begin, end);
+      product.out = gemm::floats("dx", dx, images * rows * channels) + start * channels, product.out_stride = channels;
+      product.accumulate = part > 0;
+      gemm::multiply(product, begin, end);
     };
     if (run.alone) {
       for (int64_t part = 0; part < parts; ++part) {
@@ -242,10 +243,10 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
         for (int64_t part = 0; part < parts; ++part) finish(part, memory_of(part), begin, end);
       });
     }
-    if (need_x) std::fill_n(panels::floats("dx", dx, images * rows * channels) + image * rows * channels, prefix * channels, 0.0f);
+    if (need_x) std::fill_n(gemm::floats("dx", dx, images * rows * channels) + image * rows * channels, prefix * channels, 0.0f);
   };
   const int64_t scratch = parts * tokens * kBandChannels;
-  add_others(panels::for_images(images, dweight.numel() + turned_size + scratch, body), dweight);
+  add_others(gemm::for_images(images, dweight.numel() + turned_size + scratch, body), dweight);
   return {dx, need_weight ? transposed(dweight) : dweight};
 }
 

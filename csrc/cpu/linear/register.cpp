@@ -1,7 +1,7 @@
-// Products of a linear layer's training in float32 on the CPU and their registration, through libtorch's stable ABI. The
-// schemas are in ceit_kernels/common/products.py.
+// A linear layer on the CPU, its backward in float32, and their registration, through libtorch's stable ABI. The schemas
+// are in ceit_kernels/common/matmul.py.
 #include "../leff/stages.h"
-#include "../panels/panels.h"
+#include "../gemm/packing.h"
 
 namespace ceit::linear_layer {
 namespace {
@@ -17,21 +17,59 @@ constexpr int64_t kBlock = 96;
 
 float* matrix(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, ": expected a matrix");
-  return panels::floats(name, tensor, tensor.numel());
+  return gemm::floats(name, tensor, tensor.numel());
 }
 
-// A B + bias; (M, N).
-Tensor product(Tensor a, Tensor b, std::optional<Tensor> bias) {
+// Calls body for bands of rows, on all threads.
+template <class T>
+void multiply_by_bands(const gemm::Call<T>& call, int64_t rows) {
+  torch::stable::parallel_for(0, rows, kRows / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += kRows) gemm::multiply(call, row, std::min(end, row + kRows));
+  });
+}
+
+template <class T>
+gemm::Call<T> make_layer(int64_t columns, int64_t terms, gemm::Packer<T>& packer) {
+  return packer.linear(columns, terms);
+}
+
+// x W^T + bias for x (M, K) and W (N, K); (M, N). Of weight and bias, or of what `pack_linear` made of them.
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> packed, int64_t columns) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x: expected a contiguous matrix");
+  const int64_t rows = x.size(0), terms = x.size(1);
+  const Tensor out = new_empty(x, {rows, columns});
+  gemm::with_type(x, [&](auto type) {
+    using T = decltype(type);
+    const auto make = [&](gemm::Packer<T>& packer) { return make_layer<T>(columns, terms, packer); };
+    gemm::with_packed<T>({weight, bias}, packed, make, [&](gemm::Call<T> call) {
+      call.a = gemm::elements<T>("x", x, rows * terms), call.a_stride = terms;
+      call.out = gemm::elements<T>("out", out, rows * columns), call.out_stride = columns;
+      multiply_by_bands(call, rows);
+    });
+  });
+  return out;
+}
+
+Tensor pack_linear(Tensor weight, std::optional<Tensor> bias) {
+  Tensor packed = weight;
+  gemm::with_type(weight, [&](auto type) {
+    using T = decltype(type);
+    packed = gemm::packed_tensor<T>(weight, {weight, bias}, [&](gemm::Packer<T>& packer) {
+      return make_layer<T>(weight.size(0), weight.size(1), packer);
+    });
+  });
+  return packed;
+}
+
+// A B; (M, N).
+Tensor matmul(Tensor a, Tensor b) {
   const int64_t rows = a.size(0), terms = a.size(1), columns = b.size(1);
-  panels::Call<float> call = panels::call_of(matrix("b", b), columns, terms, columns);
+  gemm::Call<float> call = gemm::call_of(matrix("b", b), columns, terms, columns);
   STD_TORCH_CHECK(b.size(0) == terms, "b: expected ", terms, " rows, got ", b.size(0));
   const Tensor out = new_empty(a, {rows, columns});
   call.a = matrix("a", a), call.a_stride = terms;
   call.out = matrix("out", out), call.out_stride = columns;
-  call.bias = panels::floats("bias", bias, columns);
-  torch::stable::parallel_for(0, rows, kRows / 4, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += kRows) panels::multiply(call, row, std::min(end, row + kRows));
-  });
+  multiply_by_bands(call, rows);
   return out;
 }
 
@@ -41,7 +79,7 @@ Tensor transposed_product(const Tensor& narrow, const Tensor& wide) {
   const Tensor out = new_empty(wide, {rows, columns});
   const float *from = matrix("narrow", narrow), *b = matrix("wide", wide);
   const int64_t bands = (terms + kRows - 1) / kRows, stride = leff::turned_stride(kRows);
-  float *turned = panels::workspace(bands * stride * rows), *to = matrix("out", out);
+  float *turned = gemm::workspace(bands * stride * rows), *to = matrix("out", out);
   torch::stable::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
     for (int64_t band = begin; band < end; ++band) {
       const int64_t first = band * kRows, count = std::min(kRows, terms - first);
@@ -49,16 +87,16 @@ Tensor transposed_product(const Tensor& narrow, const Tensor& wide) {
     }
   });
   const int64_t blocks = (rows + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(0, panels::panels_of(columns) * blocks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, gemm::panels_of(columns) * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t band = 0; band < bands; ++band) {
       const int64_t first = band * kRows, count = std::min(kRows, terms - first);
-      panels::Call<float> call = panels::call_of(b + first * columns, columns, count, columns);
+      gemm::Call<float> call = gemm::call_of(b + first * columns, columns, count, columns);
       call.a = turned + band * stride * rows, call.a_stride = leff::turned_stride(count);
       call.out = to, call.out_stride = columns;
-      call.add = band > 0;
+      call.accumulate = band > 0;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t panel = task / blocks, row = task % blocks * kBlock;
-        panels::multiply(call, panels::Range{row, std::min(rows, row + kBlock)}, panels::Range{panel, panel + 1});
+        gemm::multiply(call, gemm::Range{row, std::min(rows, row + kBlock)}, gemm::Range{panel, panel + 1});
       }
     }
   });
@@ -79,6 +117,8 @@ Tensor weight_gradient(Tensor grad, Tensor x) {
 }  // namespace ceit::linear_layer
 
 STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) {
-  m.impl("_product", TORCH_BOX(&ceit::linear_layer::product));
+  m.impl("_linear", TORCH_BOX(&ceit::linear_layer::linear));
+  m.impl("_linear_pack", TORCH_BOX(&ceit::linear_layer::pack_linear));
+  m.impl("_matmul", TORCH_BOX(&ceit::linear_layer::matmul));
   m.impl("_weight_gradient", TORCH_BOX(&ceit::linear_layer::weight_gradient));
 }

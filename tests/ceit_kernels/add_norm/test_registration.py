@@ -5,7 +5,7 @@ import torch
 from support.where import DEVICE
 from torch import nn
 
-from ceit_kernels import FusedAddNorm, add_layer_norm, use_backend
+from ceit_kernels import BackendError, FusedAddNorm, add_layer_norm, use_backend
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
@@ -135,8 +135,9 @@ def test_module_calls_a_norm_that_someone_watches_or_changed(hooked):
     if hooked:
         norm.register_forward_hook(lambda *args: seen.append(args))
     x, branch = make_tensors()[:2]
-    with use_backend("norm=triton"):
-        total, out = FusedAddNorm()(x, branch, norm)
+    with use_backend("norm=triton"), pytest.raises(BackendError, match=r"norm has a hook|not Changed"):
+        FusedAddNorm()(x, branch, norm)
+    total, out = FusedAddNorm()(x, branch, norm)
     assert len(seen) == 1
     torch.testing.assert_close(total, x + branch)
     torch.testing.assert_close(out, norm(x + branch))

@@ -10,8 +10,6 @@ from torch import nn
 from ceit.blocks import Block
 from ceit_kernels import fuse, use_backend
 from ceit_kernels.block import EncoderParts, encoder_inference
-from ceit_kernels.block.watch import kept_by
-from ceit_kernels.common.products import has_panels
 
 
 def make_block(dtype=torch.float32, seed=0, dim=24, heads=3, **options) -> Block:
@@ -74,21 +72,17 @@ def test_takes_tokens_of_any_strides():
     torch.testing.assert_close(at_once(block, expanded)[2], at_once(block, x[:1])[0], rtol=1e-12, atol=1e-12)
 
 
-def test_the_block_runs_it_and_a_part_of_a_batch_at_a_time_gives_the_same(monkeypatch):
+def test_the_block_runs_it(monkeypatch):
     block, x, results = fuse(make_block(torch.float64)), make_tokens(7, dtype=torch.float64), []
-    whole = at_once(block, x)
 
     def spy(*arguments):
         results.append(encoder_inference(*arguments))
         return results[-1]
 
     monkeypatch.setattr("ceit.blocks.encoder_inference", spy)
-    monkeypatch.setattr("ceit_kernels.block.encoder.bytes_in_cache", 1)
-    again = copy.deepcopy(block)
     with torch.no_grad():
-        out = again(x, (4, 5))
+        out = block(x, (4, 5))
     assert out is results[0][0]
-    torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -104,9 +98,6 @@ def test_several_blocks_give_the_class_token_of_each(dtype, class_token_only, ba
             class_tokens.append(expected[:, 0])
         result = encoder_inference(x, blocks, parts_of, (4, 5), class_token_only)
     if class_token_only:
-        if not has_panels(dtype):
-            assert result is None
-            return
         expected = expected[:, :1]
     out, found = result
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -133,41 +124,19 @@ def test_panels_of_any_width_on_any_number_of_threads(dtype, threads, dim, heads
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("mlp_ratio", [2.0, 1.4], ids=["48 hidden", "33 hidden"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_all_weights_are_in_panels_or_none_is(dtype, mlp_ratio):
-    block = fuse(make_block(dtype, mlp_ratio=mlp_ratio))
-    at_once(block, make_tokens(dtype=dtype))
-    ((call,),) = (encoder.calls for encoder in kept_by(block).values())
-    weights = [value for value in call if isinstance(value, torch.Tensor) and value.dim() > 1]
-    *products, taps = sorted(weights, key=lambda weight: weight.shape[0] == 9)
-    assert len(products) == 4
-    assert taps.dim() == 2
-    assert {weight.dim() == 3 for weight in products} == {has_panels(dtype, 24, int(24 * mlp_ratio))}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_onednn_may_be_switched_off_in_between(dtype):
-    plain, x = make_block(dtype), make_tokens(dtype=dtype)
-    block = fuse(plain)
-    with torch.no_grad():
-        expected, exact = plain(x, (4, 5)), copy.deepcopy(plain).double()(x.double(), (4, 5))
-    for enabled in (True, False, True):
-        with torch.backends.mkldnn.flags(enabled=enabled):
-            assert_as_accurate(["tokens"], [at_once(block, x)], [expected], [exact])
-
-
-def test_follows_weights_that_change():
+def test_follows_whatever_is_written_to_a_weight_or_put_in_its_place():
     block, x = fuse(make_block()), make_tokens()
-    for parameter in (block.norm1.weight, block.attn.qkv.weight, block.attn.proj.bias, block.leff.conv3.weight):
-        before = at_once(block, x)
-        with torch.no_grad():
-            parameter.mul_(1.5)
-        assert not torch.allclose(at_once(block, x), before)
-    before = at_once(block, x)
-    block.leff.bn2.running_var.data.mul_(2)
-    block.train().eval()
-    assert not torch.allclose(at_once(block, x), before)
+    with torch.no_grad():
+        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            if not tensor.is_floating_point() or name.endswith("conv1.bias"):  # the first norm is not far from it
+                continue
+            before = at_once(block, x)
+            tensor.data.numpy()[...] *= 1.5
+            assert not torch.allclose(at_once(block, x), before, rtol=1e-6, atol=1e-6), name
+            owner, _, last = name.rpartition(".")
+            setattr(block.get_submodule(owner), last, type(tensor)(tensor.clone()))
+            expected = block.train().eval()(x, (4, 5))
+            assert torch.equal(at_once(block, x), expected), name
 
 
 class Watching(torch.utils._python_dispatch.TorchDispatchMode):
@@ -195,7 +164,8 @@ def test_declines_where_someone_would_notice():
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert at_once(block, x) is None
     handle.remove()
-    for module in (block.attn, block.leff, block.leff.bn3):
+    block.attn.proj_drop.p = block.attn.attn_drop.p = 0.5
+    for module in (block.attn, block.attn.proj_drop, block.leff, block.leff.bn3):
         module.train()
         assert at_once(block, x) is None, module
         module.eval()

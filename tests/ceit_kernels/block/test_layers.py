@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from support.accuracy import assert_as_accurate
-from support.panels import requires_panels, with_panels
 
 from ceit.blocks import LCABlock
 from ceit_kernels import fuse
@@ -29,7 +28,7 @@ def spied(monkeypatch):
     return results
 
 
-@with_panels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("batch", "layers", "dim", "heads"), [(1, 12, 192, 3), (5, 3, 24, 3), (2, 1, 100, 2)])
 def test_is_as_accurate_as_plain_pytorch(monkeypatch, dtype, threads, batch, layers, dim, heads):
@@ -47,7 +46,6 @@ def test_is_as_accurate_as_plain_pytorch(monkeypatch, dtype, threads, batch, lay
         torch.set_num_threads(before)
 
 
-@requires_panels()
 def test_follows_weights_that_change_and_takes_tokens_of_any_strides(monkeypatch):
     block, x = fuse(make_block()), torch.randn(2, 5, 24)
     with torch.no_grad():

@@ -42,10 +42,12 @@ def test_opcheck_of_inference(need_indices):
 @pytest.mark.parametrize("need_input", [True, False])
 def test_opcheck_of_the_backward_operator(need_input):
     x, weight, gamma, beta, *_ = make_arguments(requires_grad=False)
-    out, indices, mean, variance = torch.ops.ceit.i2t(x, weight, gamma, beta, None, None, 1e-5, True, None, "native")
+    out, indices, mean, variance, pooled = torch.ops.ceit.i2t(
+        x, weight, gamma, beta, None, None, 1e-5, True, None, "native"
+    )
     arguments = (torch.randn_like(out), x, weight, gamma, beta, indices, mean, variance, 1e-5, True, None, need_input)
-    torch.library.opcheck(torch.ops.ceit.i2t_backward.default, (*arguments, "native", out))
-    with pytest.raises(ValueError, match="out: expected the forward's result"):
+    torch.library.opcheck(torch.ops.ceit.i2t_backward.default, (*arguments, "native", pooled))
+    with pytest.raises(ValueError, match="pooled: expected the forward's, which"):
         torch.ops.ceit.i2t_backward(*arguments, "native")
 
 
@@ -157,7 +159,7 @@ def test_auto_takes_the_code_for_the_cpu(phase):
         assert backends.choose("i2t", torch.zeros(1), torch.float32, phase=phase).backend == "native"
 
 
-def test_training_keeps_the_result_and_a_byte_of_its_place():
+def test_training_keeps_the_pooled_map_and_a_byte_of_its_place():
     stem, x, kept = make_stem().cpu().float(), torch.randn(2, 3, 64, 64), {}
 
     def keep(tensor):
@@ -169,7 +171,7 @@ def test_training_keeps_the_result_and_a_byte_of_its_place():
     for tensor in (x, out, *stem.parameters()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     statistics = 2 * 32 * 4
-    assert sum(kept.values()) == out.numel() + statistics
+    assert sum(kept.values()) == out.numel() * (4 + 1) + statistics
 
 
 @pytest.mark.parametrize("training", [True, False])

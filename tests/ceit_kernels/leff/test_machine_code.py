@@ -8,10 +8,9 @@ from support.machine_code import CHIPS, SHARED_MEMORY, assert_efficient, compile
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
-from ceit_kernels.leff.folding import FoldedWeights
 from ceit_kernels.leff.launch import leff_inference_triton
 
-# channels, side of the image, prefix tokens; hidden channels are four times the channels
+# channels, side of the image, prefix tokens; hidden channels are four times the channels, and Mix-FFN has no norms
 SHAPES = {
     "tiny": (192, 14, 1),
     "small": (384, 14, 1),
@@ -23,16 +22,17 @@ SHAPES = {
 }
 
 
-def record(shape, dtype, chip, *, batch=256, kernel_size=3, residual=False):
+def record(shape, dtype, chip, *, batch=256, kernel_size=3, residual=False, norm_dtype=None):
     channels, side, prefix = SHAPES[shape]
+    hidden = 4 * channels
     with FakeTensorMode(), record_launches(chip) as launches:
-        wide = torch.empty(4 * channels, device="cuda", dtype=torch.promote_types(dtype, torch.float32))
-        expand = torch.empty(4 * channels, channels, device="cuda", dtype=dtype)
         x = torch.empty(batch, prefix + side * side, channels, device="cuda", dtype=dtype)
-        taps = wide.new_empty(kernel_size**2, 4 * channels)
-        folded = FoldedWeights(expand, wide, taps, wide, torch.empty_like(expand.t()), wide[:channels])
-        settings = ((side, side), prefix, ("gelu", "gelu"), dtype, dtype)
-        leff_inference_triton(x, folded, x if residual else None, *settings)
+        parameters = []
+        for size in ((hidden, channels, 1, 1), (hidden, 1, kernel_size, kernel_size), (channels, hidden, 1, 1)):
+            norm = [x.new_empty(size[0], dtype=norm_dtype or dtype) for _ in range(4)] if prefix else [None] * 4
+            parameters += [x.new_empty(size), x.new_empty(size[0]), *norm]
+        settings = ((side, side), prefix, ("gelu" if prefix else "identity", "gelu"), dtype, dtype)
+        leff_inference_triton(x, parameters, [1e-5] * 3, x if residual else None, *settings)
     return launches
 
 
@@ -48,6 +48,13 @@ def test_small_in_bfloat16_runs_on_tensor_cores_without_spills():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_model_runs_on_tensor_cores_without_spills(shape, dtype, residual, chip):
     for launch in record(shape, dtype, chip, residual=residual):
+        assert_efficient(launch, chip)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("chip", CHIPS)
+def test_norms_in_float32_run_on_tensor_cores_without_spills(chip):
+    for launch in record("small", torch.bfloat16, chip, norm_dtype=torch.float32):
         assert_efficient(launch, chip)
 
 

@@ -55,7 +55,7 @@ def test_another_activation_and_width():
         (8, None, "expected 1 prefix and a square number of patch tokens, got 8 tokens in all"),
         (7, (2, 4), r"expected 1 prefix and grid_size 2 \* 4 = 8 patch tokens, got 7 tokens in all"),
         (1, None, "got 1 tokens in all"),
-        (1, (0, 0), "got 1 tokens in all"),
+        (1, (0, 0), r"grid_size: expected two positive integers, got \(0, 0\)"),
     ],
 )
 def test_tokens_that_make_no_image_are_refused(tokens, grid_size, message):

@@ -14,7 +14,7 @@ from support.processors import KINDS, run_with
 from torch import nn
 
 from ceit_kernels import use_backend
-from ceit_kernels.leff.native import inference, training
+from ceit_kernels.leff.native import training
 
 # batch, height, width, prefix tokens, channels in, hidden and out, kernel size; norms
 CASES = [
@@ -39,8 +39,7 @@ def on_the_cpu():
 @pytest.fixture(params=[1 << 40, 1], ids=["whole batch", "image by image"])
 def cache(request, monkeypatch):
     """How many images pass the stages together."""
-    for module in (inference, training):
-        monkeypatch.setattr(module, "bytes_in_cache", request.param)
+    monkeypatch.setattr(training, "bytes_in_cache", request.param)
 
 
 def make_call(case, dtype, norms="bbb", draw=0, **options):
@@ -116,7 +115,7 @@ def test_agrees_at_any_size(batch, grid, prefix, channels, hidden, kernel_size):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bn", [True, False])
 @pytest.mark.parametrize("case", [case for case, _ in CASES], ids=str)
-def test_inference_agrees_with_plain_pytorch(poisoned_memory, cache, case, with_bn, dtype):
+def test_inference_agrees_with_plain_pytorch(poisoned_memory, case, with_bn, dtype):
     batch, height, width, prefix, channels, hidden, out, kernel_size = case
     leff = make_leff(channels, hidden, out, kernel_size, dtype, prefix, with_bn=with_bn)
     x = make_tokens(batch, prefix + height * width, channels, dtype)

@@ -163,7 +163,7 @@ def test_few_multiply_adds_are_left_to_plain_pytorch(rows, by_onednn, training):
 @pytest.mark.parametrize("bias", [True, False])
 def test_registration_passes_pytorchs_own_checks(bias):
     layer, x, grad_out = make_call((3, 8), 5, torch.float32, bias)
-    torch.library.opcheck(torch.ops.ceit.linear, (x.requires_grad_(), layer.weight, layer.bias, False, None, "native"))
+    torch.library.opcheck(torch.ops.ceit.linear, (x.requires_grad_(), layer.weight, layer.bias, None, "native"))
     torch.library.opcheck(
         torch.ops.ceit.linear_backward, (grad_out, x.detach(), layer.weight.detach(), True, True, bias, None, "native")
     )
@@ -182,7 +182,7 @@ def test_gradients_are_those_of_finite_differences(registered):
 
     def call(x, weight, bias):
         if registered:
-            return torch.ops.ceit.linear(x, weight, bias, False, None, "native")
+            return torch.ops.ceit.linear(x, weight, bias, None, "native")
         return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
     assert torch.autograd.gradcheck(call, (x.requires_grad_(), layer.weight, layer.bias))
@@ -217,17 +217,17 @@ BAD_CALLS = {
     "width": (lambda layer: layer(torch.zeros(2, 7)), ValueError, r"x: expected shape \(2, 8\), got \(2, 7\)"),
     "dtype": (lambda layer: layer(torch.zeros(2, 8).double()), TypeError, "x: expected torch.float32 like weight"),
     "backend": (
-        lambda layer: torch.ops.ceit.linear(torch.zeros(2, 8), layer.weight, None, False, None, "triton"),
+        lambda layer: torch.ops.ceit.linear(torch.zeros(2, 8), layer.weight, None, None, "triton"),
         BackendError,
         "linear has no triton implementation",
     ),
     "weight": (
-        lambda layer: torch.ops.ceit.linear(torch.zeros(2, 9), layer.weight, None, False, None, "native"),
+        lambda layer: torch.ops.ceit.linear(torch.zeros(2, 9), layer.weight, None, None, "native"),
         ValueError,
         r"weight: expected shape \(N, 9\), got \(5, 8\)",
     ),
     "bias": (
-        lambda layer: torch.ops.ceit.linear(torch.zeros(2, 8), layer.weight, torch.zeros(4), False, None, "native"),
+        lambda layer: torch.ops.ceit.linear(torch.zeros(2, 8), layer.weight, torch.zeros(4), None, "native"),
         ValueError,
         r"bias: expected shape \(5\), got \(4,\)",
     ),

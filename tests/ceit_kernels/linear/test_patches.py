@@ -88,7 +88,7 @@ def test_fuses_over_the_same_state():
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"stride": 4, "padding": 1}, {"stride": 4, "dilation": 2}], ids=str)
 def test_patches_that_are_not_side_by_side_are_refused(options):
-    with pytest.raises(TypeError, match="plain: FusedPatchProjection needs patches side by side, got Conv2d"):
+    with pytest.raises(TypeError, match="FusedPatchProjection cannot stand in for this Conv2d: the kernels have"):
         FusedPatchProjection.from_plain(nn.Conv2d(3, 5, 4, **options))
 
 

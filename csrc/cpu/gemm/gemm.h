@@ -1,4 +1,4 @@
-// Weights packed in panels as tensors, and how the rows of images are shared between threads.
+// GEMM with tensors: packing, memory, and how rows of images are shared between threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -6,52 +6,84 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <optional>
 #include <type_traits>
 
 #include "calls.h"
 
-namespace ceit::panels {
+namespace ceit::gemm {
 
-// Whether products with panels of a type are fast here: with AVX-512, for bfloat16 with its products, and a PyTorch that
-// has them.
-template <class T>
-bool available();
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // Some rows of a product, of some panels or all.
-void multiply(const Call<float>& call, Range rows, Range panels);
-void multiply(const Call<Bf16>& call, Range rows, Range panels);
+template <class T>
+void multiply(const Call<T>& call, Range rows, Range panels);
 template <class T>
 void multiply(const Call<T>& call, int64_t begin, int64_t end) {
   multiply(call, Range{begin, end}, Range{0, panels_of(call.columns)});
 }
 
-// A weight (panels, terms, kColumns) of so many columns.
-inline bool is_packed(const torch::stable::Tensor& weight) { return weight.dim() == 3; }
+// `Call`'s B as it lies: (terms, columns), rows `stride` apart.
+template <class T>
+Call<T> call_of(const T* b, int64_t stride, int64_t terms, int64_t columns) {
+  Call<T> call;
+  call.terms = terms, call.columns = columns;
+  call.b = b, call.b_stride = stride;
+  return call;
+}
+
+// Bytes of a weight (columns, terms) once it is packed, and the packing, on all threads.
+template <class T>
+int64_t packed_bytes(int64_t columns, int64_t terms);
+template <class T>
+void pack(const Weight<T>& weight, void* packed);
+// The product with what was packed.
+template <class T>
+Call<T> packed_call(const void* packed, int64_t columns, int64_t terms) {
+  Call<T> call;
+  call.terms = terms, call.columns = columns, call.b = packed;
+  return call;
+}
+
+template <class T>
+inline constexpr ScalarType kType = ScalarType::Float;
+template <>
+inline constexpr ScalarType kType<Bf16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType kType<double> = ScalarType::Double;
+
+// Calls body with a value of the type that a tensor has.
+template <class Body>
+void with_type(const Tensor& like, const Body& body) {
+  const ScalarType type = like.scalar_type();
+  if (type == ScalarType::Float) return body(float{});
+  if (type == ScalarType::BFloat16) return body(Bf16{});
+  STD_TORCH_CHECK(type == ScalarType::Double, "the kernels compute in float32, bfloat16 and float64, not in ",
+                  torch::headeronly::toString(type));
+  body(double{});
+}
 
 // The contiguous elements of a tensor, so many and of a type; null where there is none.
-void* elements(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t count,
-               torch::headeronly::ScalarType type);
+void* elements(const char* name, const OptionalTensor& tensor, int64_t count, ScalarType type);
 template <class T>
-T* elements(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t count) {
-  using torch::headeronly::ScalarType;
-  constexpr ScalarType type = std::is_same_v<T, Bf16> ? ScalarType::BFloat16 : ScalarType::Float;
-  return static_cast<T*>(elements(name, tensor, count, type));
+T* elements(const char* name, const OptionalTensor& tensor, int64_t count) {
+  return static_cast<T*>(elements(name, tensor, count, kType<T>));
 }
-inline float* floats(const char* name, const std::optional<torch::stable::Tensor>& tensor, int64_t count) {
+inline float* floats(const char* name, const OptionalTensor& tensor, int64_t count) {
   return elements<float>(name, tensor, count);
 }
 
-// The product with such a weight (columns, terms) and a bias, but for its rows; checks the tensors.
-template <class T>
-Call<T> call(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, int64_t terms,
-             int64_t columns);
+inline Tensor contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 // Memory of the calling thread that lives as long as it does: what a call needs is not taken from the system anew,
-// which would zero it page by page.
+// which would zero it page by page. A call has one workspace, which the next `workspace` may take away.
 float* workspace(int64_t count);
+// Another one, for what is packed for a call.
+void* packing_workspace(int64_t bytes);
 
 // Calls body(begin, end) for ranges of tasks, on all threads.
 struct Threads {
@@ -75,14 +107,6 @@ struct Alone {
 template <class T, class Run>
 void multiply_few(const Call<T>& call, int64_t rows, const Run& run) {
   run(panels_of(call.columns), [&](int64_t begin, int64_t end) { multiply(call, Range{0, rows}, Range{begin, end}); });
-}
-
-// `Call`'s B as it lies: (terms, columns), rows `stride` apart.
-inline Call<float> call_of(const float* b, int64_t stride, int64_t terms, int64_t columns) {
-  Call<float> call;
-  call.terms = terms, call.columns = columns;
-  call.b = b, call.b_stride = stride, call.b_panel = kColumns;
-  return call;
 }
 
 // Memory of several threads.
@@ -124,4 +148,4 @@ Memory for_images(int64_t images, int64_t count, const Body& body) {
   return memory;
 }
 
-}  // namespace ceit::panels
+}  // namespace ceit::gemm

@@ -1,0 +1,103 @@
+"""Running the encoder's blocks one after the other, by what each of them allows."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ceit_kernels.block import encoder_inference
+
+from .blocks import Block, encoder_parts
+from .recompute import checkpoint_module
+from .shortcuts import is_eager, is_exactly, is_symbolic
+
+
+def encode(
+    x: Tensor,
+    blocks: Iterable[nn.Module],
+    grid_size: tuple[int, int],
+    taken: Sequence[int] = (),
+    *,
+    class_token_only: bool = False,
+    recomputes: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Run blocks.
+
+    Args:
+        x: tokens (B, 1 + H * W, C).
+        blocks: modules that are called with tokens and their grid.
+        grid_size: (H, W).
+        taken: indices of the blocks whose tokens are wanted.
+        class_token_only: whether the last block may leave out its patch tokens, which it does where it can.
+        recomputes: whether backward computes the blocks again, instead of keeping their activations.
+
+    Returns:
+        The last block's tokens (B, 1 + H * W, C), or (B, 1, C); every block's class token (B, len(blocks), C); the
+        tokens of the blocks `taken`.
+    """
+    blocks = list(blocks)
+    if not taken and (found := _encode_at_once(x, blocks, grid_size, class_token_only)) is not None:
+        return *found, []
+    class_tokens, outputs = [], []
+    for index, block in enumerate(blocks):
+        short = class_token_only and index == len(blocks) - 1
+        x, class_token = _call_block(block, x, grid_size, short, recomputes)
+        class_tokens += [class_token] if index > 0 else []
+        if index in taken:
+            outputs.append(x)
+    class_tokens.append(x[:, 0])
+    return x, torch.stack(class_tokens, dim=1), outputs
+
+
+def _encode_at_once(
+    x: Tensor, blocks: Sequence[nn.Module], grid_size: tuple[int, int], class_token_only: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Run several blocks by one compiled call each, None where they take a call for every part.
+
+    Returns:
+        The last block's tokens (B, 1 + N, dim), or (B, 1, dim) with `class_token_only`; every block's class token
+        (B, len(blocks), dim).
+    """
+    if torch.is_grad_enabled() or not is_eager(x) or not all(is_exactly(block, Block) for block in blocks):
+        return None
+    found = encoder_inference(x, blocks, encoder_parts, grid_size, class_token_only)
+    if found is None and class_token_only and len(blocks) > 1 and blocks[-1].class_token_suffices():
+        found = encoder_inference(x, blocks[:-1], encoder_parts, grid_size)
+        if found is not None:
+            out = blocks[-1](found[0], grid_size, True)
+            return out, torch.cat((found[1], out), dim=1)
+    return found
+
+
+def _call_block(
+    block: nn.Module, x: Tensor, grid_size: tuple[int, int], class_token_only: bool, recomputes: bool
+) -> tuple[Tensor, Tensor]:
+    """What a block makes of tokens (B, 1 + N, C), or of the class token alone; and their class token (B, C).
+
+    Of a block that is wrapped, hooked or someone else's nothing is asked but its call.
+    """
+    if is_symbolic(x):
+        return _record_block(block, x, grid_size, class_token_only), x[:, 0]
+    ours = is_exactly(block, Block)
+    short = ours and class_token_only and block.class_token_suffices()
+    passes = ours and block.passes_class_token()
+    function = block.forward_with_class_token if passes else block
+    arguments = (x, grid_size, short) if passes or short else (x, grid_size)
+    if recomputes and not short:
+        function = partial(checkpoint_module, block, function=function)
+    out = function(*arguments)
+    return (out[0], out[1][:, 0]) if passes else (out, x[:, 0])
+
+
+def _record_block(block: nn.Module, x: Proxy, grid_size: tuple[int, int], class_token_only: bool) -> Proxy:
+    """A block's call in a graph of torch.fx, with every token, for those who take features from the graph.
+
+    Where a graph of timm's calls the block as a whole, what only needs the class token asks for that alone, as it does
+    without a graph; the other call then is dropped from the graph if nobody takes it.
+    """
+    out = block(x, grid_size)
+    whole = is_exactly(block, Block) and x.tracer.is_leaf_module(block, "")
+    short = whole and class_token_only and not block.training and block.class_token_suffices()
+    return block(x, grid_size, True) if short else out

@@ -1,0 +1,95 @@
+"""Whether a fused module may read its children's tensors: one rule, for every fused module, at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+__all__ = ["ANY", "IDENTITY", "child_reason", "children_reason", "convolution_reason", "held"]
+
+Classes = Collection[type[nn.Module]] | None
+
+ANY: Classes = None  # for a child that the fused module calls, whatever it is
+IDENTITY: Classes = (nn.Identity,)
+
+_SETTINGS = ("stride", "padding", "groups", "dilation", "padding_mode")
+
+
+def children_reason(module: nn.Module, expected: Mapping[str, Classes], own: Collection[str] = ()) -> str | None:
+    """Why a module must run by its plain ``forward``, which calls the children; None if their tensors may be read.
+
+    They may where every child computes what its class says and nothing else: it is exactly of an expected class (an
+    adapter, a quantised layer and a parametrised one are of another), and nobody watches or replaces its ``forward``.
+    Children that are not expected must do nothing.
+
+    Args:
+        module: the fused module.
+        expected: the classes of each child whose tensors are read, ``ANY`` for one that is called.
+        own: names of the parameters that the module has itself.
+    """
+    if _has_any_global_hook():
+        return "a global hook of modules is set"
+    state, found = module.__dict__, 0
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in state[kind].items():
+            if tensor is not None and name not in own:
+                return f"the kernels know nothing of {name}"
+    for name, child in state["_modules"].items():
+        if name in expected:
+            found += 1
+            reason = child_reason(name, child, expected[name])
+        else:
+            reason = None if child is None else child_reason(name, child, IDENTITY)
+        if reason is not None:
+            return reason
+    for name in own:
+        if name not in state["_parameters"] and name not in state:  # where sharding puts what it has gathered
+            return f"the module has no {name}"
+    if found != len(expected):
+        return f"the module has no {next(name for name in expected if name not in state['_modules'])}"
+    return None
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of a module, which looking it up as an attribute takes several times as long for."""
+    tensor = module._parameters.get(name)
+    return getattr(module, name) if tensor is None else tensor
+
+
+def child_reason(name: str, child: nn.Module, classes: Classes) -> str | None:
+    """Why a child has to be called; None if reading its tensors is as good."""
+    if classes is ANY:
+        return None
+    if type(child) not in classes:
+        wanted = " or ".join(expected.__name__ for expected in classes)
+        return f"the kernels take {wanted} for {name}, not {type(child).__name__}"
+    state = child.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return f"{name} has a hook"
+    if "forward" in state or "_conv_forward" in state:
+        return f"{name} has a forward of its own"
+    return None
+
+
+def convolution_reason(
+    name: str,
+    convolution: nn.Module,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int = 1,
+) -> str | None:
+    """Why a convolution is none that the kernels compute, without dilation and with zeros around; None if it is one."""
+    state = convolution.__dict__
+    found = tuple(map(state.get, _SETTINGS))
+    expected = (stride, padding, groups, (1, 1), "zeros")
+    if found == expected:
+        return None
+    setting, want, have = next(each for each in zip(_SETTINGS, expected, found, strict=True) if each[1] != each[2])
+    return f"the kernels have {setting}={want} in {name}, not {have}"

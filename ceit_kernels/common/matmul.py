@@ -1,0 +1,47 @@
+"""Matrix products on the CPU, by this project's GEMM (csrc/cpu/gemm) where it is faster than PyTorch's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["linear", "matmul", "prepack_linear", "weight_gradient"]
+
+torch.library.define("ceit::_transpose", "(Tensor x, Tensor(a!) out) -> ()")
+torch.library.define(
+    "ceit::_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int out_features) -> Tensor"
+)
+torch.library.define("ceit::_linear_pack", "(Tensor weight, Tensor? bias) -> Tensor")
+torch.library.define("ceit::_matmul", "(Tensor a, Tensor b) -> Tensor")
+torch.library.define("ceit::_weight_gradient", "(Tensor grad, Tensor x) -> Tensor")
+
+_FEW = 48  # rows, of which a product costs less than to pack a weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` for a contiguous x (M, K) and a weight (N, K) of one dtype; (M, N).
+
+    The weight is packed in the call, unless ``packed`` is what ``prepack_linear`` made of it and the bias.
+    """
+    if packed is None and x.shape[0] < _FEW:
+        return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+    return torch.ops.ceit._linear(x, weight, bias, packed, weight.shape[0])
+
+
+def prepack_linear(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A weight (N, K) and a bias as this processor's GEMM reads them, in a copy; for ``linear``."""
+    return torch.ops.ceit._linear_pack(weight, bias)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``A B`` for contiguous matrices; (M, N)."""
+    return torch.ops.ceit._matmul(a, b) if a.dtype == torch.float32 else a @ b
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad^T x`` for contiguous matrices (M, N) and (M, K): what a linear layer's weight (N, K) gets.
+
+    In float32 the narrower of the two is copied transposed, the wider read as it lies.
+    """
+    return torch.ops.ceit._weight_gradient(grad, x) if grad.dtype == torch.float32 else grad.t() @ x

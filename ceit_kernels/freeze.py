@@ -1,0 +1,192 @@
+"""Snapshots of models for inference, prepared once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .backends import OPERATORS, current_backend
+from .common.registration import is_plain_call
+from .fuse import fuse
+from .leff import FrozenLeFF
+from .linear import FrozenLinear
+
+__all__ = ["Frozen", "freeze", "register_freezing"]
+
+_FROZEN = (FrozenLeFF, FrozenLinear)
+
+
+class Whole(Protocol):
+    """A whole model as one call; None for an input that takes the model's own calls."""
+
+    def __call__(self, x: Tensor) -> Tensor | None: ...
+
+
+_whole: dict[type[nn.Module], Callable[[nn.Module], Whole | None]] = {}
+
+
+def register_freezing(model_class: type[nn.Module], prepare: Callable[[nn.Module], Whole | None]) -> None:
+    """Tell ``freeze`` how a whole model of a class is computed in one call.
+
+    Args:
+        model_class: the class, exactly.
+        prepare: makes of a model in evaluation mode, whose tensors do not change any more, a function of its input that
+            returns None for what it does not serve; or None where the model takes other calls.
+    """
+    _whole[model_class] = prepare
+
+
+def freeze(model: nn.Module, *, cuda_graphs: bool = False) -> Frozen:
+    """A snapshot of a model for inference, with copies of its own, folded and packed: no later change reaches it.
+
+    What a model for inference is to other runtimes. The model itself stays live: it follows whatever is done to its
+    weights, and prepares them in every call. Move and cast it before freezing it.
+
+    Args:
+        model: any module; its modules that ``fuse`` knows are fused in the snapshot. A ``ceit.CeiT`` on the CPU becomes
+            one compiled call.
+        cuda_graphs: on a GPU, capture a CUDA graph at the first call with each shape of inputs and replay it from then
+            on. Results are then overwritten by the next call with the shape.
+
+    Returns:
+        A module without parameters whose ``forward`` is the model's, in evaluation mode.
+    """
+    return Frozen(model, cuda_graphs)
+
+
+class Frozen(nn.Module):
+    """What ``freeze`` returns; made by it alone.
+
+    ``torch.save`` and ``torch.load`` take it whole. What would change it (training mode, gradients, a move, a cast, a
+    state_dict) is an error. Hooks run, those that the model had and those put on the snapshot or its parts; tensors of
+    the snapshot's parts are not to be written to.
+    """
+
+    def __init__(self, model: nn.Module, cuda_graphs: bool = False) -> None:
+        super().__init__()
+        self.training = False
+        self.cuda_graphs = cuda_graphs
+        self.model = fuse(_copy_of(model).eval())
+        for module in self.model.modules():
+            _parameters_to_buffers(module)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        prepare = _whole.get(type(self.model))
+        self._whole = None if prepare is None else prepare(self.model)
+        self._graphs: dict[Any, _Graph] = {}
+        modules = list(self.model.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        if self._whole is None:
+            for module in modules:
+                for frozen_class in _FROZEN:
+                    frozen_class.freeze(module)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """What the model's ``forward`` returned when it was frozen, without gradients.
+
+        Raises:
+            RuntimeError: an input asks for a gradient.
+        """
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in (*arguments, *options.values())
+        ):
+            raise RuntimeError("x: expected an input without gradient, for the model is frozen, got requires_grad=True")
+        with torch.no_grad():
+            if len(arguments) == 1 and not options and isinstance(arguments[0], Tensor):
+                return self._of_one_tensor(arguments[0])
+            return self.model(*arguments, **options)
+
+    def _of_one_tensor(self, x: Tensor) -> Any:
+        if any(self._hooks):  # of parts, which the calls below do not make
+            return self.model(x)
+        out = None if self._whole is None else self._whole(x)
+        if out is not None:
+            return out
+        if not (self.cuda_graphs and x.is_cuda and is_plain_call(x)):
+            return self.model(x)
+        key = _what_a_graph_is_captured_for(x)
+        if key not in self._graphs:
+            self._graphs[key] = _Graph(self.model, x)
+        return self._graphs[key](x)
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Refuse training mode."""
+        return _refuse("trained") if mode else self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Frozen:
+        """Refuse gradients."""
+        return _refuse("trained") if requires_grad else self
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refuse other weights."""
+        _refuse("loaded into")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        # As a part of a module whose load_state_dict was called.
+        if any(name.startswith(prefix) for name in state_dict):
+            _refuse("loaded into")
+
+    def _apply(self, *arguments: Any, **options: Any) -> NoReturn:
+        _refuse("moved or cast")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to this processor or GPU is made again where it is loaded.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_graphs", "_hooks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+
+class _Graph:
+    """A captured call: the input is copied to where it was captured, the graph replayed."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device):
+            self.x = x.clone()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles and tunes what is not there yet
+                model(self.x)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = model(self.x)
+
+    def __call__(self, x: Tensor) -> Any:
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.out
+
+
+def _what_a_graph_is_captured_for(x: Tensor) -> tuple[Any, ...]:
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    backends = tuple(current_backend(operator) for operator in OPERATORS)
+    return x.shape, x.stride(), x.dtype, x.device, autocast, backends
+
+
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(f"a frozen model cannot be {what}; do that to the model, then ceit_kernels.freeze it again")
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    # PyTorch refuses to copy tensors with a history, which pruning and weight_norm leave in modules.
+    with_history = {
+        id(tensor): tensor.detach().clone()
+        for module in model.modules()
+        for tensor in (*vars(module).values(), *module._buffers.values())
+        if isinstance(tensor, Tensor) and not tensor.is_leaf
+    }
+    return copy.deepcopy(model, with_history)
+
+
+def _parameters_to_buffers(module: nn.Module) -> None:
+    for name, parameter in list(module._parameters.items()):
+        del module._parameters[name]
+        module.register_buffer(name, None if parameter is None else parameter.detach())

@@ -1,0 +1,159 @@
+// Parameters as kernels read them: vectors in the type accumulated in, weights packed. Made in the call that uses them,
+// or once for a frozen module; in memory that is handed out piece by piece.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "gemm.h"
+
+namespace ceit::gemm {
+
+// Without memory it only counts.
+class Arena {
+ public:
+  explicit Arena(void* start = nullptr) : start_(static_cast<char*>(start)) {}
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(take_bytes(count * int64_t(sizeof(T))));
+  }
+  void* take_bytes(int64_t bytes) {
+    char* at = start_ ? start_ + used_ : nullptr;
+    used_ += (bytes + 63) / 64 * 64;
+    return at;
+  }
+  bool counts() const { return start_ == nullptr; }
+  int64_t bytes() const { return used_; }
+
+ private:
+  char* start_;
+  int64_t used_ = 0;
+};
+
+// Copies the elements of a floating-point tensor, so many.
+template <class Acc>
+void read_vector(const char* name, const Tensor& tensor, int64_t count, Acc* to);
+
+// What follows a product, for each column: z * scale + shift.
+template <class T>
+struct Affine {
+  const AccOf<T>*scale, *shift;
+};
+
+// Takes parameters one after another and makes of them what kernels read. Without parameters it finds what was made of
+// them in the same order.
+template <class T>
+class Packer {
+ public:
+  using Acc = AccOf<T>;
+  Packer(Arena& arena, const std::vector<OptionalTensor>* parameters) : arena_(arena), parameters_(parameters) {}
+
+  // A vector, or `otherwise` for each element where there is none.
+  const Acc* vector(const char* name, int64_t count, Acc otherwise = 0) {
+    Acc* to = arena_.take<Acc>(count);
+    if (fills()) {
+      const OptionalTensor tensor = next();
+      if (tensor)
+        read_vector(name, *tensor, count, to);
+      else
+        std::fill_n(to, count, otherwise);
+    }
+    return to;
+  }
+
+  // Elements as they are.
+  const T* copy(const char* name, int64_t count) {
+    T* to = arena_.take<T>(count);
+    if (fills()) std::copy_n(whole(name, count), count, to);
+    return to;
+  }
+
+  // The bias of a convolution and the frozen norm behind it (weight, bias, mean, variance; none where it has no mean).
+  Affine<T> norm(int64_t channels, double eps) {
+    Acc *scale = arena_.take<Acc>(channels), *shift = arena_.take<Acc>(channels);
+    if (!fills()) return {scale, shift};
+    std::vector<Acc> vectors[5];
+    const char* names[] = {"bias", "norm_weight", "norm_bias", "running_mean", "running_var"};
+    for (int i = 0; i < 5; ++i) {
+      const OptionalTensor tensor = next();
+      vectors[i].assign(size_t(channels), Acc(i == 1 || i == 4 ? 1 : 0));
+      if (tensor) read_vector(names[i], *tensor, channels, vectors[i].data());
+      if (i == 4 && !tensor) eps = 0;  // no norm
+    }
+    for (size_t c = 0; c < size_t(channels); ++c) {
+      scale[c] = vectors[1][c] / std::sqrt(vectors[4][c] + Acc(eps));
+      shift[c] = (vectors[0][c] - vectors[3][c]) * scale[c] + vectors[2][c];
+    }
+    return {scale, shift};
+  }
+
+  // A weight (columns, terms); what follows the product is left to the caller.
+  Call<T> weight(const char* name, int64_t columns, int64_t terms) {
+    return packed(fills() ? whole(name, columns * terms) : nullptr, columns, terms);
+  }
+  // A weight that the caller has put in order.
+  Call<T> packed(const T* weight, int64_t columns, int64_t terms) {
+    void* to = arena_.take_bytes(packed_bytes<T>(columns, terms));
+    if (fills()) pack(Weight<T>{weight, columns, terms}, to);
+    return packed_call<T>(to, columns, terms);
+  }
+  // A linear layer, of weight and bias.
+  Call<T> linear(int64_t columns, int64_t terms) {
+    Call<T> call = weight("weight", columns, terms);
+    call.shift = vector("bias", columns);
+    return call;
+  }
+
+  // The contiguous elements of the next parameter, which lives as long as this.
+  const T* whole(const char* name, int64_t count) {
+    const OptionalTensor tensor = next();
+    STD_TORCH_CHECK(tensor.has_value(), name, ": expected a tensor");
+    kept_.push_back(gemm::contiguous(*tensor));
+    return elements<T>(name, kept_.back(), count);
+  }
+  bool fills() const { return parameters_ && !arena_.counts(); }
+  Arena& arena() { return arena_; }
+
+ private:
+  OptionalTensor next() {
+    STD_TORCH_CHECK(next_ < parameters_->size(), "parameters: expected more than ", parameters_->size());
+    return (*parameters_)[next_++];
+  }
+  Arena& arena_;
+  const std::vector<OptionalTensor>* parameters_;
+  size_t next_ = 0;
+  std::vector<Tensor> kept_;
+};
+
+// Calls use(made) with what make(Packer<T>&) returns: of parameters, in memory of this thread; or, without any, of what
+// `packed_tensor` made of them.
+template <class T, class Make, class Use>
+void with_packed(const std::vector<OptionalTensor>& parameters, const OptionalTensor& packed, const Make& make,
+                 const Use& use) {
+  Arena counting;
+  Packer<T> counter(counting, nullptr);
+  make(counter);
+  if (packed) {
+    Arena arena(elements("packed", packed, counting.bytes(), ScalarType::Byte));
+    Packer<T> found(arena, nullptr);
+    return use(make(found));
+  }
+  Arena arena(packing_workspace(counting.bytes()));
+  Packer<T> packer(arena, &parameters);
+  use(make(packer));
+}
+
+// What `with_packed` reads again, in memory of its own, a tensor (bytes,) beside `like`.
+template <class T, class Make>
+Tensor packed_tensor(const Tensor& like, const std::vector<OptionalTensor>& parameters, const Make& make) {
+  Arena counting;
+  Packer<T> counter(counting, nullptr);
+  make(counter);
+  const Tensor packed = torch::stable::new_empty(like, {counting.bytes()}, ScalarType::Byte);
+  Arena arena(packed.data_ptr());
+  Packer<T> packer(arena, &parameters);
+  make(packer);
+  return packed;
+}
+
+}  // namespace ceit::gemm

@@ -1,0 +1,59 @@
+"""Matrix products on the CPU by this project's GEMM."""
+
+import pytest
+import torch
+from support.accuracy import assert_as_accurate
+
+from ceit_kernels.common import matmul
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+SIZES = pytest.mark.parametrize(
+    ("rows", "columns", "terms"),
+    [(48, 64, 16), (197, 100, 33), (53, 7, 1), (300, 129, 515), (1000, 31, 256), (64, 192, 769)],
+)
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_linear_layer_is_as_accurate_as_pytorchs_prepacked_or_not(dtype, rows, columns, terms, threads):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, terms), torch.randn(columns, terms), torch.randn(columns)
+    x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = matmul.linear(x, weight, bias)
+        prepacked = matmul.linear(x, weight, bias, matmul.prepack_linear(weight, bias))
+    finally:
+        torch.set_num_threads(before)
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    else:
+        assert_as_accurate(["y"], [found], [expected], [exact])
+    assert torch.equal(prepacked, found)
+
+
+@SIZES
+def test_products_of_backward_are_as_accurate_as_pytorchs(rows, columns, terms):
+    torch.manual_seed(0)
+    a, b, x = torch.randn(rows, terms), torch.randn(terms, columns), torch.randn(rows, columns)
+    found = [matmul.matmul(a, b), matmul.weight_gradient(a, x)]
+    exact = [a.double() @ b.double(), a.double().t() @ x.double()]
+    assert_as_accurate(["product", "gradient"], found, [a @ b, a.t() @ x], exact)
+
+
+def test_what_was_prepacked_belongs_to_no_one_else():
+    weight, bias, x = torch.randn(96, 40), torch.randn(96), torch.randn(60, 40)
+    packed = matmul.prepack_linear(weight, bias)
+    before = matmul.linear(x, weight, bias, packed)
+    weight.zero_(), bias.zero_()
+    assert torch.equal(matmul.linear(x, weight, bias, packed), before)
+
+
+def test_a_packed_weight_of_another_layer_is_an_error():
+    weight, other = torch.randn(96, 40), torch.randn(32, 40)
+    with pytest.raises(RuntimeError, match="packed: expected"):
+        matmul.linear(torch.randn(60, 40), weight, None, matmul.prepack_linear(other, None))
