@@ -80,6 +80,8 @@ class Live:
 
 
 def optimizer(live: Live) -> None:
+    if not any(parameter.requires_grad for parameter in live.model.parameters()):
+        raise Inapplicable
     makes = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
     kind = live.random.choice(({"fused": True}, {"foreach": True}, {"foreach": False}))
     made = live.random.choice(makes)(live.model.parameters(), lr=0.05, **kind)
