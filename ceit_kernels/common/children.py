@@ -45,7 +45,8 @@ def children_reason(module: nn.Module, expected: Mapping[str, Classes], own: Col
         if reason is not None:
             return reason
     for name in own:
-        if name not in state["_parameters"] and name not in state:  # where sharding puts what it has gathered
+        # Sharding puts what it has gathered beside them; a frozen module has buffers in their place.
+        if name not in state["_parameters"] and name not in state and name not in state["_buffers"]:
             return f"the module has no {name}"
     if found != len(expected):
         return f"the module has no {next(name for name in expected if name not in state['_modules'])}"

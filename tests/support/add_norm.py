@@ -66,4 +66,7 @@ def check_over_draws(backend, make, prefix=None):
 
 def check_to_rounding(backend, inputs, grads, prefix=None):
     ours, theirs = (run(name, inputs, grads, prefix) for name in (backend, "reference"))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    # Gradients are differences that the reciprocal deviation magnifies, rounding included: in rows of few channels far.
+    deviation = (inputs[0] if inputs[1] is None else inputs[0] + inputs[1]).detach().std(-1, correction=0)
+    magnified = 1e-12 * max(1.0, (1 / deviation.clamp(min=1e-3)).max().item())
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=magnified)

@@ -5,7 +5,7 @@ import torch
 from support.where import DEVICE
 
 from ceit import CeiT
-from ceit_kernels import fuse, use_backend
+from ceit_kernels import BackendError, fuse, use_backend
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
@@ -18,10 +18,10 @@ def make_model(fused, **options):
     return fuse(model, leff=False, lca=False, i2t=False) if fused else model
 
 
-def step(model, images, call=None):
+def step(model, images, call=None, backend="triton"):
     """Logits, gradients and buffers of a training step."""
     torch.manual_seed(1)
-    with use_backend("norm=triton"):
+    with use_backend(f"norm={backend}"):
         logits = (model if call is None else call)(images)
         logits.square().sum().backward()  # inside, since checkpointing chooses again when it recomputes
     return [logits, *(p.grad for p in model.parameters()), *model.buffers()]
@@ -51,10 +51,17 @@ def test_a_hook_sees_what_it_sees_in_the_plain_model(images, part):
     for fused in (True, False):
         model = make_model(fused)
         model.get_submodule(f"blocks.1{part}").register_forward_hook(lambda module, args, out: seen.append(out))
-        results = step(model, images)
+        results = step(model, images, backend="auto")
         assert_same(results, step(make_model(False), images))
     ours, theirs = (out if isinstance(out, torch.Tensor) else out[0] for out in seen[:: len(seen) // 2])
     assert_same(ours, theirs)
+
+
+def test_a_hooked_norm_is_an_error_where_the_kernels_were_asked_for(images):
+    model = make_model(True)
+    model.blocks[1].norm2.register_forward_hook(lambda *_: None)
+    with pytest.raises(BackendError, match="norm has a hook"):
+        step(model, images)
 
 
 def test_evaluation_with_and_without_gradients_is_the_plain_models(images):
