@@ -94,11 +94,14 @@ def fuse(
 def unfuse(model: Model) -> Model:
     """Turn fused modules into plain ones, in place: what ``fuse`` did, backwards, with their present state.
 
+    A module whose ``forward`` was replaced since, by one that may call the fused one, stays as it is.
+
     Returns:
         The model.
     """
     for module in model.modules():
-        module.__class__ = _plain_class(module)
+        if "forward" not in module.__dict__:
+            module.__class__ = _plain_class(module)
     return model
 
 

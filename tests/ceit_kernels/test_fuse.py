@@ -246,3 +246,19 @@ def test_register_fusion_names_what_it_does_not_know():
         register_fusion("mlp", nn.Linear, FusedLinear)
     with pytest.raises(TypeError, match=r"fused_class: expected a fused class such as FusedLeFF, got .*Linear"):
         register_fusion("linear", nn.Linear, nn.Linear)
+
+
+def test_a_forward_wrapped_after_fusing_goes_on_after_unfusing():
+    module, calls = fuse(nn.Linear(512, 512)), []
+    x, fused_forward = torch.randn(64, 512), module.forward
+
+    def wrapped(*args):
+        calls.append(1)
+        return fused_forward(*args)
+
+    module.forward = wrapped  # as offloading wrappers do
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    torch.testing.assert_close(unfuse(module)(x), expected)
+    del module.forward
+    assert type(unfuse(module)) is nn.Linear
+    assert calls == [1]
