@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..common.autocast import is_autocast_enabled
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.flops import no_flops, register_flops
 from ..common.registration import (
@@ -111,7 +112,7 @@ def _total_dtype(x: Tensor, branch: Tensor | None) -> torch.dtype:
 def _autocast_dtype(x: Tensor, total_dtype: torch.dtype) -> torch.dtype | None:
     """What layer_norm returns under autocast; None where autocast is off."""
     device_type = "cuda" if x.is_cuda else x.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not is_autocast_enabled(device_type):
         return None
     # On CUDA it is one of the operators that run in float32; on a CPU it takes what it is given.
     return torch.float32 if x.is_cuda and total_dtype != torch.float64 else total_dtype
