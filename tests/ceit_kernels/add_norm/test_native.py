@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.add_norm import EPS, SHAPES, check, check_over_draws, check_to_rounding, make_inputs, run
+from support.add_norm import EPS, SHAPES, check, check_over_draws, check_to_rounding, magnification, make_inputs, run
 from support.processors import KINDS, run_with
 from torch import nn
 
@@ -59,8 +59,12 @@ def test_agrees_to_rounding_in_float64(poisoned_memory, shape, affine, branch):
 )
 def test_agrees_at_any_size(batch, tokens, channels, dtype, branch, affine, prefix):
     inputs, grads = make((batch, tokens, channels), dtype, branch, affine)
-    agrees = check_to_rounding if dtype == torch.float64 else check
-    agrees("native", inputs, shorten(grads, prefix), prefix)
+    if dtype == torch.float64:
+        # Rows of few channels may lie close together.
+        atol = 1e-12 * max(1.0, magnification(inputs))
+        check_to_rounding("native", inputs, shorten(grads, prefix), prefix, atol)
+    else:
+        check("native", inputs, shorten(grads, prefix), prefix)
 
 
 @pytest.mark.parametrize("channels", [1535, 4096])
