@@ -21,7 +21,7 @@ from ceit.benchmarking.contenders import CONTENDERS, COSTLY, ContenderError
 from ceit.benchmarking.groups import plan
 from ceit.benchmarking.machine import environment, measure_ceilings
 from ceit.benchmarking.measure import Clock, measure_group
-from ceit.running.options import UsageError
+from ceit.runtime.options import UsageError
 
 from .modelled import model_gpu
 from .report import write_report

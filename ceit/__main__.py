@@ -14,10 +14,10 @@ import ceit_kernels
 from .benchmarking.command import BenchFailed, BenchOptions, bench
 from .demo import DemoFailed, DemoOptions, demo
 from .evaluate import evaluate_checkpoint
-from .running import training_state as disk
-from .running.machine import devices, versions
-from .running.options import EvaluateOptions, TrainOptions, UsageError, add_options
-from .running.progress import TrainingFailed
+from .runtime import checkpoints
+from .runtime.machine import devices, versions
+from .runtime.options import EvaluateOptions, TrainOptions, UsageError, add_options
+from .runtime.progress import TrainingFailed
 from .traffic import TrafficOptions, traffic
 from .train import train
 
@@ -97,7 +97,7 @@ def _info(_: None) -> None:
 def _how_to_resume(arguments: list[str], options: object) -> str:
     if not isinstance(options, TrainOptions):
         return ""
-    if not (Path(options.output) / disk.LAST).is_file():
+    if not (Path(options.output) / checkpoints.LAST).is_file():
         return " before the first checkpoint"
     again = arguments if options.resume else [*arguments, "--resume"]
     return f"; to go on: python -m ceit {shlex.join(again)}"

@@ -10,8 +10,8 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
 from torch.utils.data import Dataset
 
-from .running.distributed import Place
-from .running.options import RunOptions, TrainOptions, UsageError, usage_errors
+from .runtime.distributed import Place
+from .runtime.options import RunOptions, TrainOptions, UsageError, usage_errors
 
 _TEST_FOLDERS = ("val", "validation", "test")
 _DIGITS_SPLIT_SEED = 0

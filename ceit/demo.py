@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .running import training_state as disk
-from .running.options import UsageError, check, option
+from .runtime import checkpoints
+from .runtime.options import UsageError, check, option
 
 KINDS = ("plain", "fused")
 
@@ -56,8 +56,8 @@ def demo(options: DemoOptions) -> None:
     """
     check(options)
     try:
-        from .running.plots import draw_comparison
-        from .running.tables import show_comparison
+        from .runtime.plots import draw_comparison
+        from .runtime.tables import show_comparison
     except ImportError as error:
         raise UsageError(f"the demo needs {error.name}: pip install 'ceit-kernels[demo]'") from error
     output = Path(options.output)
@@ -67,10 +67,10 @@ def demo(options: DemoOptions) -> None:
     for kind, folder in runs.items():
         _run(kind, training_command(options, kind, folder))
 
-    results = {kind: json.loads((folder / disk.RESULT).read_text()) for kind, folder in runs.items()}
-    histories = {kind: _read_lines(folder / disk.METRICS) for kind, folder in runs.items()}
+    results = {kind: json.loads((folder / checkpoints.RESULT).read_text()) for kind, folder in runs.items()}
+    histories = {kind: _read_lines(folder / checkpoints.METRICS) for kind, folder in runs.items()}
     comparison = compare(results)
-    disk.write_json(output / "comparison.json", comparison)
+    checkpoints.write_json(output / "comparison.json", comparison)
     draw_comparison(results, histories, output / "comparison.png")
     show_comparison(comparison)
     print(f"saved {output / 'comparison.json'} and {output / 'comparison.png'}")
@@ -150,7 +150,7 @@ def _run(kind: str, command: list[str]) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Remove an earlier run, and nothing that is not one."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / disk.OPTIONS).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / checkpoints.OPTIONS).is_file():
         raise UsageError(f"--output: {folder} holds something else than a run of the demo")
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -13,12 +13,12 @@ from ceit_kernels import freeze
 
 from .checkpoint import load_checkpoint
 from .data import check_classes, create_test_loader, open_split, resolve_data_options
-from .running.building import build_model, number_of_classes
-from .running.distributed import Place, processes
-from .running.machine import AMP_DTYPES, autocast, backend, fused_operators
-from .running.options import EvaluateOptions, UsageError, check, usage_errors
-from .running.progress import progress_bar
-from .running.training_state import load_checkpoint_state
+from .runtime.building import build_model, number_of_classes
+from .runtime.checkpoints import load_checkpoint_state
+from .runtime.distributed import Place, processes
+from .runtime.machine import AMP_DTYPES, autocast, backend, fused_operators
+from .runtime.options import EvaluateOptions, UsageError, check, usage_errors
+from .runtime.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
 

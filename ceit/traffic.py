@@ -12,7 +12,7 @@ from ceit_kernels import use_backend
 from ceit_kernels.traffic import Call, CompiledTrafficError, Kernel, count_call, count_compiled, format_table
 
 from .registry import create_model, default_cfgs, list_models
-from .running.options import UsageError, check, option
+from .runtime.options import UsageError, check, option
 
 PHASES = ("inference", "training step")
 

@@ -25,12 +25,12 @@ from torch import nn
 from .checkpoint import load_checkpoint
 from .data import check_classes, create_test_loader, create_train_loader, open_split, resolve_data_options
 from .evaluate import evaluate
-from .running import training_state as disk
-from .running.building import build_model, number_of_classes
-from .running.distributed import Place, parallel, processes
-from .running.machine import AMP_DTYPES, autocast, backend, fused_operators, peak_memory_mb, versions
-from .running.options import TrainOptions, UsageError, check, plain, usage_errors
-from .running.progress import EpochProgress, progress_bar
+from .runtime import checkpoints
+from .runtime.building import build_model, number_of_classes
+from .runtime.distributed import Place, parallel, processes
+from .runtime.machine import AMP_DTYPES, autocast, backend, fused_operators, peak_memory_mb, versions
+from .runtime.options import TrainOptions, UsageError, check, plain, usage_errors
+from .runtime.progress import EpochProgress, progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def train(options: TrainOptions) -> Result:
     check(options)
     _check_together(options)
     with processes(options.device) as place, backend(options.backend):
-        checkpoint = disk.find_checkpoint(options)
+        checkpoint = checkpoints.find_checkpoint(options)
         train_split, test_split = open_split(options.data, training=True), open_split(options.data, training=False)
         check_classes(train_split.classes, test_split.classes, "the training and the test images")
         options = resolve_data_options(options)
@@ -102,8 +102,8 @@ def train(options: TrainOptions) -> Result:
         saved_options = {**plain(options), "world_size": place.world_size}
         state = None
         if checkpoint is not None:
-            state = disk.load_checkpoint_state(checkpoint)
-            disk.check_same_options(state["options"], saved_options, checkpoint)
+            state = checkpoints.load_checkpoint_state(checkpoint)
+            checkpoints.check_same_options(state["options"], saved_options, checkpoint)
 
         random_seed(options.seed)
         model = _prepare_model(options, place)
@@ -117,7 +117,7 @@ def train(options: TrainOptions) -> Result:
             _logger.info("going on after epoch %d of %s", run.epoch, checkpoint)
 
         place.wait()  # the first writes only after all have found the output folder as it was
-        output = disk.create_output(options, saved_options) if place.primary else None
+        output = checkpoints.create_output(options, saved_options) if place.primary else None
         if place.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(place.device)
         while run.epoch < options.epochs:
@@ -128,7 +128,7 @@ def train(options: TrainOptions) -> Result:
                 _save(run, output, {"options": saved_options, "classes": list(train_split.classes)})
         result = _summarize(run, operators)
         if place.primary:
-            disk.write_json(output / disk.RESULT, dataclasses.asdict(result))
+            checkpoints.write_json(output / checkpoints.RESULT, dataclasses.asdict(result))
         return result
 
 
@@ -275,7 +275,7 @@ def _test_epoch(run: Run, loader: Iterable) -> None:
 
 def _save(run: Run, output: Path, about: dict[str, Any]) -> None:
     state = {
-        "format": disk.FORMAT,
+        "format": checkpoints.FORMAT,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "epoch": run.epoch,
@@ -290,9 +290,9 @@ def _save(run: Run, output: Path, about: dict[str, Any]) -> None:
         state["scaler"] = run.scaler.state_dict()
     # The best first: were it second, a kill between the two would leave a best.pt that resuming never mends.
     if _best(run.history)["epoch"] == run.epoch:
-        disk.save_checkpoint(output / disk.BEST, state)
-    disk.save_checkpoint(output / disk.LAST, state)
-    disk.write_metrics(output / disk.METRICS, run.history)
+        checkpoints.save_checkpoint(output / checkpoints.BEST, state)
+    checkpoints.save_checkpoint(output / checkpoints.LAST, state)
+    checkpoints.write_metrics(output / checkpoints.METRICS, run.history)
 
 
 def _restore(run: Run, state: dict[str, Any]) -> None:

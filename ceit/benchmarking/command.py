@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ceit.running.options import UsageError, check, option
-from ceit.running.training_state import write_atomically
+from ceit.runtime.checkpoints import write_atomically
+from ceit.runtime.options import UsageError, check, option
 from ceit_kernels.traffic import format_table
 
 from .bars import BarResult, bar_rows, bars, judge

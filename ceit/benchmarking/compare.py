@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ceit.running.options import UsageError
+from ceit.runtime.options import UsageError
 
 from .groups import Group
 from .statistics import Ratio, median_ratio, verdict

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import ceit_kernels
-from ceit.running.machine import versions
+from ceit.runtime.machine import versions
 
 from .exported import EXPORTERS, missing_packages
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ceit.running.machine import fused_operators
+from ceit.runtime.machine import fused_operators
 from ceit_kernels import fuse
 from ceit_kernels.traffic import Call, Kernel, count_call
 

@@ -6,7 +6,7 @@ from ceit.benchmarking.bars import Bar, bar_rows, bars, judge
 from ceit.benchmarking.command import BenchFailed, BenchOptions, bench
 from ceit.benchmarking.groups import Group, plan
 from ceit.benchmarking.measure import Entry, GroupResult
-from ceit.running.options import UsageError
+from ceit.runtime.options import UsageError
 
 CPU = torch.device("cpu")
 GROUP = Group("leff", "tiny", "training", "float32", 16)

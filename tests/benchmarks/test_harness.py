@@ -15,7 +15,7 @@ from ceit.benchmarking.command import BenchFailed, BenchOptions, bench, select_g
 from ceit.benchmarking.groups import Group, plan
 from ceit.benchmarking.measure import Clock, measure_group
 from ceit.benchmarking.usage import peak_memory
-from ceit.running.options import UsageError
+from ceit.runtime.options import UsageError
 from ceit_kernels import Frozen, FusedLCAAttention, FusedLeFF
 
 CPU = torch.device("cpu")

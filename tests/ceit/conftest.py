@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ceit.running.options import TrainOptions, flag
+from ceit.runtime.options import TrainOptions, flag
 
 # A CeiT that trains in a second: two blocks of width 32.
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}

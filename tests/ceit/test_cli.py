@@ -8,7 +8,7 @@ import torch
 from ceit import train as training
 from ceit.__main__ import build_parser, main
 from ceit.demo import DemoOptions
-from ceit.running.options import EvaluateOptions, TrainOptions, flag
+from ceit.runtime.options import EvaluateOptions, TrainOptions, flag
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ceit.data import Digits, check_classes, create_test_loader, create_train_loader, open_split, resolve_data_options
-from ceit.running.distributed import Place
-from ceit.running.options import RunOptions, UsageError
+from ceit.runtime.distributed import Place
+from ceit.runtime.options import RunOptions, UsageError
 
 CPU = Place(torch.device("cpu"))
 CONFIG = {

@@ -5,7 +5,7 @@ import pytest
 
 from ceit.__main__ import main
 from ceit.demo import EARLY_LIMITS, EPOCH_LIMIT, DemoFailed, DemoOptions, compare, demo, judge
-from ceit.running.options import UsageError
+from ceit.runtime.options import UsageError
 
 SMALL = ["--epochs", "2", "--img-size", "32", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"]
 
@@ -107,7 +107,7 @@ def test_the_table_says_what_ran():
 
     from rich.console import Console
 
-    from ceit.running.tables import show_comparison
+    from ceit.runtime.tables import show_comparison
 
     fused = {
         "lca": {"backend": "triton", "reason": "the fastest that can run"},

@@ -9,7 +9,7 @@ import torch
 
 import ceit
 from ceit.evaluate import evaluate_checkpoint
-from ceit.running.options import EvaluateOptions
+from ceit.runtime.options import EvaluateOptions
 
 _CHILD = """
 import os, sys, torch

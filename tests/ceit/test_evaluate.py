@@ -7,9 +7,9 @@ import ceit.evaluate
 import ceit.train
 from ceit.data import create_test_loader, open_split
 from ceit.evaluate import evaluate, evaluate_checkpoint
-from ceit.running.building import build_model
-from ceit.running.distributed import Place
-from ceit.running.options import EvaluateOptions, UsageError
+from ceit.runtime.building import build_model
+from ceit.runtime.distributed import Place
+from ceit.runtime.options import EvaluateOptions, UsageError
 from ceit.train import train
 from ceit_kernels import Frozen, FusedLeFF
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from ceit import train as training
-from ceit.running.building import build_model
-from ceit.running.distributed import Place
-from ceit.running.options import UsageError
-from ceit.running.progress import TrainingFailed
-from ceit.running.training_state import load_checkpoint_state, save_checkpoint, write_atomically
+from ceit.runtime.building import build_model
+from ceit.runtime.checkpoints import load_checkpoint_state, save_checkpoint, write_atomically
+from ceit.runtime.distributed import Place
+from ceit.runtime.options import UsageError
+from ceit.runtime.progress import TrainingFailed
 from ceit.train import train
 
 COMPILE = torch.compile
@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_with_exactly_the_numbers_of_an_uninterrupted_one(o
     child = f"""
 import os, signal
 import ceit.train as training
-from ceit.running.options import TrainOptions
+from ceit.runtime.options import TrainOptions
 
 update, seen = training._update, []
 def kill_in_the_second_epoch(run):

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .training_state import write_atomically
+from .checkpoints import write_atomically
 
 # The fused curve lies on the plain one where all is well: thin and dashed, so that both are seen.
 _STYLES = {
