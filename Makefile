@@ -24,6 +24,7 @@ test: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Two test processes share two cores: a thread each.
 prove: export OMP_NUM_THREADS = 1

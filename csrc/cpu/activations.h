@@ -32,7 +32,8 @@ CEIT_INLINE Normal normal(Vec<float> x) {
   return {0.398942280f * bell, p * t * bell};
 }
 
-// Without the slope: the distribution is 1/2 + x P(x^2) / Q(x^2), fitted for the least relative error, 1.3e-8, up to 5.4.
+// Without the slope: the distribution is 1/2 + x P(x^2) / Q(x^2), fitted for the least relative error, 1.3e-8, up
+// to 5.4.
 CEIT_INLINE Vec<float> gelu_value(Vec<float> x) {
   const auto bounded = larger<float>(smaller<float>(x, splat(5.4f)), splat(-5.4f));
   const auto s = bounded * bounded;
@@ -113,18 +114,12 @@ struct ActivationConstant {
 template <class Body>
 CEIT_INLINE void with_activation(Activation kind, Body body) {
   switch (kind) {
-    case Activation::gelu:
-      return body(ActivationConstant<Activation::gelu>());
-    case Activation::gelu_tanh:
-      return body(ActivationConstant<Activation::gelu_tanh>());
-    case Activation::silu:
-      return body(ActivationConstant<Activation::silu>());
-    case Activation::relu:
-      return body(ActivationConstant<Activation::relu>());
-    case Activation::hardswish:
-      return body(ActivationConstant<Activation::hardswish>());
-    case Activation::identity:
-      return body(ActivationConstant<Activation::identity>());
+    case Activation::gelu: return body(ActivationConstant<Activation::gelu>());
+    case Activation::gelu_tanh: return body(ActivationConstant<Activation::gelu_tanh>());
+    case Activation::silu: return body(ActivationConstant<Activation::silu>());
+    case Activation::relu: return body(ActivationConstant<Activation::relu>());
+    case Activation::hardswish: return body(ActivationConstant<Activation::hardswish>());
+    case Activation::identity: return body(ActivationConstant<Activation::identity>());
   }
 }
 

@@ -1,9 +1,9 @@
 // Which kind of code this processor runs, told to Python. The schema is in ceit_kernels/common/extension.py.
 #include "capability.h"
 
-#include <string>
-
 #include <torch/csrc/stable/library.h>
+
+#include <string>
 
 namespace ceit {
 namespace {

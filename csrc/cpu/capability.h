@@ -44,12 +44,14 @@ inline Capability capability() {
 #define CEIT_IF_AVX2(...)
 #endif
 
-#define CEIT_DECLARE_TABLE(Table, name, count)                           \
-  namespace baseline { extern const Table name[count]; }                 \
-  CEIT_IF_AVX2(namespace avx2 { extern const Table name[count]; })       \
-  CEIT_IF_AVX512(namespace avx512 { extern const Table name[count]; })   \
-  inline const Table& chosen(int index) {                                \
+#define CEIT_DECLARE_TABLE(Table, name, count)                                          \
+  namespace baseline {                                                                  \
+  extern const Table name[count];                                                       \
+  }                                                                                     \
+  CEIT_IF_AVX2(namespace avx2 { extern const Table name[count]; })                      \
+  CEIT_IF_AVX512(namespace avx512 { extern const Table name[count]; })                  \
+  inline const Table& chosen(int index) {                                               \
     CEIT_IF_AVX512(if (capability() == Capability::avx512) return avx512::name[index];) \
     CEIT_IF_AVX2(if (capability() == Capability::avx2) return avx2::name[index];)       \
-    return baseline::name[index];                                        \
+    return baseline::name[index];                                                       \
   }

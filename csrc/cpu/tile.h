@@ -77,8 +77,8 @@ __attribute__((noinline)) void multiply_panel(Left<Real> a, Matrix<const Real> b
   }
 }
 
-// C = A B, or C += A B, for A (rows, terms) and B (terms, columns). Columns are rounded up to whole vectors and rows to a
-// multiple of kRowMultiple at most: what lies there is read and written, and means nothing.
+// C = A B, or C += A B, for A (rows, terms) and B (terms, columns). Columns are rounded up to whole vectors and rows to
+// a multiple of kRowMultiple at most: what lies there is read and written, and means nothing.
 template <class Real>
 void multiply(Left<Real> a, Matrix<const Real> b, Matrix<Real> c, int64_t rows, int64_t terms, int64_t columns,
               bool add) {

@@ -1,5 +1,6 @@
-// What kernels use of a GPU: types, barriers, warp collectives, matrix instructions. Compiled by nvcc these are CUDA and
-// PTX; by a host compiler they run over csrc/simt, with PTX's fragment layouts, so that tests execute the same kernels.
+// What kernels use of a GPU: types, barriers, warp collectives, matrix instructions. Compiled by nvcc these are CUDA
+// and PTX; by a host compiler they run over csrc/simt, with PTX's fragment layouts, so that tests execute the same
+// kernels.
 #pragma once
 
 #include <cmath>
@@ -94,9 +95,9 @@ DEVICE Words<4> load_matrices(const void* row) {
   return m;
 }
 
-#define CEIT_MMA(shape_and_types)                                                                             \
+#define CEIT_MMA(shape_and_types)                                                                                     \
   asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                               \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                       \
                : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
 
 // c (16 x 8) += a (16 x 16, or 16 x 8 of TF32) * b
@@ -168,8 +169,10 @@ struct MmaOut {
 
 template <class T>
 float fragment_element(const uint32_t* words, int index) {
-  if constexpr (sizeof(T) == 4) return bit_cast<float>(words[index]);
-  else return to_float(T{uint16_t(words[index / 2] >> (16 * (index % 2)))});
+  if constexpr (sizeof(T) == 4)
+    return bit_cast<float>(words[index]);
+  else
+    return to_float(T{uint16_t(words[index / 2] >> (16 * (index % 2)))});
 }
 
 // c += a * b by the fragment layouts of the PTX manual: a lane holds 2 (or 1 of TF32) neighbours along k in a register.

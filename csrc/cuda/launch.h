@@ -35,7 +35,8 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int thre
 template <class... Parameters, class... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes, void*,
             Arguments... arguments) {
-  simt::launch({unsigned(grid.x), unsigned(grid.y), 1}, {unsigned(threads), 1, 1}, shared_bytes, [=] { kernel(arguments...); });
+  simt::launch({unsigned(grid.x), unsigned(grid.y), 1}, {unsigned(threads), 1, 1}, shared_bytes,
+               [=] { kernel(arguments...); });
 }
 
 #endif

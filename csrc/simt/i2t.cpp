@@ -1,5 +1,5 @@
-// The stem's kernels for the host, unchanged, over simt.h: a library for tests. It registers the operators for CPU tensors
-// and also computes in float64.
+// The stem's kernels for the host, unchanged, over simt.h: a library for tests. It registers the operators for CPU
+// tensors and also computes in float64.
 #define CEIT_ON_HOST 1
 #include "../cuda/i2t/bf16.cu"
 #include "../cuda/i2t/float32.cu"

@@ -1,5 +1,6 @@
 // Runs the stem's kernels on a small image under several schedules, by themselves: for sanitizers, and to see that a
-// barrier that is missing from the kernels is noticed. The argument is the number of schedules. Exits with 1 if two schedules differ or a result is not finite.
+// barrier that is missing from the kernels is noticed. The argument is the number of schedules. Exits with 1 if two
+// schedules differ or a result is not finite.
 #include <cstdio>
 
 #include "../cuda/i2t/bf16.cu"
@@ -44,7 +45,8 @@ bool run(const char* name, int height, int width) {
   s.out_channels = kOut;
   const size_t pooled = size_t(s.batch) * s.pooled_height * s.pooled_width * kOut;
   const std::vector<float> image = random_values<float>(size_t(6) * height * width, random);
-  const std::vector<float> weight = random_values<float>(kOut * 147, random), gamma = random_values<float>(kOut, random);
+  const std::vector<float> weight = random_values<float>(kOut * 147, random),
+                           gamma = random_values<float>(kOut, random);
   const std::vector<Output> gradient = random_values<Output>(pooled, random);
   constexpr int kRows = 8, kBlocks = 3;  // two bands of the image a block
   bool good = true;

@@ -1,7 +1,7 @@
 // Runs CUDA device code on the host, to test kernels where there is no GPU.
 //
-// Every thread of a block is a fiber; fibers switch where threads meet (barriers, warp collectives) and nowhere else, in
-// an order and at a pace drawn from a seed. Shared memory starts out as NaN. A thread that waits for one that never
+// Every thread of a block is a fiber; fibers switch where threads meet (barriers, warp collectives) and nowhere else,
+// in an order and at a pace drawn from a seed. Shared memory starts out as NaN. A thread that waits for one that never
 // comes is reported. One operating-system thread runs everything, block after block.
 #pragma once
 

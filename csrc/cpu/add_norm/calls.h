@@ -11,7 +11,8 @@ namespace ceit::add_norm {
 // Rows of a task, and of one chain of additions down the rows.
 constexpr int kRows = 32;
 
-// total = x + branch, out = (total - mean) * rstd * weight + bias; without a branch x is the sum, and total is not written.
+// total = x + branch, out = (total - mean) * rstd * weight + bias; without a branch x is the sum, and total is not
+// written.
 struct ForwardCall {
   int64_t rows, channels;
   const void *x, *branch;

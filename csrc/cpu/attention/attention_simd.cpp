@@ -26,8 +26,7 @@ struct Rows {
 // A block of queries of one head of one image.
 struct Block {
   int64_t task, index, first, count;
-  Block(const Shape& shape, int64_t number)
-      : task(number / shape.blocks()), index(number % shape.blocks()) {
+  Block(const Shape& shape, int64_t number) : task(number / shape.blocks()), index(number % shape.blocks()) {
     // The first is the one that may be short: threads' shares begin with it, and the earlier have a task more.
     const int64_t end = shape.queries - (shape.blocks() - 1 - index) * kQueries;
     first = end > kQueries ? end - kQueries : 0;
@@ -134,7 +133,8 @@ class Tail {
 // row = visit(index, 2^(row - largest))
 template <class Real, class Visit>
 CEIT_INLINE void powers_of_two(Real* row, int64_t tokens, Real largest, Visit visit) {
-  for (int64_t i = 0; i < tokens; i += Lanes<Real>::count) store(row + i, visit(i, power_of_two(load(row + i) - largest)));
+  for (int64_t i = 0; i < tokens; i += Lanes<Real>::count)
+    store(row + i, visit(i, power_of_two(load(row + i) - largest)));
 }
 
 // Scores become the softmax times the sum of each row. One pass for all rows at a time, so that reductions overlap.
@@ -145,7 +145,8 @@ CEIT_INLINE void softmax(Matrix<Real> scores, int64_t rows, int64_t tokens, cons
     const Real* row = scores.data + i * scores.stride;
     tail.mask(scores.data + i * scores.stride);
     auto found = load(row);
-    for (int64_t j = Lanes<Real>::count; j < tokens; j += Lanes<Real>::count) found = larger<Real>(found, load(row + j));
+    for (int64_t j = Lanes<Real>::count; j < tokens; j += Lanes<Real>::count)
+      found = larger<Real>(found, load(row + j));
     largest[i] = largest_lane<Real>(found);
   }
   for (int64_t i = 0; i < rows; ++i) {
@@ -196,7 +197,8 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     const Block block(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.blocks());
     const int64_t task = block.task, first = block.first, count = block.count;
     if (task != packed) {
-      pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels, {keys.get(), layout.tokens});
+      pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels,
+                               {keys.get(), layout.tokens});
       pack<T, Real>(part_of<T>(call.qkv, shape, 2, task), 0, shape.tokens, channels, Real(1),
                     {values.get(), layout.channels});
       packed = task;
@@ -207,8 +209,8 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     prefetch<true>(out, first, count, channels);
     if (index + 1 < end) prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
     if (of_next_head.task * shape.blocks() < end) prefetch_share<T>(call.qkv, shape, of_next_head);
-    multiply<Real>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens}, count,
-                   channels, shape.tokens, false);
+    multiply<Real>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens},
+                   count, channels, shape.tokens, false);
     softmax<Real>({scores.get(), layout.tokens}, count, shape.tokens, tail, largest, sums);
     multiply<Real>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
                    count, shape.tokens, channels, false);
@@ -253,20 +255,20 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
         prefetch(gradient_of<T>(call.grad_out, shape, next.task), next.first, next.count, channels);
       }
       if (of_next_head.task < end) prefetch_share<T>(call.qkv, shape, of_next_head);
-      multiply<Real>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens}, count,
-                     channels, tokens, false);
-      multiply<Real>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens}, {grad_p.get(), layout.tokens},
+      multiply<Real>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens},
                      count, channels, tokens, false);
+      multiply<Real>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens},
+                     {grad_p.get(), layout.tokens}, count, channels, tokens, false);
       softmax_backward<Real>({p.get(), layout.tokens}, {grad_p.get(), layout.tokens}, count, tokens, tail,
                              statistics + 2 * first);
       // Packed queries bring scale * log2(e) into the keys' gradient, of which log2(e) is too much; their own lacks the
       // scale. Unpacking mends both.
-      multiply<Real>({grad_p.get(), layout.tokens, 1}, {keys.get(), layout.channels}, {grad_queries.get(), layout.channels},
-                     count, tokens, channels, false);
-      multiply<Real>({grad_p.get(), 1, layout.tokens}, {queries.get(), layout.channels}, {grad_keys.get(), layout.channels},
-                     tokens, count, channels, first > 0);
-      multiply<Real>({p.get(), 1, layout.tokens}, {grad_out.get(), layout.channels}, {grad_values.get(), layout.channels},
-                     tokens, count, channels, first > 0);
+      multiply<Real>({grad_p.get(), layout.tokens, 1}, {keys.get(), layout.channels},
+                     {grad_queries.get(), layout.channels}, count, tokens, channels, false);
+      multiply<Real>({grad_p.get(), 1, layout.tokens}, {queries.get(), layout.channels},
+                     {grad_keys.get(), layout.channels}, tokens, count, channels, first > 0);
+      multiply<Real>({p.get(), 1, layout.tokens}, {grad_out.get(), layout.channels},
+                     {grad_values.get(), layout.channels}, tokens, count, channels, first > 0);
       unpack<T, Real>({grad_queries.get(), layout.channels}, dq, first, count, channels,
                       [&](int64_t) { return Real(call.scale); });
     }

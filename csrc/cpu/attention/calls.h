@@ -14,8 +14,8 @@ struct Shape {
   int64_t blocks() const { return (queries + kQueries - 1) / kQueries; }
 };
 
-// out = softmax(scale * q k^T) v. Statistics are, for each query, the largest of its scores times log2(e), and the sum of
-// the exponentials of all relative to it, from which backward gets its weights again without a rounding more.
+// out = softmax(scale * q k^T) v. Statistics are, for each query, the largest of its scores times log2(e), and the sum
+// of the exponentials of all relative to it, from which backward gets its weights again without a rounding more.
 struct ForwardCall {
   Shape shape;
   double scale;
@@ -34,7 +34,8 @@ struct BackwardCall {
 };
 
 struct Kernels {
-  void (*forward)(const ForwardCall&, int64_t begin, int64_t end);    // tasks: blocks of queries of all heads of all images
+  void (*forward)(const ForwardCall&, int64_t begin,
+                  int64_t end);  // tasks: blocks of queries of all heads of all images
   void (*backward)(const BackwardCall&, int64_t begin, int64_t end);  // tasks: heads of all images
 };
 

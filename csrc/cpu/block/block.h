@@ -152,7 +152,8 @@ inline AttentionSizes attention_sizes(int64_t channels, int64_t heads, const Sca
   return {channels, heads, scalars[at], scalars[at + 1], scalars[at + 2]};
 }
 
-// Parameters of an encoder block, and the scalars that belong to it: eps1, scale, eps2 of its attention, three eps of LeFF.
+// Parameters of an encoder block, and the scalars that belong to it: eps1, scale, eps2 of its attention, three eps of
+// LeFF.
 constexpr size_t kParameters = 26, kScalars = 6;
 
 // sizes: C, heads, E, side of the kernel, both activations, height, width, blocks.
@@ -163,7 +164,8 @@ struct EncoderSizes {
   template <class T>
   Encoder<T> block(int64_t prefix, const Scalars& scalars, int64_t index, gemm::Packer<T>& packer) const {
     const size_t at = size_t(index) * kScalars;
-    STD_TORCH_CHECK(scalars.size() >= at + kScalars, "scalars: expected ", kScalars, " for each of ", blocks, " blocks");
+    STD_TORCH_CHECK(scalars.size() >= at + kScalars, "scalars: expected ", kScalars, " for each of ", blocks,
+                    " blocks");
     leff::Sizes of_leff = leff;
     of_leff.prefix = prefix;
     std::copy_n(scalars.data() + at + 3, 3, of_leff.eps);

@@ -8,7 +8,8 @@
 namespace ceit::block {
 namespace {
 
-// oneDNN's brgemm adds up all terms in one chain, which would lose digits of float32: there a sum for each row of a patch.
+// oneDNN's brgemm adds up all terms in one chain, which would lose digits of float32: there a sum for each row of a
+// patch.
 template <class T>
 bool by_rows() {
   return std::is_same_v<T, float> && capability() == Capability::avx512;
@@ -53,7 +54,8 @@ Patches<T>::Patches(const PatchSizes& sizes, gemm::Packer<T>& packer) : PatchSiz
 template <class T>
 void infer_patches(const Patches<T>& patches, int64_t images, const T* map, T* out) {
   const int64_t columns = patches.columns(), line = patches.line(), channels = patches.channels;
-  const int64_t terms = patches.height * line, tokens = patches.tokens(), row_of_map = patches.map_width * patches.map_channels;
+  const int64_t terms = patches.height * line, tokens = patches.tokens(),
+                row_of_map = patches.map_width * patches.map_channels;
   const int64_t floats = gemm::floats_for<T>(tokens * terms);
   gemm::for_images(images, floats, [&](int64_t image, gemm::Place place, auto run) {
     T* all = reinterpret_cast<T*>(place.memory);
@@ -78,7 +80,7 @@ void infer_patches(const Patches<T>& patches, int64_t images, const T* map, T* o
   });
 }
 
-#define CEIT_INSTANTIATE(T)  \
+#define CEIT_INSTANTIATE(T)   \
   template struct Patches<T>; \
   template void infer_patches(const Patches<T>&, int64_t, const T*, T*);
 CEIT_INSTANTIATE(float)

@@ -13,7 +13,10 @@ template <class T>
 struct Memory {
   T *normalised, *qkv, *attended, *total, *leff;
   Memory(T* start, int64_t elements)
-      : normalised(start), qkv(start + elements), attended(start + 4 * elements), total(start + 5 * elements),
+      : normalised(start),
+        qkv(start + elements),
+        attended(start + 4 * elements),
+        total(start + 5 * elements),
         leff(start + 6 * elements) {}
 };
 
@@ -119,8 +122,8 @@ void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const 
   }
   block.norm1(memory + elements, memory, 0, rows);
   gemm::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows, run);
-  const auto attention = attention_call<T>(images, layers, 1, channels, block.heads, block.scale, memory + elements,
-                                           tokens.attended(0));
+  const auto attention =
+      attention_call<T>(images, layers, 1, channels, block.heads, block.scale, memory + elements, tokens.attended(0));
   run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
   tokens.add_attention(block);
   gemm::multiply_few(with_rows<T>(layer.expanding, tokens.normalised(), hidden), images, run);

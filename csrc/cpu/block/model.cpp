@@ -86,11 +86,13 @@ Tensor pack_model(Tensor image, int64_t map_channels, Parameters parameters, Sca
 Tensor infer_model_tensors(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor packed, Scalars scalars,
                            Numbers sizes) {
   const ModelSizes size = model_sizes(image, sign.numel(), sizes);
-  const Tensor map = stem_map(image, stem, sign, norm, size.patches), out = new_empty(image, {image.size(0), size.classes});
+  const Tensor map = stem_map(image, stem, sign, norm, size.patches),
+               out = new_empty(image, {image.size(0), size.classes});
   gemm::with_type(image, [&](auto type) {
     using T = decltype(type);
-    gemm::with_packed<T>({}, packed, [&](gemm::Packer<T>& packer) { return Model<T>(size, scalars, packer); },
-                         [&](const Model<T>& model) { infer_model(model, image.size(0), map, out); });
+    gemm::with_packed<T>(
+        {}, packed, [&](gemm::Packer<T>& packer) { return Model<T>(size, scalars, packer); },
+        [&](const Model<T>& model) { infer_model(model, image.size(0), map, out); });
   });
   return out;
 }

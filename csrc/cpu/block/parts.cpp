@@ -41,8 +41,8 @@ void attend(const attention::ForwardCall& call, int64_t begin, int64_t end) {
   attention::chosen(kIndex<T>).forward(call, begin, end);
 }
 
-#define CEIT_INSTANTIATE(T)                                                                             \
-  template class Norm<T>;                                                                               \
+#define CEIT_INSTANTIATE(T)                                                                                          \
+  template class Norm<T>;                                                                                            \
   template attention::ForwardCall attention_call(int64_t, int64_t, int64_t, int64_t, int64_t, double, const T*, T*); \
   template void attend<T>(const attention::ForwardCall&, int64_t, int64_t);
 CEIT_INSTANTIATE(float)

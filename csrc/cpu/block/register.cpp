@@ -10,8 +10,16 @@ namespace ceit::block {
 EncoderSizes::EncoderSizes(const Numbers& sizes) {
   STD_TORCH_CHECK(sizes.size() == 9, "sizes: expected 9 numbers, got ", sizes.size());
   channels = sizes[0], heads = sizes[1], tokens = sizes[6] * sizes[7], blocks = sizes[8];
-  leff = {channels, sizes[2], channels, 0, int(sizes[6]), int(sizes[7]), int(sizes[3]),
-          leff::checked_activation(sizes[4]), leff::checked_activation(sizes[5]), {}};
+  leff = {channels,
+          sizes[2],
+          channels,
+          0,
+          int(sizes[6]),
+          int(sizes[7]),
+          int(sizes[3]),
+          leff::checked_activation(sizes[4]),
+          leff::checked_activation(sizes[5]),
+          {}};
 }
 
 PatchSizes patch_sizes(const torch::stable::Tensor& image, int64_t map_channels, int64_t height, int64_t width,
@@ -24,7 +32,8 @@ PatchSizes patch_sizes(const torch::stable::Tensor& image, int64_t map_channels,
 torch::stable::Tensor stem_map(const torch::stable::Tensor& image, const torch::stable::Tensor& stem,
                                const torch::stable::Tensor& sign, const torch::stable::Tensor& norm,
                                const PatchSizes& sizes) {
-  const auto map = torch::stable::new_empty(image, {image.size(0), sizes.map_height, sizes.map_width, sizes.map_channels});
+  const auto map =
+      torch::stable::new_empty(image, {image.size(0), sizes.map_height, sizes.map_width, sizes.map_channels});
   i2t_cpu::forward(image, stem, sign, norm, map, std::nullopt, std::nullopt);
   return map;
 }
@@ -34,8 +43,8 @@ namespace {
 using gemm::OptionalTensor;
 using torch::stable::new_empty;
 using torch::stable::Tensor;
-// out (B, N, C) of tokens x, and their first tokens behind every block, class_tokens (B, blocks, C). parameters: of each
-// block norm1, qkv, projection, norm2 (weight and bias each) and what leff::infer takes.
+// out (B, N, C) of tokens x, and their first tokens behind every block, class_tokens (B, blocks, C). parameters: of
+// each block norm1, qkv, projection, norm2 (weight and bias each) and what leff::infer takes.
 void infer_encoder_tensors(Tensor x, Parameters parameters, Scalars scalars, Numbers sizes, bool class_token_only,
                            Tensor out, Tensor class_tokens) {
   const EncoderSizes size(sizes);

@@ -26,19 +26,17 @@ struct Brgemm {
 
 #else
 
-// at::native::cpublas::brgemm: C = A B, or C += A B, and what gives back the matrix unit that it may have taken. Not there
-// in every PyTorch.
-extern "C" __attribute__((weak)) void ceit_brgemm(int64_t rows, int64_t columns, int64_t terms, int64_t a_stride,
-                                                  int64_t b_stride, int64_t c_stride, bool add, const float* a,
-                                                  const float* b, float* c, bool in_pairs)
-    __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb");
-extern "C" __attribute__((weak)) void ceit_brgemm_bf16(int64_t rows, int64_t columns, int64_t terms, int64_t a_stride,
-                                                       int64_t b_stride, int64_t c_stride, bool add,
-                                                       const ceit::Bf16* a, const ceit::Bf16* b, float* c,
-                                                       bool in_pairs)
-    __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
-extern "C" __attribute__((weak)) void ceit_brgemm_release(bool in_pairs)
-    __asm__("_ZN2at6native7cpublas14brgemm_releaseEb");
+// at::native::cpublas::brgemm: C = A B, or C += A B, and what gives back the matrix unit that it may have taken. Not
+// there in every PyTorch.
+extern "C" __attribute__((weak)) void ceit_brgemm(
+    int64_t rows, int64_t columns, int64_t terms, int64_t a_stride, int64_t b_stride, int64_t c_stride, bool add,
+    const float* a, const float* b, float* c, bool in_pairs) __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb");
+extern "C" __attribute__((weak)) void ceit_brgemm_bf16(
+    int64_t rows, int64_t columns, int64_t terms, int64_t a_stride, int64_t b_stride, int64_t c_stride, bool add,
+    const ceit::Bf16* a, const ceit::Bf16* b, float* c,
+    bool in_pairs) __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
+extern "C" __attribute__((weak)) void ceit_brgemm_release(bool in_pairs) __asm__(
+    "_ZN2at6native7cpublas14brgemm_releaseEb");
 
 namespace {
 
@@ -132,8 +130,8 @@ struct Brgemm<float> {
           const int count = int(weight.terms - k < lanes ? weight.terms - k : lanes);
           Square<float> square;
           for (int i = 0; i < lanes; ++i)
-            square.rows[i] = first + i < weight.columns ? load(weight.data + (first + i) * weight.terms + k, count)
-                                                        : splat(0.0f);
+            square.rows[i] =
+                first + i < weight.columns ? load(weight.data + (first + i) * weight.terms + k, count) : splat(0.0f);
           square.transpose();
           for (int j = 0; j < count; ++j) store(to + (k + j) * kColumns + c, square.rows[j]);
         }

@@ -14,7 +14,8 @@ namespace ceit::gemm {
 // Columns of a panel, the part of a product that a task has.
 constexpr int kColumns = 64;
 
-// out = activation(a B * scale + shift) + residual, or, where out is of the type accumulated in, out += a B. Sums, scale and shift are of the type accumulated in.
+// out = activation(a B * scale + shift) + residual, or, where out is of the type accumulated in, out += a B. Sums,
+// scale and shift are of the type accumulated in.
 template <class T>
 struct Call {
   using Acc = AccOf<T>;
@@ -22,7 +23,7 @@ struct Call {
   int64_t a_stride = 0, terms = 0, columns = 0;
   // B, packed by `pack`, or (terms, columns) as it lies with rows `b_stride` apart.
   const void* b = nullptr;
-  int64_t b_stride = 0;  // 0 where it is packed
+  int64_t b_stride = 0;                          // 0 where it is packed
   const Acc *scale = nullptr, *shift = nullptr;  // (columns,); 1 and 0 where there is none
   Activation activation = Activation::identity;
   const T* residual = nullptr;  // with the rows of out

@@ -2,10 +2,9 @@
 
 #include <new>
 
-#include "packing.h"
-
 #include "../capability.h"
 #include "../scalar.h"
+#include "packing.h"
 
 namespace ceit::gemm {
 
@@ -60,13 +59,12 @@ int64_t packed_bytes(int64_t columns, int64_t terms) {
 
 template <class T>
 void pack(const Weight<T>& weight, void* packed) {
-  torch::stable::parallel_for(0, panels_of(weight.columns), 1, [&](int64_t begin, int64_t end) {
-    kernels<T>().pack(weight, {begin, end}, packed);
-  });
+  torch::stable::parallel_for(0, panels_of(weight.columns), 1,
+                              [&](int64_t begin, int64_t end) { kernels<T>().pack(weight, {begin, end}, packed); });
 }
 
-#define CEIT_INSTANTIATE(T)                                        \
-  template void multiply(const Call<T>&, Range, Range);            \
+#define CEIT_INSTANTIATE(T)                                         \
+  template void multiply(const Call<T>&, Range, Range);             \
   template int64_t packed_bytes<T>(int64_t columns, int64_t terms); \
   template void pack(const Weight<T>&, void*);
 CEIT_INSTANTIATE(float)

@@ -1,5 +1,5 @@
-// The GEMM of this project: tiles of the result stay in registers, a part of B in the first level of cache. With AVX-512
-// oneDNN's brgemm takes its place where PyTorch exports it (brgemm.h).
+// The GEMM of this project: tiles of the result stay in registers, a part of B in the first level of cache. With
+// AVX-512 oneDNN's brgemm takes its place where PyTorch exports it (brgemm.h).
 #include "../activations.h"
 #include "../tile.h"
 #include "brgemm.h"
@@ -161,7 +161,8 @@ void multiply_slice(const Call<T>& call, const RealOf<T>* a, int64_t a_stride, R
   alignas(64) Real copy[kChunk * kWidth<Real>], beside[kWidened * kWidth<Real>];
   const Real* packed = call.b_stride ? nullptr : static_cast<const Real*>(call.b) + columns.begin * call.terms;
   Partial<Real> partial{beside, kWidth<Real>};
-  if constexpr (std::is_same_v<T, Real>) partial = {call.out + rows.begin * call.out_stride + columns.begin, call.out_stride};
+  if constexpr (std::is_same_v<T, Real>)
+    partial = {call.out + rows.begin * call.out_stride + columns.begin, call.out_stride};
   const int64_t chunks = call.terms ? (call.terms + kChunk - 1) / kChunk : 1;
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t first = call.terms * i / chunks, terms = call.terms * (i + 1) / chunks - first;
@@ -228,8 +229,8 @@ void pack_slice(const Weight<T>& weight, int64_t column, RealOf<T>* slice) {
       const int count = int(smaller_of(weight.terms - k, lanes));
       Square<Real> square;
       for (int i = 0; i < lanes; ++i)
-        square.rows[i] = first + i < weight.columns ? load(weight.data + (first + i) * weight.terms + k, count)
-                                                    : splat(Real(0));
+        square.rows[i] =
+            first + i < weight.columns ? load(weight.data + (first + i) * weight.terms + k, count) : splat(Real(0));
       square.transpose();
       for (int j = 0; j < count; ++j) store(slice + (k + j) * kWidth<Real> + v * lanes, square.rows[j]);
     }

@@ -12,8 +12,8 @@ namespace {
 // Hidden tokens that stay in the second level of cache between the convolution and the product behind it.
 constexpr int64_t kBandBytes = 640 << 10;
 
-// The depthwise kernels (channels, side * side) as (side * side, channels), so that neighbouring channels are neighbours
-// in memory, times the scale of the norm behind them.
+// The depthwise kernels (channels, side * side) as (side * side, channels), so that neighbouring channels are
+// neighbours in memory, times the scale of the norm behind them.
 template <class T>
 void scale_taps(const T* kernels, const AccOf<T>* scale, int64_t channels, int64_t taps, AccOf<T>* to) {
   for (int64_t tap = 0; tap < taps; ++tap)

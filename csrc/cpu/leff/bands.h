@@ -31,7 +31,8 @@ struct Bands : Sizes {
 
   // The hidden tokens of tokens `begin` to `end`, from x (prefix + tokens, channels).
   void expand(const T* x, T* memory, int64_t begin, int64_t end) const;
-  // out (prefix + tokens, outputs) of the image's rows `begin` to `end`, and of the prefix tokens with the first of them.
+  // out (prefix + tokens, outputs) of the image's rows `begin` to `end`, and of the prefix tokens with the first of
+  // them.
   void contract(const T* x, const T* residual, T* memory, T* out, int64_t begin, int64_t end) const;
 };
 

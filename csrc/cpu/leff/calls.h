@@ -81,8 +81,8 @@ struct Part {
   int64_t stride = 0, channel = 0;  // the first of the channels that it has
 };
 
-// dz = g times the slope of the activation at norm z, with the sums of dz and dz (z - mean); out or `part`, which is for
-// one image, is activation(norm z).
+// dz = g times the slope of the activation at norm z, with the sums of dz and dz (z - mean); out or `part`, which is
+// for one image, is activation(norm z).
 struct ActivateBackwardCall {
   Shape shape;
   Map g, z;

@@ -19,9 +19,7 @@ class Ring {
   // Where column 0 of row `y` is written.
   Real* write(int y) const { return rows_.get() + y % side_ * row_ + side_ / 2 * kBlock; }
   // Row `y` from its zeros on the left; zeros where it is outside of the image.
-  const Real* read(int y, int height) const {
-    return rows_.get() + (y < 0 || y >= height ? side_ : y % side_) * row_;
-  }
+  const Real* read(int y, int height) const { return rows_.get() + (y < 0 || y >= height ? side_ : y % side_) * row_; }
 
  private:
   int side_;
@@ -60,8 +58,7 @@ void load_activated(const T* from, int64_t stride, const Norm<RealOf<T>>& norm, 
 template <class T, Activation kind>
 void store_activated(const RealOf<T>* line, T* to, int64_t stride, int width, int count) {
   using Real = RealOf<T>;
-  for (int x = 0; x < width; ++x)
-    store(to + x * stride, activate<kind, Real>(load(line + x * kBlock)), count);
+  for (int x = 0; x < width; ++x) store(to + x * stride, activate<kind, Real>(load(line + x * kBlock)), count);
 }
 
 template <class T, int side>

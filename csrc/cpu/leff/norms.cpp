@@ -1,4 +1,5 @@
-// The arrays of LeFF's norms, of what the stages summed up. A few thousand numbers: one thread, in the order of the parts.
+// The arrays of LeFF's norms, of what the stages summed up. A few thousand numbers: one thread, in the order of the
+// parts.
 #include <cmath>
 #include <vector>
 
@@ -48,8 +49,7 @@ void norm_array_of(const PartMoments& parts, const NormVectors& vectors, const T
   if (parts.moments) {
     const Real* counts = data<Real>(parts.counts);
     const auto count_of = [&](int64_t part) { return counts ? counts[part] : Real(parts.tokens); };
-    const Real count =
-        merge(data<Real>(parts.moments), count_of, parts.moments->size(0), channels, mean, variance);
+    const Real count = merge(data<Real>(parts.moments), count_of, parts.moments->size(0), channels, mean, variance);
     for (int64_t c = 0; c < channels; ++c) variance[c] /= count;
     if (total) *static_cast<Real*>(total->data_ptr()) = count;
   } else {
@@ -99,7 +99,8 @@ void gradient_array_of(const Tensor& sums, const OptionalTensor& norm, const Opt
 }  // namespace
 
 void norm_array(const PartMoments& parts, const NormVectors& vectors, const Tensor& out, const OptionalTensor& total) {
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == 5 && out.is_contiguous(), "out: expected a contiguous (5, channels)");
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == 5 && out.is_contiguous(),
+                  "out: expected a contiguous (5, channels)");
   const ScalarType type = real_type(out);
   const int64_t channels = out.size(1);
   STD_TORCH_CHECK(parts.moments || (vectors.running_mean && vectors.running_variance),

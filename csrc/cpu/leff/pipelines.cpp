@@ -76,8 +76,16 @@ class WeightGradient {
 
 Sizes sizes_of(const std::vector<double>& eps, const std::vector<int64_t>& sizes) {
   STD_TORCH_CHECK(sizes.size() == 8 && eps.size() == 3, "sizes, eps: expected 8 and 3 numbers");
-  return {sizes[0], sizes[1], sizes[2], 0, int(sizes[6]), int(sizes[7]), int(sizes[3]),
-          checked_activation(sizes[4]), checked_activation(sizes[5]), {eps[0], eps[1], eps[2]}};
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          0,
+          int(sizes[6]),
+          int(sizes[7]),
+          int(sizes[3]),
+          checked_activation(sizes[4]),
+          checked_activation(sizes[5]),
+          {eps[0], eps[1], eps[2]}};
 }
 
 }  // namespace

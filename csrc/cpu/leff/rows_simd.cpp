@@ -176,7 +176,8 @@ void gradient(const GradientCall& call, int64_t begin, int64_t end) {
       const Gradient<Real> of(call.gradient, channels, c, count);
       for (int64_t row = task.first; row < task.last; ++row) {
         const int64_t at = row * channels + c;
-        store(out + row * out_stride + c, z ? of(load(g + at, count), load(z + at, count)) : load(g + at, count), count);
+        store(out + row * out_stride + c, z ? of(load(g + at, count), load(z + at, count)) : load(g + at, count),
+              count);
       }
     });
     if (!call.part.data) zero_prefix<T>(call.out, call.shape, task);

@@ -21,7 +21,8 @@ const Kernels& kernels_for(const Tensor& tensor) { return chosen(int(type_of(ten
 // A (B, rows, channels) tensor of `like`'s dtype that has a shape's tokens.
 Map map(const char* name, const Tensor& tensor, const Shape& shape, ScalarType type) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": unexpected dtype");
-  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.is_contiguous(), name, ": expected a contiguous tensor (B, rows, channels)");
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.is_contiguous(), name,
+                  ": expected a contiguous tensor (B, rows, channels)");
   STD_TORCH_CHECK(tensor.size(0) == shape.images && tensor.size(1) >= shape.tokens && tensor.size(2) == shape.channels,
                   name, ": expected (", shape.images, ", ", shape.tokens, " or more, ", shape.channels, "), got (",
                   tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2), ")");

@@ -69,8 +69,8 @@ void gradient_array(Tensor sums, OptionalTensor norm, OptionalTensor count, Opti
 // The pipelines, `images` images at a time. z has no prefix tokens where it is not said.
 
 // out (B, rows, O) of inference of tokens x (B, rows, C), of the type that is computed in. parameters: of each of three
-// convolutions weight, bias, norm weight, norm bias, running mean and running variance; or `packed`, what `pack` made of
-// them. eps: of the norms. sizes: C, E, O, side of the kernel, both activations, height, width.
+// convolutions weight, bias, norm weight, norm bias, running mean and running variance; or `packed`, what `pack` made
+// of them. eps: of the norms. sizes: C, E, O, side of the kernel, both activations, height, width.
 void infer(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor packed, OptionalTensor residual,
            std::vector<double> eps, std::vector<int64_t> sizes, Tensor out);
 Tensor pack(Tensor like, std::vector<OptionalTensor> parameters, std::vector<double> eps, std::vector<int64_t> sizes);

@@ -119,7 +119,12 @@ class Backward {
  public:
   Backward(const Tensor& x, std::array<Layer, kLayers> layers, const std::vector<Tensor>& saved, const Sizes& sizes,
            const std::string& group, bool need_x, int64_t needs)
-      : x_(x), layers_(std::move(layers)), sizes_(sizes), group_(group), need_x_(need_x), needs_(needs),
+      : x_(x),
+        layers_(std::move(layers)),
+        sizes_(sizes),
+        group_(group),
+        need_x_(need_x),
+        needs_(needs),
         count_(saved[6]) {
     const int64_t images = x.size(0), hidden = layers_[0].channels();
     z1_ = view(saved[0], {images, x.size(1), hidden});
@@ -154,8 +159,8 @@ class Backward {
     depthwise(g, gradient2, sums1);
     if (below1 || sums_of(0)) gradient1 = coefficients(0, sums1);
     if (!below1) return gradients_;
-    const auto [dx, dweight1] = expand_backward(g, z1_, gradient1, x_, layers_[0].matrix(), sizes_.tokens,
-                                                sizes_.images, need_x_, needs(0, 0));
+    const auto [dx, dweight1] =
+        expand_backward(g, z1_, gradient1, x_, layers_[0].matrix(), sizes_.tokens, sizes_.images, need_x_, needs(0, 0));
     gradients_[0] = dx;
     if (needs(0, 0)) set_weight(0, dweight1);
     return gradients_;
@@ -237,22 +242,25 @@ std::vector<Tensor> train(Tensor x, std::vector<OptionalTensor> parameters, Opti
   depthwise(z1, unless_empty(norm1), size.first, taps_of(layers[1]), layers[1].bias, int64_t(Activation::identity),
             size.side, size.height, size.width, z2, moments2);
   const Tensor norm2 = norm_of(layers[1], moments2, size.tokens, group, count);
-  const Tensor z3 = contract(z2, unless_empty(norm2), size.second, layers[2].matrix(), layers[2].bias, size.images,
-                             moments3);
+  const Tensor z3 =
+      contract(z2, unless_empty(norm2), size.second, layers[2].matrix(), layers[2].bias, size.images, moments3);
   const Tensor norm3 = norm_of(layers[2], moments3, size.tokens, group, count);
   finish(z3, unless_empty(norm3), prefix, residual, size.tokens, out);
   const bool of_batch = moments1 || moments2 || moments3;
   return {view(z1, {images * z1.size(1), hidden}),
           view(z2, {images * size.tokens, hidden}),
           norm3.numel() ? view(z3, {images * size.tokens, outputs}) : new_empty(x, {0}),
-          norm1, norm2, norm3,
+          norm1,
+          norm2,
+          norm3,
           of_batch ? count : new_empty(like, {0})};
 }
 
 std::vector<Tensor> train_backward(Tensor dout, Tensor x, std::vector<OptionalTensor> parameters,
                                    std::vector<Tensor> saved, std::vector<int64_t> modes, std::vector<int64_t> sizes,
                                    std::string group, bool need_x, int64_t needs) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0 && saved.size() == 7, "x, saved: expected tokens and what forward kept");
+  STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0 && saved.size() == 7,
+                  "x, saved: expected tokens and what forward kept");
   auto layers = layers_of(parameters, std::vector<double>(kLayers), modes);
   const Sizes size(sizes, layers[1]);
   return Backward(x, std::move(layers), saved, size, group, need_x, needs).run(dout);

@@ -141,8 +141,10 @@ Tensor contract_backward_by_bands(const Tensor& dz3, const Tensor& weight, const
   const int64_t images = z2.size(0), tokens = z2.size(1), hidden = z2.size(2), outputs = weight.size(0);
   const int64_t g_rows = g2.size(1);
   const float *dz = gemm::floats("dz3", dz3, images * tokens * outputs), *z = gemm::floats("z2", z2, z2.numel());
-  float *g = gemm::floats("g2", g2, images * g_rows * hidden), *of_sums = gemm::floats("sums", sums, images * 2 * hidden);
-  const float *of_weight = gemm::floats("weight", weight, outputs * hidden), *of_norm = gemm::floats("norm", norm, 5 * hidden);
+  float *g = gemm::floats("g2", g2, images * g_rows * hidden),
+        *of_sums = gemm::floats("sums", sums, images * 2 * hidden);
+  const float *of_weight = gemm::floats("weight", weight, outputs * hidden),
+              *of_norm = gemm::floats("norm", norm, 5 * hidden);
   const Activation kind = checked_activation(activation);
   const Tensor dweight = new_empty(sums, {need_weight ? outputs : 0, hidden});
   float* of_dweight = gemm::floats("dweight", dweight, dweight.numel());
@@ -191,7 +193,8 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
   const int64_t images = x.size(0), rows = x.size(1), channels = x.size(2), hidden = weight.size(0);
   const int64_t prefix = rows - tokens;
   const float *g = gemm::floats("g1", g1, images * rows * hidden), *z = gemm::floats("z1", z1, images * rows * hidden);
-  const float *from = gemm::floats("x", x, images * rows * channels), *of_weight = gemm::floats("weight", weight, weight.numel());
+  const float *from = gemm::floats("x", x, images * rows * channels),
+              *of_weight = gemm::floats("weight", weight, weight.numel());
   const float* of_gradient = gemm::floats("gradient", gradient, 4 * hidden);
   const Tensor dx = need_x ? new_empty(x, {images, rows, channels}) : new_empty(x, {0});
   const Tensor dweight = new_empty(x, {need_weight ? channels : 0, hidden});  // transposed
@@ -243,7 +246,8 @@ std::tuple<Tensor, Tensor> expand_backward_by_bands(const Tensor& g1, const Tens
         for (int64_t part = 0; part < parts; ++part) finish(part, memory_of(part), begin, end);
       });
     }
-    if (need_x) std::fill_n(gemm::floats("dx", dx, images * rows * channels) + image * rows * channels, prefix * channels, 0.0f);
+    if (need_x)
+      std::fill_n(gemm::floats("dx", dx, images * rows * channels) + image * rows * channels, prefix * channels, 0.0f);
   };
   const int64_t scratch = parts * tokens * kBandChannels;
   add_others(gemm::for_images(images, dweight.numel() + turned_size + scratch, body), dweight);

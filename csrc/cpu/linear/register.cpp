@@ -1,7 +1,7 @@
-// A linear layer on the CPU, its backward in float32, and their registration, through libtorch's stable ABI. The schemas
-// are in ceit_kernels/common/matmul.py.
-#include "../leff/stages.h"
+// A linear layer on the CPU, its backward in float32, and their registration, through libtorch's stable ABI. The
+// schemas are in ceit_kernels/common/matmul.py.
 #include "../gemm/packing.h"
+#include "../leff/stages.h"
 
 namespace ceit::linear_layer {
 namespace {

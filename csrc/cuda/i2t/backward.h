@@ -2,51 +2,53 @@
 //
 // With g the pooled gradient put back to the places of the maxima, x' the normalised convolution and n its count,
 //   dz = gamma / deviation * (g - sum(g) / n - x' * sum(g x') / n)
-// is linear in sums that one pass can take before it knows them: g (x) patch, x' (x) patch, patch and g. The convolution
-// is computed again for x', tile by tile; sum(g x') follows from g (x) patch and the weights.
+// is linear in sums that one pass can take before it knows them: g (x) patch, x' (x) patch, patch and g. The
+// convolution is computed again for x', tile by tile; sum(g x') follows from g (x) patch and the weights.
 #pragma once
 
 #include "products.h"
 
 namespace ceit::i2t {
 
-constexpr int kTileRows = 14;                           // of the convolution, two for each warp
-constexpr int kBackwardWarps = kSide;                   // a warp takes one row of the kernel in the products
+constexpr int kTileRows = 14;          // of the convolution, two for each warp
+constexpr int kBackwardWarps = kSide;  // a warp takes one row of the kernel in the products
 constexpr int kBackwardThreads = 32 * kBackwardWarps;
-constexpr int kBackwardChannels = 2 * kGroup;           // of a block
+constexpr int kBackwardChannels = 2 * kGroup;  // of a block
 constexpr int kTileImageRows = 2 * kTileRows + 5;
 constexpr int kTileImageColumns = 2 * (kTilePixels - 1) + 10;
-constexpr int kOperandStride = kBackwardChannels + 8;   // rows of operands begin in different banks
+constexpr int kOperandStride = kBackwardChannels + 8;  // rows of operands begin in different banks
 constexpr int kOperandElements = kTileRows * kTilePixels * kOperandStride;
 constexpr int kTileImageElements = kTileImageRows * kTileImageColumns * kChannels;
-constexpr int kOwnGradient = 8;                         // channels of a thread that scatters
+constexpr int kOwnGradient = 8;  // channels of a thread that scatters
 
 template <class P>
 struct BackwardArguments {
   using Real = typename P::Real;
-  const typename P::Element* weights;   // packed
-  const typename P::Output* gradient;   // (B, H', W', O) of the result
-  const uint8_t* indices;               // (B, H', W', O)
+  const typename P::Element* weights;  // packed
+  const typename P::Output* gradient;  // (B, H', W', O) of the result
+  const uint8_t* indices;              // (B, H', W', O)
   Norm<Real> norm;
 };
 
 // The pooled gradient at the places of the maxima: a tile of (14 rows, 16 columns, 32 channels) from row y0 and column
 // x0 (both even) of the convolution. A thread takes the four outputs under one pooled place, which four windows reach.
 template <class P>
-DEVICE void scatter_gradient(typename P::Element* tile, const Problem& p, const BackwardArguments<P>& a, int64_t b, int y0,
-                             int x0, int channel0, typename P::Real (&sums)[kOwnGradient]) {
+DEVICE void scatter_gradient(typename P::Element* tile, const Problem& p, const BackwardArguments<P>& a, int64_t b,
+                             int y0, int x0, int channel0, typename P::Real (&sums)[kOwnGradient]) {
   using Real = typename P::Real;
   using Gradients = Pack<typename P::Output, kOwnGradient>;
   constexpr int kParts = kBackwardChannels / kOwnGradient, kAcross = kTilePixels / 2;
   static_assert(kTileRows / 2 * kAcross * kParts == kBackwardThreads);
-  const int part = threadIdx.x % kParts, quad_x = threadIdx.x / kParts % kAcross, quad_y = threadIdx.x / (kParts * kAcross);
+  const int part = threadIdx.x % kParts, quad_x = threadIdx.x / kParts % kAcross,
+            quad_y = threadIdx.x / (kParts * kAcross);
   const int qy = y0 / 2 + quad_y, qx = x0 / 2 + quad_x;
   Real at[2][2][kOwnGradient] = {};
 #pragma unroll
   for (int window = 0; window < 4; ++window) {
     const int dy = window / 2, dx = window % 2, py = qy + dy, px = qx + dx;
     if (py < 0 || px < 0 || py >= p.pooled_height || px >= p.pooled_width) continue;
-    const int64_t offset = ((b * p.pooled_height + py) * p.pooled_width + px) * p.out_channels + channel0 + part * kOwnGradient;
+    const int64_t offset =
+        ((b * p.pooled_height + py) * p.pooled_width + px) * p.out_channels + channel0 + part * kOwnGradient;
     const Gradients g = *reinterpret_cast<const Gradients*>(a.gradient + offset);
     const Pack<uint8_t, kOwnGradient> index = *reinterpret_cast<const Pack<uint8_t, kOwnGradient>*>(a.indices + offset);
 #pragma unroll
@@ -69,7 +71,8 @@ DEVICE void scatter_gradient(typename P::Element* tile, const Problem& p, const 
 #pragma unroll
       for (int c = 0; c < kOwnGradient; ++c) values.value[c] = convert<typename P::Element>(at[y][x][c]);
       const int place = (2 * quad_y + y) * kTilePixels + 2 * quad_x + x;
-      *reinterpret_cast<Pack<typename P::Element, kOwnGradient>*>(tile + place * kOperandStride + part * kOwnGradient) = values;
+      *reinterpret_cast<Pack<typename P::Element, kOwnGradient>*>(tile + place * kOperandStride + part * kOwnGradient) =
+          values;
     }
 }
 
@@ -102,7 +105,8 @@ DEVICE void normalised_convolution(typename P::Element* tile, const typename P::
           const Real normalised = (raw - a.norm.mean[channel + c]) * a.norm.inverse_deviation(channel + c);
           values.value[c] = convert<typename P::Element>(inside ? normalised : Real(0));
         }
-        *reinterpret_cast<Pack<typename P::Element, kOwn>*>(tile + (row * kTilePixels + column) * kOperandStride + own) = values;
+        *reinterpret_cast<Pack<typename P::Element, kOwn>*>(tile + (row * kTilePixels + column) * kOperandStride +
+                                                            own) = values;
       }
     }
   }
@@ -224,7 +228,8 @@ finish_gradients(GradientSums<typename P::Real> sums, int rows, int channels, bo
       of_patches += sums.patches[int64_t(row) * weights + k];
     }
   // Of the products with the rounded weights, as the convolution took them.
-  shared[k] = k < weights ? to_float(convert<typename P::Element>(weight[int64_t(channel) * weights + k])) * of_gradient : 0;
+  shared[k] =
+      k < weights ? to_float(convert<typename P::Element>(weight[int64_t(channel) * weights + k])) * of_gradient : 0;
   barrier();
   for (int half = kFinishThreads / 2; half > 0; half /= 2) {
     if (k < half) shared[k] += shared[k + half];
@@ -233,7 +238,8 @@ finish_gradients(GradientSums<typename P::Real> sums, int rows, int channels, bo
   const Real inverse = norm.inverse_deviation(channel);
   const Real of_gamma = (shared[0] - norm.mean[channel] * gradient) * inverse;
   if (k < weights) {
-    const Real whole = dense ? of_gradient - gradient / count * of_patches - of_gamma / count * of_normalised : of_gradient;
+    const Real whole =
+        dense ? of_gradient - gradient / count * of_patches - of_gamma / count * of_normalised : of_gradient;
     out.weight[int64_t(channel) * weights + k] = norm.scale(channel) * inverse * whole;
   }
   if (k == 0) {

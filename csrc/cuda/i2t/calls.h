@@ -53,9 +53,11 @@ struct BackwardCall : Call {
   int blocks;
 };
 
-// Scratch elements of a training forward: count, mean and squares of every warp side by side, 14 pooled columns a block.
+// Scratch elements of a training forward: count, mean and squares of every warp side by side, 14 pooled columns a
+// block.
 inline int64_t moments_elements(const Sizes& s, int rows_per_block) {
-  const int64_t blocks = int64_t(s.batch) * ((s.pooled_width + 13) / 14) * ((s.pooled_height + rows_per_block - 1) / rows_per_block);
+  const int64_t blocks =
+      int64_t(s.batch) * ((s.pooled_width + 13) / 14) * ((s.pooled_height + rows_per_block - 1) / rows_per_block);
   return 2 * blocks * (1 + 2 * s.out_channels);
 }
 
@@ -64,7 +66,6 @@ inline int64_t sums_elements(const Sizes& s, int blocks) {
   const int64_t weights = int64_t(s.channels) * 7 * 7;
   return blocks * (2 * weights * s.out_channels + weights + s.out_channels);
 }
-
 
 // P is one of the structs of products.h, In the type of the image.
 template <class P, class In>

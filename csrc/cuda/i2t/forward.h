@@ -1,7 +1,7 @@
 // Convolution and pool in one pass: the map between them stays in registers.
 //
-// A warp owns 16 neighbouring columns of the convolution and 16 channels, and walks down the rows, two at a time: rows 2p
-// and 2p + 1 end the window of pooled row p and 2p + 1 begins the next. The 16 columns hold the windows of 7 pooled
+// A warp owns 16 neighbouring columns of the convolution and 16 channels, and walks down the rows, two at a time: rows
+// 2p and 2p + 1 end the window of pooled row p and 2p + 1 begins the next. The 16 columns hold the windows of 7 pooled
 // columns; the next warp starts 14 columns on. Columns 1 to 14 count for the statistics, each of the map once.
 #pragma once
 
@@ -10,10 +10,10 @@
 
 namespace ceit::i2t {
 
-constexpr int kStrips = 2;                 // warps side by side
-constexpr int kPooledColumns = 7;          // of a warp
-constexpr int kBandRows = 4;               // pooled rows for which the image lies in shared memory
-constexpr int kMaximumGroups = 6;          // 96 output channels
+constexpr int kStrips = 2;         // warps side by side
+constexpr int kPooledColumns = 7;  // of a warp
+constexpr int kBandRows = 4;       // pooled rows for which the image lies in shared memory
+constexpr int kMaximumGroups = 6;  // 96 output channels
 constexpr int kForwardThreads = 32 * kStrips * kMaximumGroups;
 constexpr int kForwardImageRows = 2 * (2 * kBandRows + 1) + 5;
 constexpr int kForwardImageColumns = 2 * (14 * (kStrips - 1) + 15) + 8;
@@ -22,11 +22,11 @@ template <class P>
 struct ForwardArguments {
   using Real = typename P::Real;
   const typename P::Element* weights;
-  typename P::Output* out;      // (B, H', W', O)
-  uint8_t* indices;             // (B, H', W', O): place of the maximum in its window, row by row
-  Norm<Real> norm;              // applied to the result where the statistics are given
-  Moments<Real> moments;        // of this call, one row for each warp side by side
-  int rows_per_block;           // pooled
+  typename P::Output* out;  // (B, H', W', O)
+  uint8_t* indices;         // (B, H', W', O): place of the maximum in its window, row by row
+  Norm<Real> norm;          // applied to the result where the statistics are given
+  Moments<Real> moments;    // of this call, one row for each warp side by side
+  int rows_per_block;       // pooled
 };
 
 // The largest of a row of values and where it came from. PyTorch's rule: the first of equals, and NaN wins.
@@ -119,8 +119,8 @@ forward_kernel(Problem p, const In* image, ForwardArguments<P> a) {
           places |= place << (4 * c + 2 * h);
         }
 
-      // A window's columns lie in neighbouring lanes: an even lane has the left and gets the middle, an odd lane has the
-      // middle (of the last 8 columns) and gets the left; both get the right.
+      // A window's columns lie in neighbouring lanes: an even lane has the left and gets the middle, an odd lane has
+      // the middle (of the last 8 columns) and gets the left; both get the right.
       const int next = (column + 1) % 8 * 4 + lane % 4, after = (column + 2) % 8 * 4 + lane % 4;
       unsigned other_places = 0, right_places = 0;
       if constexpr (kIndices) {

@@ -11,9 +11,9 @@ constexpr int kGradientRows = 20, kGradientColumns = 24;
 template <class P>
 struct ImageGradientArguments {
   using Real = typename P::Real;
-  const Real* weight;          // (O, C, 7, 7)
-  Gradients<Real> sums;        // of gamma and beta, finished
-  Real count;                  // outputs of the convolution for each channel
+  const Real* weight;    // (O, C, 7, 7)
+  Gradients<Real> sums;  // of gamma and beta, finished
+  Real count;            // outputs of the convolution for each channel
 };
 
 template <class P, class In, bool kDense>
@@ -31,10 +31,10 @@ image_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, ImageG
   const int tile_x = blockIdx.x % across, tile_y = blockIdx.x / across % down;
   const int64_t b = blockIdx.x / (int64_t(across) * down);
   const int x0 = tile_x * (kGradientColumns / 2) - 2, y0 = tile_y * (kGradientRows / 2) - 2;
-  constexpr int kPixels = kGradientRows * kGradientColumns, kTurns = (kPixels + kBackwardThreads - 1) / kBackwardThreads;
+  constexpr int kPixels = kGradientRows * kGradientColumns,
+                kTurns = (kPixels + kBackwardThreads - 1) / kBackwardThreads;
 
-  if constexpr (kDense)
-    load_image<kTileImageRows, kTileImageColumns>(image_tile, image, p, b, 2 * y0 - 3, 2 * x0 - 4);
+  if constexpr (kDense) load_image<kTileImageRows, kTileImageColumns>(image_tile, image, p, b, 2 * y0 - 3, 2 * x0 - 4);
   Real sum[kTurns][kChannels] = {};
   for (int channel0 = 0; channel0 < p.out_channels; channel0 += kBackwardChannels) {
     Real unused[kOwnGradient] = {};

@@ -1,22 +1,22 @@
 // The sizes of a call and what all kernels of the stem agree on.
 //
-// The convolution is 7x7 with stride 2 and padding 3, the pool 3x3 with stride 2 and padding 1. In shared memory a pixel
-// of the image has 4 channels (absent ones are zero), and a row of the kernel 8 columns, of which the first is zero: then
-// the 8 elements that belong to two neighbouring columns always start at a multiple of 8.
+// The convolution is 7x7 with stride 2 and padding 3, the pool 3x3 with stride 2 and padding 1. In shared memory a
+// pixel of the image has 4 channels (absent ones are zero), and a row of the kernel 8 columns, of which the first is
+// zero: then the 8 elements that belong to two neighbouring columns always start at a multiple of 8.
 #pragma once
 
 #include "../device.h"
 
 namespace ceit::i2t {
 
-constexpr int kChannels = 4;                      // of a pixel in shared memory
-constexpr int kSide = 7;                          // of the convolution's kernel
-constexpr int kRowElements = 8 * kChannels;       // of a kernel's row in shared memory's terms
-constexpr int kDepth = kSide * kRowElements;      // of a product: 224, of which 147 are not zero for 3 channels
-constexpr int kPixelStride = 2 * kChannels;       // elements between the windows of two neighbouring outputs
-constexpr int kGroup = 16;                        // output channels of a warp: two 8-column fragments
-constexpr int kOwn = 4;                           // of these, neighbours that one thread holds: 4 * (lane % 4) onwards
-constexpr int kTilePixels = 16;                   // neighbouring outputs of the convolution in a fragment
+constexpr int kChannels = 4;                  // of a pixel in shared memory
+constexpr int kSide = 7;                      // of the convolution's kernel
+constexpr int kRowElements = 8 * kChannels;   // of a kernel's row in shared memory's terms
+constexpr int kDepth = kSide * kRowElements;  // of a product: 224, of which 147 are not zero for 3 channels
+constexpr int kPixelStride = 2 * kChannels;   // elements between the windows of two neighbouring outputs
+constexpr int kGroup = 16;                    // output channels of a warp: two 8-column fragments
+constexpr int kOwn = 4;                       // of these, neighbours that one thread holds: 4 * (lane % 4) onwards
+constexpr int kTilePixels = 16;               // neighbouring outputs of the convolution in a fragment
 
 struct Problem {
   int batch, channels, height, width;
@@ -50,7 +50,8 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 
 // Rows `row0` onwards and columns `column0` (even) onwards of one image, zero outside of it, as (kRows, kColumns, 4).
 template <int kRows, int kColumns, class Element, class In>
-DEVICE void load_image(Element* tile, const In* __restrict__ image, const Problem& p, int64_t index, int row0, int column0) {
+DEVICE void load_image(Element* tile, const In* __restrict__ image, const Problem& p, int64_t index, int row0,
+                       int column0) {
   static_assert(kColumns % 2 == 0);
   constexpr int kPairs = kColumns / 2;
   const In* base = image + index * p.stride_batch;

@@ -186,9 +186,7 @@ struct ScalarProducts {
   using Patches = Pixels;
   struct Weights {
     const Pack<T, kOwn>* own;
-    DEVICE void load(const Element* packed) {
-      own = reinterpret_cast<const Pack<T, kOwn>*>(packed) + lane_index() % 4;
-    }
+    DEVICE void load(const Element* packed) { own = reinterpret_cast<const Pack<T, kOwn>*>(packed) + lane_index() % 4; }
   };
 
   BOTH static void locate(int index, int& channel, int& k) {
@@ -235,11 +233,13 @@ struct ScalarProducts {
   }
 };
 
-// Weights (O, C, 7, 7) into the order in which the warps read them, groups of 16 channels one after another. The sign of
-// gamma is multiplied in: the raw values of a falling BatchNorm turn over, and the pool takes the maximum everywhere.
+// Weights (O, C, 7, 7) into the order in which the warps read them, groups of 16 channels one after another. The sign
+// of gamma is multiplied in: the raw values of a falling BatchNorm turn over, and the pool takes the maximum
+// everywhere.
 template <class P>
-KERNEL(256, 1) pack_weights(const typename P::Real* weight, const typename P::Real* gamma, typename P::Element* packed,
-                            int channels, int out_channels) {
+KERNEL(256, 1)
+pack_weights(const typename P::Real* weight, const typename P::Real* gamma, typename P::Element* packed, int channels,
+             int out_channels) {
   using Real = typename P::Real;
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= out_channels * kDepth) return;

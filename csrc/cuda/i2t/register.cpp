@@ -22,7 +22,8 @@ void* data(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : 
 void check_contiguous(const char* name, const Tensor& tensor, ScalarType type, int64_t elements) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": unexpected dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(tensor.numel() >= elements, name, ": expected at least ", elements, " elements, got ", tensor.numel());
+  STD_TORCH_CHECK(tensor.numel() >= elements, name, ": expected at least ", elements, " elements, got ",
+                  tensor.numel());
 }
 
 // The pooled map in memory: (B, H', W', O), as a contiguous tensor of these sizes.
@@ -33,7 +34,8 @@ void check_pooled(const char* name, const Tensor& tensor, const Sizes& s, Scalar
 Sizes make_sizes(const Tensor& image, const Tensor& weight) {
   STD_TORCH_CHECK(image.dim() == 4 && weight.dim() == 4, "image and weight: expected 4 dimensions");
   STD_TORCH_CHECK(weight.size(2) == 7 && weight.size(3) == 7, "weight: expected a kernel of 7 x 7");
-  STD_TORCH_CHECK(image.size(1) == weight.size(1) && image.size(1) <= 4, "image: expected up to 4 channels, as the weight");
+  STD_TORCH_CHECK(image.size(1) == weight.size(1) && image.size(1) <= 4,
+                  "image: expected up to 4 channels, as the weight");
   STD_TORCH_CHECK(weight.size(0) % 32 == 0 && weight.size(0) <= 96, "weight: expected 32, 64 or 96 output channels");
   Sizes s{};
   s.batch = int(image.size(0));
@@ -51,7 +53,9 @@ Sizes make_sizes(const Tensor& image, const Tensor& weight) {
 
 bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
 
-ScalarType real_type(ScalarType compute) { return compute == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+ScalarType real_type(ScalarType compute) {
+  return compute == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 void fill(Call& call, const Tensor& image, const Tensor& weight, const OptionalTensor& gamma, const Tensor& mean,
           const Tensor& variance, const Tensor& packed, double eps, bool training) {
