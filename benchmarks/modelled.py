@@ -62,11 +62,11 @@ def model_gpu() -> dict[str, Any]:
 
 
 def _cases(size: str, channels: int) -> list[Case]:
-    norm = Group("norm", size, "training", "bfloat16", BATCH)
+    norm = Group("add_norm", size, "training", "bfloat16", BATCH)
     tokens = math.prod(norm.shape)
     return [
         *make_cases(BATCH, channels, 224, torch.bfloat16),
-        Case("norm", lambda: fuse(norm.make_module()), norm.make_module, norm.shape, tokens, norm.torch_dtype),
+        Case("add_norm", lambda: fuse(norm.make_module()), norm.make_module, norm.shape, tokens, norm.torch_dtype),
     ]
 
 

@@ -15,7 +15,7 @@ OPERATOR_COLORS = {
     "i2t": "#0f766e",
     "lca": "#7c3aed",
     "attention": "#be185d",
-    "norm": "#a16207",
+    "add_norm": "#a16207",
     "model": "#334155",
 }
 MARKERS = {"plain": "s", "compile": "^", "fused": "o", "frozen": "P"}

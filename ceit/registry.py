@@ -71,8 +71,8 @@ def create_model(
         pretrained: only with a `pretrained_cfg_overlay` that says where weights are; none are published with the names.
         checkpoint: file of weights for `load_checkpoint`, loaded into the model before anything is fused.
         fused: which operators are fused: True for all, False for none, a collection of "leff", "lca", "i2t",
-            "norm", "linear" and "attention", or "auto" for those that something faster than plain PyTorch can run on
-            this machine.
+            "add_norm", "linear" and "attention", or "auto" for those that something faster than plain PyTorch can run
+            on this machine.
         **kwargs: arguments of `CeiT`, and timm's `features_only` and `out_indices`.
 
     Returns:

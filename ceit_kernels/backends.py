@@ -46,7 +46,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[str, ...]]] = {
     "leff": {"triton": PHASES, "native": PHASES},
     "lca": {"triton": PHASES, "native": PHASES},
     "i2t": {"native": PHASES},
-    "norm": {"triton": PHASES, "native": PHASES},
+    "add_norm": {"triton": PHASES, "native": PHASES},
     "linear": {"native": PHASES},
     "attention": {"native": PHASES},
 }
@@ -70,7 +70,7 @@ _NATIVE = {
         "cpu": _Native("_i2t_forward_cpu", PHASES, _CPU_DTYPES),
     },
     "lca": {"cpu": _Native(None, PHASES, _CPU_DTYPES)},
-    "norm": {"cpu": _Native("_add_norm_forward", PHASES, _CPU_DTYPES)},
+    "add_norm": {"cpu": _Native("_add_norm_forward", PHASES, _CPU_DTYPES)},
     "linear": {"cpu": _Native("_transpose", PHASES, _CPU_DTYPES)},
     "attention": {"cpu": _Native("_attention", PHASES, _CPU_DTYPES)},
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import OPERATORS, current_backend
-from .common.registration import is_plain_call
+from .common.registration import is_eager
 from .fuse import fuse
 from .leff import FrozenLeFF
 from .linear import FrozenLinear
@@ -107,7 +107,7 @@ class Frozen(nn.Module):
         out = None if self._whole is None else self._whole(x)
         if out is not None:
             return out
-        if not (self.cuda_graphs and x.is_cuda and is_plain_call(x)):
+        if not (self.cuda_graphs and x.is_cuda and is_eager(x)):
             return self.model(x)
         key = _what_a_graph_is_captured_for(x)
         if key not in self._graphs:

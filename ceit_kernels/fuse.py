@@ -24,7 +24,7 @@ _fusions: dict[type[nn.Module], tuple[str, type[Fusion]]] = {
     LocallyEnhancedFeedForward: ("leff", FusedLeFF),
     LCAAttention: ("lca", FusedLCAAttention),
     Image2Tokens: ("i2t", FusedImage2Tokens),
-    AddNorm: ("norm", FusedAddNorm),
+    AddNorm: ("add_norm", FusedAddNorm),
     nn.Linear: ("linear", FusedLinear),
     PatchProjection: ("linear", FusedPatchProjection),
     Attention: ("attention", FusedAttention),
@@ -39,8 +39,8 @@ def register_fusion(operator: str, plain_class: type[nn.Module], fused_class: ty
     does not know.
 
     Args:
-        operator: ``"leff"``, ``"lca"``, ``"i2t"``, ``"norm"``, ``"linear"`` or ``"attention"``, whose flag of ``fuse``
-            covers the class.
+        operator: ``"leff"``, ``"lca"``, ``"i2t"``, ``"add_norm"``, ``"linear"`` or ``"attention"``, whose flag of
+            ``fuse`` covers the class.
         plain_class: the class, with the attributes and children that the plain class of ``fused_class`` has; instances
             of a subclass, which may compute something else, are left alone.
         fused_class: ``FusedLeFF`` or another of this package.
@@ -59,7 +59,7 @@ def fuse(
     leff: bool = True,
     lca: bool = True,
     i2t: bool = True,
-    norm: bool = True,
+    add_norm: bool = True,
     linear: bool = True,
     attention: bool = True,
 ) -> Model:
@@ -75,14 +75,14 @@ def fuse(
         leff: fuse the locally-enhanced feed-forward blocks.
         lca: fuse the class-token attention across layers.
         i2t: fuse the image-to-tokens stem.
-        norm: fuse the residual connections with the norms behind them.
+        add_norm: fuse the residual connections with the norms behind them.
         linear: let the linear layers take their products from this package's GEMM on the CPU.
         attention: fuse the self-attention of the encoder.
 
     Returns:
         The model.
     """
-    flags = (leff, lca, i2t, norm, linear, attention)
+    flags = (leff, lca, i2t, add_norm, linear, attention)
     wanted = {name for name, flag in zip(OPERATORS, flags, strict=True) if flag}
     for module in model.modules():
         operator, fused_class = _fusions.get(type(module), (None, None))

@@ -96,7 +96,7 @@ def absence(contender: str, group: Group, device: torch.device) -> str | None:
         return "taken for inference of LeFF and of whole models only"
     if contender == "compile-max-autotune" and device.type == "cpu" and group.operator == "model":
         return "on the CPU taken for operators only: for a model it tunes for minutes"
-    if contender in ("channels-last", "rewrite") and group.operator in ("lca", "attention", "norm"):
+    if contender in ("channels-last", "rewrite") and group.operator in ("lca", "attention", "add_norm"):
         return "the plain operator has no convolution and no foldable norm"
     if contender == FLOOR and group.operator not in ("leff", "model"):
         return "there is no feed-forward layer in it"

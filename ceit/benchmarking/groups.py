@@ -12,7 +12,7 @@ from ceit.registry import create_model
 
 __all__ = ["OPERATORS", "Group", "has_bfloat16", "plan"]
 
-OPERATORS = ("leff", "i2t", "lca", "attention", "norm", "model")
+OPERATORS = ("leff", "i2t", "lca", "attention", "add_norm", "model")
 _CHANNELS = {"tiny": 192, "small": 384}
 _HEAD_DIM, _LAYERS, _TOKENS = 64, 12, 197
 
@@ -94,7 +94,7 @@ class Group:
             "i2t": Image2Tokens,
             "lca": lambda: LCAAttention(channels, channels // _HEAD_DIM, qkv_bias=True),
             "attention": lambda: Attention(channels, channels // _HEAD_DIM, qkv_bias=True),
-            "norm": lambda: Residual(channels),
+            "add_norm": lambda: Residual(channels),
             "model": lambda: create_model(
                 f"ceit_{self.size}_patch16_224", fused=False, img_size=self.image_size, **self.model_kwargs
             ),
@@ -122,13 +122,13 @@ _CPU_PLAN: _Plan = (
     ("i2t", ("tiny",), _FLOAT32, {"inference": (16,), "training": (8,)}),
     ("attention", ("tiny",), _FLOAT32, {"inference": (16,), "training": (8,)}),
     ("lca", ("tiny",), _FLOAT32, {"inference": (16,), "training": (16,)}),
-    ("norm", ("tiny",), _FLOAT32, {"inference": (16,), "training": (16,)}),
+    ("add_norm", ("tiny",), _FLOAT32, {"inference": (16,), "training": (16,)}),
     ("model", ("small",), _FLOAT32, {"inference": (1,), "training": (8,)}),
     ("model", ("small",), _FLOAT32, {"inference": (16,)}),
     ("leff", _BOTH, _FLOAT32, {"inference": (1,)}),
     ("i2t", ("tiny",), _FLOAT32, {"inference": (1,)}),
     ("lca", ("small",), _FLOAT32, {"inference": (16,), "training": (16,)}),
-    ("norm", ("small",), _FLOAT32, {"inference": (16,), "training": (16,)}),
+    ("add_norm", ("small",), _FLOAT32, {"inference": (16,), "training": (16,)}),
 )
 _CPU_BFLOAT16_PLAN: _Plan = (("model", _BOTH, ("bfloat16",), {"inference": (1, 16)}),)
 _GPU_DTYPES = ("bfloat16", "float32")
@@ -136,13 +136,13 @@ _GPU_PLAN: _Plan = tuple(
     (operator, ("tiny",) if operator == "i2t" else _BOTH, (dtype,), batches)
     for dtype in _GPU_DTYPES
     for batches in ({"inference": (256,), "training": (256,)}, {"inference": (1, 64)})
-    for operator in ("leff", "model", "i2t", "lca", "norm")
+    for operator in ("leff", "model", "i2t", "lca", "add_norm")
 )
 _QUICK_PLAN: _Plan = (
     ("leff", ("tiny",), _FLOAT32, {"inference": (4,), "training": (4,)}),
     ("i2t", ("tiny",), _FLOAT32, {"inference": (4,)}),
     ("lca", ("tiny",), _FLOAT32, {"inference": (16,)}),
-    ("norm", ("tiny",), _FLOAT32, {"inference": (16,)}),
+    ("add_norm", ("tiny",), _FLOAT32, {"inference": (16,)}),
     ("model", ("tiny",), _FLOAT32, {"inference": (1,)}),
 )
 

@@ -28,7 +28,7 @@ def _module(group):
         return LCAAttention(channels, channels // 64, qkv_bias=True), (group["batch"], 12, channels)
     if group["operator"] == "attention":
         return Attention(channels, channels // 64, qkv_bias=True), (group["batch"], 197, channels)
-    if group["operator"] == "norm":
+    if group["operator"] == "add_norm":
         return _residual(channels), (group["batch"], 197, channels)
     image = (group["batch"], 3, group["image_size"], group["image_size"])
     if group["operator"] == "i2t":

@@ -19,7 +19,7 @@ _FUSED_CLASSES = {
     "leff": ceit_kernels.FusedLeFF,
     "lca": ceit_kernels.FusedLCAAttention,
     "i2t": ceit_kernels.FusedImage2Tokens,
-    "norm": ceit_kernels.FusedAddNorm,
+    "add_norm": ceit_kernels.FusedAddNorm,
     "linear": ceit_kernels.FusedLinear,
     "attention": ceit_kernels.FusedAttention,
 }

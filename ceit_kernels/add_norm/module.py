@@ -75,7 +75,7 @@ class AddNormFusion(Fusion):
             weight, bias = norm.weight, norm.bias
             reason = foreign_reason(weight, bias)
         if reason is not None:
-            backends.leave_to_reference("norm", reason)
+            backends.leave_to_reference("add_norm", reason)
             return super().forward(x, branch, norm, num_prefix_tokens)
         return add_layer_norm(x, branch, weight, bias, norm.eps, num_prefix_tokens=num_prefix_tokens)
 

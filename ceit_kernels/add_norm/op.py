@@ -1,4 +1,4 @@
-"""``ceit::add_layer_norm`` and its backward: schema, checks, autograd, autocast."""
+"""``ceit::add_norm`` and its backward: schema, checks, autograd, autocast."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..common.autocast import is_autocast_enabled
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.flops import no_flops, register_flops
 from ..common.registration import (
-    is_plain_call,
+    is_eager,
     loop_over_batch,
     refuse_gradient,
     register_autocast,
     unsupported_reason,
 )
-from .native import add_norm_backward_native, add_norm_forward_native
+from .cpu import add_norm_backward_cpu, add_norm_forward_cpu
 from .reference import add_layer_norm_reference
 
 __all__ = ["add_layer_norm"]
@@ -24,13 +24,13 @@ __all__ = ["add_layer_norm"]
 _MAX_CHANNELS, _MAX_ROWS = 4096, 2**31 - 4096  # a row is held in registers; rows are counted in 32 bits
 
 torch.library.define(
-    "ceit::add_layer_norm",
+    "ceit::add_norm",
     "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, float eps, int num_prefix_tokens, "
     "ScalarType? out_dtype, str backend) -> (Tensor total, Tensor out, Tensor prefix, Tensor mean, Tensor rstd)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
-    "ceit::add_layer_norm_backward",
+    "ceit::add_norm_backward",
     "(Tensor grad_out, Tensor? grad_total, Tensor? grad_prefix, Tensor total, Tensor? weight, Tensor? bias, "
     "Tensor mean, Tensor rstd, bool need_input, bool need_weight, bool need_bias, str backend) "
     "-> (Tensor, Tensor, Tensor)",
@@ -77,7 +77,7 @@ def add_layer_norm(
     if not (_all_alike(x, branch, weight, bias) and (some_prefix or not prefix_tokens)):
         _check(x, branch, weight, bias, prefix_tokens, out_dtype)
     limit = _limit(x) or unsupported_reason(x, branch, weight, bias)
-    choice = backends.choose("norm", x, total_dtype, limit, "training")
+    choice = backends.choose("add_norm", x, total_dtype, limit, "training")
     if choice.backend == "reference":
         total, out = add_layer_norm_reference(x, branch, weight, bias, eps)
         prefix = total[:, :prefix_tokens] if prefix_tokens else None
@@ -92,14 +92,14 @@ def add_layer_norm(
 def _call(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend) -> tuple[Tensor | None, ...]:
     """The sum, which is x without a branch, its LayerNorm and its prefix tokens; the arguments are checked."""
     arguments = (x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend)
-    eager = backend == "native" and is_plain_call(x)
+    eager = backend == "native" and is_eager(x)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
     if training and (eager or branch is None):
         return _AddNorm.apply(*arguments)
     if eager:
         total, out, prefix, _, _ = _forward_checked(*arguments, with_statistics=False)
     else:
-        total, out, prefix, _, _ = torch.ops.ceit.add_layer_norm(*arguments)
+        total, out, prefix, _, _ = torch.ops.ceit.add_norm(*arguments)
     return x if branch is None else total, out, prefix
 
 
@@ -198,24 +198,24 @@ def _forward_checked(
         return _outputs(x.new_zeros, x, branch, num_prefix_tokens, out_dtype)
     if backend == "native":
         dtypes = (dtype, out_dtype or dtype)
-        return add_norm_forward_native(x, branch, weight, bias, eps, num_prefix_tokens, *dtypes, with_statistics)
-    from .launch import add_norm_forward_triton
+        return add_norm_forward_cpu(x, branch, weight, bias, eps, num_prefix_tokens, *dtypes, with_statistics)
+    from .triton.launch import add_norm_forward_triton
 
     tensors = _contiguous(x, branch, weight, bias)
     return add_norm_forward_triton(*tensors, eps, num_prefix_tokens, out_dtype or dtype)
 
 
-@torch.library.impl("ceit::add_layer_norm", "default")
+@torch.library.impl("ceit::add_norm", "default")
 def _forward(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend):
     _check(x, branch, weight, bias, num_prefix_tokens, out_dtype)
     dtype = _total_dtype(x, branch)
-    backends.require("norm", backend, x, dtype, _limit(x))
+    backends.require("add_norm", backend, x, dtype, _limit(x))
     results = _forward_checked(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend)
     # An operator must return tensors.
     return tuple(x.new_empty(0, dtype=dtype) if result is None else result for result in results)
 
 
-@torch.library.register_fake("ceit::add_layer_norm")
+@torch.library.register_fake("ceit::add_norm")
 def _forward_fake(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend):
     _check(x, branch, weight, bias, num_prefix_tokens, out_dtype)
     return _outputs(x.new_empty, x, branch, num_prefix_tokens, out_dtype)
@@ -237,16 +237,16 @@ def _backward_checked(
         return _empty_gradients(torch.zeros_like, total, weight, bias, needs)
     tensors = (grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd)
     if backend == "native":
-        return add_norm_backward_native(*tensors, *needs)
-    from .launch import add_norm_backward_triton
+        return add_norm_backward_cpu(*tensors, *needs)
+    from .triton.launch import add_norm_backward_triton
 
     return add_norm_backward_triton(*_contiguous(*tensors), *needs)
 
 
-@torch.library.impl("ceit::add_layer_norm_backward", "default")
+@torch.library.impl("ceit::add_norm_backward", "default")
 def _backward(grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *rest):
     *needs, backend = rest
-    backends.require("norm", backend, total, total.dtype, _limit(total))
+    backends.require("add_norm", backend, total, total.dtype, _limit(total))
     check_shape("grad_out", grad_out, *total.shape)
     if grad_total is not None:
         check_shape("grad_total", grad_total, *total.shape)
@@ -259,7 +259,7 @@ def _backward(grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd
     return tuple(total.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@torch.library.register_fake("ceit::add_layer_norm_backward")
+@torch.library.register_fake("ceit::add_norm_backward")
 def _backward_fake(grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *rest):
     return _empty_gradients(torch.empty_like, total, weight, bias, rest[:3])
 
@@ -269,9 +269,9 @@ def _gradients(ctx, grad_total, grad_out, grad_prefix, needs) -> tuple[Tensor | 
     total, weight, bias, mean, rstd = ctx.saved_tensors
     if grad_out is None:
         return _gradient_beside_norm(total, grad_total, grad_prefix) if needs[0] else None, None, None
-    eager = ctx.backend == "native" and all(g is None or is_plain_call(g) for g in (grad_out, grad_total, grad_prefix))
+    eager = ctx.backend == "native" and all(g is None or is_eager(g) for g in (grad_out, grad_total, grad_prefix))
     # With gradients on, the operator refuses that of its own.
-    run = _backward_checked if eager and not torch.is_grad_enabled() else torch.ops.ceit.add_layer_norm_backward
+    run = _backward_checked if eager and not torch.is_grad_enabled() else torch.ops.ceit.add_norm_backward
     arguments = (grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *needs, ctx.backend)
     found = run(*arguments)
     return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
@@ -322,13 +322,13 @@ def _input_gradients(ctx, grad_total, grad_out, grad_prefix) -> tuple[Tensor | N
     )
 
 
-torch.library.register_autograd("ceit::add_layer_norm", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd("ceit::add_norm", _autograd_backward, setup_context=_setup_context)
 refuse_gradient(
-    "ceit::add_layer_norm_backward",
+    "ceit::add_norm_backward",
     "ceit_kernels.add_layer_norm is differentiable once; for second derivatives run it under "
     'ceit_kernels.use_backend("reference")',
 )
-loop_over_batch("ceit::add_layer_norm_backward")
+loop_over_batch("ceit::add_norm_backward")
 
 
 class _AddNorm(torch.autograd.Function):
@@ -340,8 +340,8 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, branch: Tensor | None, *settings) -> tuple[Tensor | None, ...]:
         weight, bias, _, num_prefix_tokens, _, backend = settings
-        eager = backend == "native" and is_plain_call(x)
-        run = _forward_checked if eager else torch.ops.ceit.add_layer_norm
+        eager = backend == "native" and is_eager(x)
+        run = _forward_checked if eager else torch.ops.ceit.add_norm
         total, out, prefix, mean, rstd = run(x, branch, *settings)
         _save(ctx, x if branch is None else total, weight, bias, mean, rstd, backend)
         ctx.dtypes = x.dtype, None if branch is None else branch.dtype
@@ -352,11 +352,11 @@ class _AddNorm(torch.autograd.Function):
         return _input_gradients(ctx, grad_total, grad_out, grad_prefix)
 
 
-@register_autocast("ceit::add_layer_norm")
+@register_autocast("ceit::add_norm")
 def _autocast(dtype, x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend):
     out_dtype = out_dtype or _autocast_dtype(x, _total_dtype(x, branch)) or _total_dtype(x, branch)
-    return torch.ops.ceit.add_layer_norm(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend)
+    return torch.ops.ceit.add_norm(x, branch, weight, bias, eps, num_prefix_tokens, out_dtype, backend)
 
 
-for _operator in ("ceit::add_layer_norm", "ceit::add_layer_norm_backward"):
+for _operator in ("ceit::add_norm", "ceit::add_norm_backward"):
     register_flops(_operator)(no_flops)

@@ -1,4 +1,4 @@
-"""``ceit::self_attention`` and its backward: schema, checks, autograd, autocast."""
+"""``ceit::attention`` and its backward: schema, checks, autograd, autocast."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.flops import product, register_flops
+from ..common.flops import matmul_flops, register_flops
 from ..common.registration import (
-    is_plain_call,
+    is_eager,
     loop_over_batch,
     refuse_gradient,
     register_autocast,
     unsupported_reason,
 )
-from .native_cpu import kernels
+from .cpu import kernels
 from .reference import self_attention_reference
 
 __all__ = ["self_attention"]
@@ -24,13 +24,13 @@ __all__ = ["self_attention"]
 # Statistics, for backward: of each query the largest score, and the sum of the exponentials relative to it. Their
 # logarithm, in one number, would cost large scores the digits that the exponential magnifies.
 torch.library.define(
-    "ceit::self_attention",
+    "ceit::attention",
     "(Tensor qkv, int num_heads, float scale, SymInt num_queries, bool need_statistics, str backend) "
     "-> (Tensor out, Tensor statistics)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
-    "ceit::self_attention_backward",
+    "ceit::attention_backward",
     "(Tensor grad_out, Tensor qkv, Tensor statistics, int num_heads, float scale, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -75,8 +75,8 @@ def self_attention(
     if choice.backend == "reference":
         return self_attention_reference(qkv, num_heads, scale, num_queries, dropout_p)
     arguments = (qkv, num_heads, scale, num_queries, training, choice.backend)
-    if not is_plain_call(qkv) or autocast_dtype(qkv) is not None:
-        return torch.ops.ceit.self_attention(*arguments)[0]
+    if not is_eager(qkv) or autocast_dtype(qkv) is not None:
+        return torch.ops.ceit.attention(*arguments)[0]
     return _Eager.apply(*arguments)[0] if training else _forward(*arguments)[0]
 
 
@@ -107,10 +107,10 @@ def _forward(qkv, num_heads, scale, num_queries, need_statistics, backend):
     return out, statistics
 
 
-torch.library.impl("ceit::self_attention", "default", _forward)
+torch.library.impl("ceit::attention", "default", _forward)
 
 
-@torch.library.register_fake("ceit::self_attention")
+@torch.library.register_fake("ceit::attention")
 def _forward_fake(qkv, num_heads, scale, num_queries, need_statistics, backend):
     _check(qkv, num_heads, num_queries)
     return _results(qkv, num_heads, num_queries, need_statistics)
@@ -135,10 +135,10 @@ def _backward(grad_out, qkv, statistics, num_heads, scale, backend):
     return grad_qkv
 
 
-torch.library.impl("ceit::self_attention_backward", "default", _backward)
+torch.library.impl("ceit::attention_backward", "default", _backward)
 
 
-@torch.library.register_fake("ceit::self_attention_backward")
+@torch.library.register_fake("ceit::attention_backward")
 def _backward_fake(grad_out, qkv, statistics, num_heads, scale, backend):
     _check_backward(grad_out, qkv, statistics, num_heads)
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
@@ -154,28 +154,28 @@ def _setup_context(ctx, inputs, output):
 def _gradients(backward, ctx, grad_out):
     """The gradients of the forward operator's arguments, by the backward operator or its implementation."""
     if not ctx.has_statistics:
-        raise RuntimeError("ceit::self_attention: expected need_statistics=True where a gradient is taken, got False")
+        raise RuntimeError("ceit::attention: expected need_statistics=True where a gradient is taken, got False")
     grad_qkv = backward(grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.backend)
     return grad_qkv, *(None,) * 5  # num_heads, scale, num_queries, need_statistics, backend
 
 
 def _autograd_backward(ctx, grad_out, _):
-    return _gradients(torch.ops.ceit.self_attention_backward, ctx, grad_out)
+    return _gradients(torch.ops.ceit.attention_backward, ctx, grad_out)
 
 
-torch.library.register_autograd("ceit::self_attention", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd("ceit::attention", _autograd_backward, setup_context=_setup_context)
 refuse_gradient(
-    "ceit::self_attention_backward",
+    "ceit::attention_backward",
     "ceit_kernels.self_attention is differentiable once; for second derivatives run it under "
     'ceit_kernels.use_backend("reference") and torch.nn.attention.sdpa_kernel(SDPBackend.MATH)',
 )
 
-loop_over_batch("ceit::self_attention_backward")
+loop_over_batch("ceit::attention_backward")
 
 
-@register_autocast("ceit::self_attention")
+@register_autocast("ceit::attention")
 def _autocast(dtype, qkv, *settings):
-    return torch.ops.ceit.self_attention(qkv if qkv.dtype == torch.float64 else qkv.to(dtype), *settings)
+    return torch.ops.ceit.attention(qkv if qkv.dtype == torch.float64 else qkv.to(dtype), *settings)
 
 
 class _Eager(torch.autograd.Function):
@@ -190,17 +190,17 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         # The registered operator where the gradient of this gradient is to be refused, or gradients come in batches.
-        directly = is_plain_call(grad_out) and not torch.is_grad_enabled()
-        return _gradients(_backward if directly else torch.ops.ceit.self_attention_backward, ctx, grad_out)
+        directly = is_eager(grad_out) and not torch.is_grad_enabled()
+        return _gradients(_backward if directly else torch.ops.ceit.attention_backward, ctx, grad_out)
 
 
-@register_flops("ceit::self_attention")
+@register_flops("ceit::attention")
 def _flops(qkv, num_heads, scale, num_queries, *rest, out_shape, **options):
     batch, tokens, width = qkv
-    return 2 * batch * product(num_queries, width // 3, tokens)  # scores, and the weighted sums
+    return 2 * batch * matmul_flops(num_queries, width // 3, tokens)  # scores, and the weighted sums
 
 
-@register_flops("ceit::self_attention_backward")
+@register_flops("ceit::attention_backward")
 def _backward_flops(grad_out, qkv, *rest, out_shape, **options):
     batch, tokens, width = qkv
-    return 5 * batch * product(grad_out[1], width // 3, tokens)  # scores again, and gradients of four operands
+    return 5 * batch * matmul_flops(grad_out[1], width // 3, tokens)  # scores again, and gradients of four operands

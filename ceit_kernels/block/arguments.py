@@ -13,7 +13,7 @@ from ..add_norm.module import is_plain_layer_norm
 from ..attention import FusedAttention
 from ..common.autocast import autocast_dtype
 from ..common.children import child_reason
-from ..common.registration import is_plain_call, unsupported_reason
+from ..common.registration import is_eager, unsupported_reason
 from ..lca import FusedLCAAttention
 from ..linear.module import LINEAR
 
@@ -26,7 +26,7 @@ def may_go_at_once(x: Tensor, operators: Sequence[str]) -> bool:
     """Whether several operators may run as one: no gradient is wanted, nobody watches, and all would run natively."""
     return (
         not torch.is_grad_enabled()
-        and is_plain_call(x)
+        and is_eager(x)
         and unsupported_reason(x) is None
         and autocast_dtype(x) is None
         and not _has_any_global_hook()

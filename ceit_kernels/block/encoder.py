@@ -25,7 +25,7 @@ torch.library.define(
     "Tensor(b!) class_tokens) -> ()",
 )
 
-_OPERATORS = ("norm", "linear", "attention", "leff")
+_OPERATORS = ("add_norm", "linear", "attention", "leff")
 
 
 class EncoderParts(NamedTuple):

@@ -25,7 +25,7 @@ torch.library.define(
     "(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor packed, float[] scalars, int[] sizes) -> Tensor",
 )
 
-_OPERATORS = ("i2t", "linear", "norm", "attention", "leff", "lca")
+_OPERATORS = ("i2t", "linear", "add_norm", "attention", "leff", "lca")
 
 
 class ModelParts(NamedTuple):

@@ -1,4 +1,4 @@
-"""What ``torch.utils.flop_counter`` counts for operators: the convolutions and products of the plain modules."""
+"""What ``torch.utils.flop_counter`` counts for operators: the convolutions and matmuls of the plain modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils import flop_counter
 
-__all__ = ["convolution", "convolution_backward", "no_flops", "product", "register_flops"]
+__all__ = ["conv_backward_flops", "conv_flops", "matmul_flops", "no_flops", "register_flops"]
 
 Shape = Sequence[int]
 
@@ -18,22 +18,22 @@ def register_flops(operator: str) -> Callable[[Callable[..., int]], Callable[...
 
 
 def no_flops(*arguments: object, **options: object) -> int:
-    """Of an operator without convolutions and products, which PyTorch counts alone."""
+    """The FLOPs of an operator without convolutions and matmuls, which PyTorch counts alone."""
     return 0
 
 
-def product(rows: int, terms: int, columns: int) -> int:
-    """Of a product of matrices (rows, terms) and (terms, columns)."""
+def matmul_flops(rows: int, terms: int, columns: int) -> int:
+    """FLOPs of a matmul (rows, terms) x (terms, columns)."""
     return 2 * rows * terms * columns
 
 
-def convolution(x: Shape, weight: Shape, out: Shape) -> int:
-    """Of a convolution of images (B, C, H, W)."""
+def conv_flops(x: Shape, weight: Shape, out: Shape) -> int:
+    """FLOPs of a convolution of images (B, C, H, W)."""
     return flop_counter.conv_flop_count(list(x), list(weight), list(out))
 
 
-def convolution_backward(x: Shape, weight: Shape, out: Shape, need_input: bool, need_weight: bool) -> int:
-    """Of the gradients of a convolution, as PyTorch counts them, which is too many where it has groups."""
+def conv_backward_flops(x: Shape, weight: Shape, out: Shape, need_input: bool, need_weight: bool) -> int:
+    """FLOPs of the gradients of a convolution, as PyTorch counts them, which is too many where it has groups."""
 
     def turned(shape: Shape) -> list[int]:
         return [shape[1], shape[0], *shape[2:]]

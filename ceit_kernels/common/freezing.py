@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import backends
 from .autocast import autocast_dtype
 from .module import Fusion
-from .registration import is_plain_call, unsupported_reason
+from .registration import is_eager, unsupported_reason
 
 __all__ = ["is_freezable", "is_frozen_call"]
 
@@ -29,7 +29,7 @@ def is_frozen_call(operator: str, module: Fusion, x: Tensor, weight: Tensor) -> 
         x.dtype == weight.dtype
         and x.device == weight.device
         and not torch.is_grad_enabled()
-        and is_plain_call(x)
+        and is_eager(x)
         and unsupported_reason(x) is None
         and autocast_dtype(x) is None
         and module.plain_reason() is None

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "foreign_reason",
-    "is_plain_call",
+    "is_eager",
     "loop_over_batch",
     "refuse_gradient",
     "register_autocast",
@@ -81,10 +81,10 @@ def loop_over_batch(operator: str) -> None:
     torch.library.register_vmap(operator, rule)
 
 
-def is_plain_call(x: Tensor) -> bool:
-    """Whether nobody watches a call: no compiler, dispatch mode, function transform or subclass of tensors.
+def is_eager(x: Tensor) -> bool:
+    """Whether a call runs in plain eager mode: no compiler, dispatch mode, function transform or tensor subclass.
 
-    Then what an operator does may be done without the operator, which costs a fraction of a millisecond on the CPU.
+    Then an operator's functions may run without the dispatcher, which costs a fraction of a millisecond on the CPU.
     """
     return (
         not torch.compiler.is_compiling()

@@ -11,7 +11,7 @@ from ..common.checks import check_input, norm_dtype_reason
 from ..common.children import children_reason, convolution_reason
 from ..common.module import Fusion
 from ..common.registration import foreign_reason, unsupported_reason
-from .native_cpu import stem_arguments
+from .cpu import stem_arguments
 from .op import size_limit
 
 __all__ = ["FusedImage2Tokens", "Image2Tokens"]

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.flops import convolution, convolution_backward, register_flops
+from ..common.flops import conv_backward_flops, conv_flops, register_flops
 from ..common.registration import loop_over_batch, refuse_gradient, register_autocast
-from .launch import OUT_CHANNELS, i2t_backward_native, i2t_forward_native, pooled_size
-from .native_cpu import i2t_backward_cpu, i2t_forward_cpu
+from .cpu import i2t_backward_cpu, i2t_forward_cpu
+from .cuda import OUT_CHANNELS, i2t_backward_cuda, i2t_forward_cuda, pooled_size
 
 __all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "size_limit"]
 
@@ -94,7 +94,7 @@ def _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend) -> 
 @torch.library.impl("ceit::i2t", "default")
 def _forward(x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
     dtype = _prepare(x, weight, gamma, beta, mean, variance, compute_dtype, backend)
-    forward = i2t_forward_cpu if _on_cpu(x) else i2t_forward_native
+    forward = i2t_forward_cpu if _on_cpu(x) else i2t_forward_cuda
     arguments = (x, weight, gamma, beta, mean, variance, eps, need_indices, dtype)
     out, indices, new_mean, new_variance, pooled = forward(*arguments)
     pooled = out.new_empty(0) if pooled is None else pooled
@@ -135,7 +135,7 @@ def _backward(
             raise ValueError("pooled: expected the forward's, which the code for the CPU reads in training")
         grads = i2t_backward_cpu(*arguments, pooled)
     else:
-        grads = i2t_backward_native(*arguments)
+        grads = i2t_backward_cuda(*arguments)
     grad_x, grad_weight, grad_gamma, grad_beta = grads
     return (
         x.new_empty(0) if grad_x is None else grad_x,
@@ -204,10 +204,10 @@ def _convolved(x, weight) -> tuple[int, ...]:
 
 @register_flops("ceit::i2t")
 def _flops(x, weight, *rest, out_shape, **options):
-    return convolution(x, weight, _convolved(x, weight))
+    return conv_flops(x, weight, _convolved(x, weight))
 
 
 @register_flops("ceit::i2t_backward")
 def _backward_flops(grad_out, x, weight, *rest, out_shape, **options):
     need_input = rest[8]
-    return convolution_backward(x, weight, _convolved(x, weight), need_input, True)
+    return conv_backward_flops(x, weight, _convolved(x, weight), need_input, True)

@@ -1,4 +1,4 @@
-"""``ceit::lca_attention`` and its backward: schema, checks, autograd, autocast."""
+"""``ceit::lca`` and its backward: schema, checks, autograd, autocast."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.flops import product, register_flops
+from ..common.flops import matmul_flops, register_flops
 from ..common.registration import loop_over_batch, refuse_gradient, register_autocast, unsupported_reason
-from .native import lca_attention_native
+from .cpu import lca_attention_cpu
 from .reference import lca_attention_reference
 
 __all__ = ["lca_attention"]
@@ -18,13 +18,13 @@ __all__ = ["lca_attention"]
 _MAX_LAYERS, _MAX_HEAD_DIM = 128, 256
 
 torch.library.define(
-    "ceit::lca_attention",
+    "ceit::lca",
     "(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor? seed, int num_heads, float scale, float dropout_p, "
     "ScalarType? compute_dtype, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
-    "ceit::lca_attention_backward",
+    "ceit::lca_backward",
     "(Tensor grad_out, Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor? seed, int num_heads, float scale, "
     "float dropout_p, ScalarType? compute_dtype, bool need_input, bool need_weight, str backend) "
     "-> (Tensor, Tensor, Tensor)",
@@ -73,10 +73,8 @@ def lca_attention(
     if choice.backend == "reference":
         return lca_attention_reference(x, qkv_weight, qkv_bias, num_heads, scale, dropout_p, seed)
     if choice.backend == "native":
-        return lca_attention_native(x, qkv_weight, qkv_bias, num_heads, scale, dropout_p, seed)
-    return torch.ops.ceit.lca_attention(
-        x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, None, choice.backend
-    )
+        return lca_attention_cpu(x, qkv_weight, qkv_bias, num_heads, scale, dropout_p, seed)
+    return torch.ops.ceit.lca(x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, None, choice.backend)
 
 
 def _check(
@@ -136,17 +134,17 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-@torch.library.impl("ceit::lca_attention", "default")
+@torch.library.impl("ceit::lca", "default")
 def _forward(x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, compute_dtype, backend):
     dtype = _prepare(x, qkv_weight, qkv_bias, seed, num_heads, dropout_p, compute_dtype, backend)
     if x.shape[0] == 0:
         return x.new_empty((0, 1, x.shape[2]), dtype=dtype)
-    from .launch import lca_forward_triton
+    from .triton.launch import lca_forward_triton
 
     return lca_forward_triton(*_contiguous(x, qkv_weight, qkv_bias, seed), num_heads, scale, dropout_p, dtype)
 
 
-@torch.library.register_fake("ceit::lca_attention")
+@torch.library.register_fake("ceit::lca")
 def _forward_fake(x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, compute_dtype, backend):
     _check(x, qkv_weight, qkv_bias, seed, num_heads, dropout_p, compute_dtype)
     return x.new_empty((x.shape[0], 1, x.shape[2]), dtype=compute_dtype or x.dtype)
@@ -160,7 +158,7 @@ def _empty_gradients(make, x, qkv_weight, qkv_bias, need_input, need_weight) -> 
     )
 
 
-@torch.library.impl("ceit::lca_attention_backward", "default")
+@torch.library.impl("ceit::lca_backward", "default")
 def _backward(
     grad_out, x, qkv_weight, qkv_bias, seed,
     num_heads, scale, dropout_p, compute_dtype, need_input, need_weight, backend,
@@ -169,14 +167,14 @@ def _backward(
     check_shape("grad_out", grad_out, x.shape[0], 1, x.shape[2])
     if x.shape[0] == 0:
         return _empty_gradients(torch.zeros_like, x, qkv_weight, qkv_bias, need_input, need_weight)
-    from .launch import lca_backward_triton
+    from .triton.launch import lca_backward_triton
 
     tensors = _contiguous(grad_out, x, qkv_weight, qkv_bias, seed)
     grads = lca_backward_triton(*tensors, num_heads, scale, dropout_p, dtype, need_input, need_weight)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@torch.library.register_fake("ceit::lca_attention_backward")
+@torch.library.register_fake("ceit::lca_backward")
 def _backward_fake(
     grad_out, x, qkv_weight, qkv_bias, seed,
     num_heads, scale, dropout_p, compute_dtype, need_input, need_weight, backend,
@@ -192,7 +190,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, grad_out):
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     *settings, backend = ctx.settings
-    grad_x, grad_weight, grad_bias = torch.ops.ceit.lca_attention_backward(
+    grad_x, grad_weight, grad_bias = torch.ops.ceit.lca_backward(
         grad_out, *ctx.saved_tensors, *settings, need_x, need_weight or need_bias, backend
     )
     no_gradient = (None,) * 6  # seed, num_heads, scale, dropout_p, compute_dtype, backend
@@ -204,41 +202,39 @@ def _autograd_backward(ctx, grad_out):
     )
 
 
-torch.library.register_autograd("ceit::lca_attention", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd("ceit::lca", _autograd_backward, setup_context=_setup_context)
 refuse_gradient(
-    "ceit::lca_attention_backward",
+    "ceit::lca_backward",
     "ceit_kernels.lca_attention is differentiable once; for second derivatives run it under "
     'ceit_kernels.use_backend("reference")',
 )
-loop_over_batch("ceit::lca_attention_backward")
+loop_over_batch("ceit::lca_backward")
 
 
-@register_autocast("ceit::lca_attention")
+@register_autocast("ceit::lca")
 def _autocast(dtype, x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, compute_dtype, backend):
     # The kernels round what they load, so autocast costs no cast of its own.
     compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
-    return torch.ops.ceit.lca_attention(
-        x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, compute_dtype, backend
-    )
+    return torch.ops.ceit.lca(x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, compute_dtype, backend)
 
 
 # What is computed, which is less than plain PyTorch computes: W_k is multiplied into the query, W_v into the sum.
 
 
-@register_flops("ceit::lca_attention")
+@register_flops("ceit::lca")
 def _flops(x, qkv_weight, qkv_bias, seed, num_heads, *rest, out_shape, **options):
     batch, layers, channels = x
-    return 3 * product(batch, channels, channels) + 2 * product(batch * num_heads, layers, channels)
+    return 3 * matmul_flops(batch, channels, channels) + 2 * matmul_flops(batch * num_heads, layers, channels)
 
 
-@register_flops("ceit::lca_attention_backward")
+@register_flops("ceit::lca_backward")
 def _backward_flops(grad_out, x, qkv_weight, qkv_bias, seed, num_heads, *rest, out_shape, **options):
     *_, need_input, need_weight, _ = rest
     batch, layers, channels = x
     # The query again, with W_k and W_v what scores and probabilities are products of, and the query's gradient.
-    flops = 4 * product(batch, channels, channels) + 3 * product(batch * num_heads, layers, channels)
+    flops = 4 * matmul_flops(batch, channels, channels) + 3 * matmul_flops(batch * num_heads, layers, channels)
     if need_input:
-        flops += product(batch, channels, channels) * 3 + 2 * product(batch * num_heads, layers, channels)
+        flops += matmul_flops(batch, channels, channels) * 3 + 2 * matmul_flops(batch * num_heads, layers, channels)
     if need_weight:
-        flops += product(batch, channels, channels) * 3 + 2 * product(batch * num_heads, layers, channels)
+        flops += matmul_flops(batch, channels, channels) * 3 + 2 * matmul_flops(batch * num_heads, layers, channels)
     return flops

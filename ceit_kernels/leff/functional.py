@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.registration import is_plain_call, unsupported_reason
+from ..common.registration import is_eager, unsupported_reason
 from . import op, op_training
 from .arguments import Settings, check, check_weights, kernel_size_limit, parameters_per_layer
 from .grid import from_tokens, residual_to_tokens, to_tokens
@@ -144,8 +144,8 @@ def leff_fused(
     phase: str,
 ) -> Tensor:
     """Call the operator of a phase, and update the running statistics."""
-    plain_call = settings.backend == "native" and is_plain_call(x)
-    if phase == "inference" and plain_call:
+    eager = settings.backend == "native" and is_eager(x)
+    if phase == "inference" and eager:
         return op.leff_inference_eagerly(x, parameters, residual, settings)
     if phase == "inference":
         where = (settings.height, settings.width, settings.num_prefix_tokens, settings.activations)
@@ -157,7 +157,7 @@ def leff_fused(
         None if i % parameters_per_layer > 3 and settings.norms[i // parameters_per_layer] == "batch" else parameter
         for i, parameter in enumerate(parameters)
     ]
-    forward = op_training.leff_eagerly if plain_call else torch.ops.ceit.leff_forward
+    forward = op_training.leff_eagerly if eager else torch.ops.ceit.leff_forward
     out, _, _, _, *statistics, count = forward(x, *inputs, residual, *settings)
     update_running_statistics(norms, statistics, count, x.shape[0] * settings.height * settings.width)
     return out

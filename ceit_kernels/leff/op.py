@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.flops import convolution, register_flops
+from ..common.flops import conv_flops, register_flops
 from ..common.registration import refuse_gradient, register_autocast
 from .arguments import (
     PARAMETER_NAMES,
@@ -65,7 +65,7 @@ refuse_gradient(
 def _flops(x, *arguments, out_shape, **options):
     count = len(PARAMETER_NAMES)
     height, width = arguments[count + 2 : count + 4]
-    return sum(convolution(*call) for call in convolutions(x, arguments[:count], height, width))
+    return sum(conv_flops(*call) for call in convolutions(x, arguments[:count], height, width))
 
 
 @register_autocast("ceit::leff_inference")

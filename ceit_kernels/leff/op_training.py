@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_device, check_shape
-from ..common.flops import convolution, convolution_backward, register_flops
-from ..common.registration import is_plain_call, loop_over_batch, refuse_gradient, register_autocast
+from ..common.flops import conv_backward_flops, conv_flops, register_flops
+from ..common.registration import is_eager, loop_over_batch, refuse_gradient, register_autocast
 from .arguments import (
     PARAMETER_NAMES,
     PARAMETER_SCHEMA,
@@ -245,7 +245,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, grad_out, *no_grads):
         # The registered operator where the gradient of this gradient is to be refused, or gradients come in batches.
         # Else forward checked it all.
-        directly = grad_out is not None and is_plain_call(grad_out) and not torch.is_grad_enabled()
+        directly = grad_out is not None and is_eager(grad_out) and not torch.is_grad_enabled()
         return _gradients(_run_backward if directly else torch.ops.ceit.leff_backward, ctx, grad_out)
 
 
@@ -262,7 +262,7 @@ def leff_eagerly(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _flops(x, *arguments, out_shape, **options):
     settings = Settings(*arguments[-9:])
     calls = convolutions(x, arguments[:_PARAMETERS], settings.height, settings.width)
-    return sum(convolution(*call) for call in calls)
+    return sum(conv_flops(*call) for call in calls)
 
 
 @register_flops("ceit::leff_backward")
@@ -271,5 +271,5 @@ def _backward_flops(grad_out, x, *arguments, out_shape, **options):
     flops = 0
     for i, call in enumerate(convolutions(x, parameters, settings.height, settings.width)):
         need_input = need_x or any(needs[: 4 * i])
-        flops += convolution_backward(*call, need_input, needs[4 * i])
+        flops += conv_backward_flops(*call, need_input, needs[4 * i])
     return flops

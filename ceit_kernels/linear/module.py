@@ -15,7 +15,7 @@ from ..common.children import children_reason
 from ..common.freezing import is_freezable, is_frozen_call
 from ..common.matmul import linear, prepack_linear
 from ..common.module import Fusion
-from ..common.registration import foreign_reason, is_plain_call, unsupported_reason
+from ..common.registration import foreign_reason, is_eager, unsupported_reason
 from .op import linear_eagerly
 
 __all__ = ["LINEAR", "FrozenLinear", "FusedLinear", "LinearFusion", "linear_layer"]
@@ -120,6 +120,6 @@ def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     backend = backends.choose("linear", x, dtype, phase="training" if training else "inference").backend
     if backend == "reference":
         return F.linear(x, weight, bias)
-    if is_plain_call(x):
+    if is_eager(x):
         return linear_eagerly(x, weight, bias, dtype, backend, training)
     return torch.ops.ceit.linear(x, weight, bias, None, backend)

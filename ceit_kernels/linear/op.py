@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.flops import product as product_flops
-from ..common.flops import register_flops
+from ..common.flops import matmul_flops, register_flops
 from ..common.matmul import linear, matmul, weight_gradient
-from ..common.registration import is_plain_call, loop_over_batch, refuse_gradient, register_autocast
+from ..common.registration import is_eager, loop_over_batch, refuse_gradient, register_autocast
 
 __all__ = ["linear_eagerly"]
 
@@ -57,7 +56,7 @@ def _matrix(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
-def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``ceit::linear``'s result in ``dtype``, its arguments checked; has no gradient."""
     matrix = _matrix(x, dtype)
     if bias is not None and bias.dtype != dtype:
@@ -70,7 +69,7 @@ def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
 
 @torch.library.impl("ceit::linear", "default")
 def _forward(x, weight, bias, compute_dtype, backend):
-    return _linear_native(x, weight, bias, _prepare(x, weight, bias, compute_dtype, backend))
+    return _linear_cpu(x, weight, bias, _prepare(x, weight, bias, compute_dtype, backend))
 
 
 @torch.library.register_fake("ceit::linear")
@@ -78,7 +77,7 @@ def _forward_fake(x, weight, bias, compute_dtype, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype or x.dtype)
 
 
-def _linear_backward_native(
+def _linear_backward_cpu(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -103,7 +102,7 @@ def _linear_backward_native(
 def _backward(grad_out, x, weight, need_x, need_weight, need_bias, compute_dtype, backend):
     dtype = _prepare(x, weight, None, compute_dtype, backend)
     check_shape("grad_out", grad_out, *x.shape[:-1], weight.shape[0])
-    grads = _linear_backward_native(grad_out, x, weight, (need_x, need_weight, need_bias), dtype)
+    grads = _linear_backward_cpu(grad_out, x, weight, (need_x, need_weight, need_bias), dtype)
     # An operator must return tensors.
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -148,14 +147,14 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
         _setup_context(ctx, (x, weight, bias, dtype, backend), None)
-        return _linear_native(x, weight, bias, dtype)
+        return _linear_cpu(x, weight, bias, dtype)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         # Where the gradient of this gradient is refused, or gradients come in batches.
-        if torch.is_grad_enabled() or not is_plain_call(grad_out):
+        if torch.is_grad_enabled() or not is_eager(grad_out):
             return _autograd_backward(ctx, grad_out)
-        grads = _linear_backward_native(grad_out, *ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.compute_dtype)
+        grads = _linear_backward_cpu(grad_out, *ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.compute_dtype)
         return *grads, None, None  # dtype, backend
 
 
@@ -171,14 +170,14 @@ def linear_eagerly(
     """
     if training:
         return _Eager.apply(x, weight, bias, dtype, backend)
-    return _linear_native(x, weight, bias, dtype)
+    return _linear_cpu(x, weight, bias, dtype)
 
 
 @register_flops("ceit::linear")
 def _flops(x, weight, *rest, out_shape, **options):
-    return product_flops(math.prod(x[:-1]), weight[1], weight[0])
+    return matmul_flops(math.prod(x[:-1]), weight[1], weight[0])
 
 
 @register_flops("ceit::linear_backward")
 def _backward_flops(grad_out, x, weight, need_x, need_weight, *rest, out_shape, **options):
-    return (need_x + need_weight) * product_flops(math.prod(x[:-1]), weight[1], weight[0])
+    return (need_x + need_weight) * matmul_flops(math.prod(x[:-1]), weight[1], weight[0])

@@ -97,7 +97,10 @@ def test_a_frozen_module_is_timed_beside_the_live_one_and_its_backend_named(grou
 
 
 def test_training_and_parts_that_are_not_served_have_no_frozen_contender():
-    for group in (Group("leff", "tiny", "training", "float32", 1), Group("norm", "tiny", "inference", "float32", 1)):
+    for group in (
+        Group("leff", "tiny", "training", "float32", 1),
+        Group("add_norm", "tiny", "inference", "float32", 1),
+    ):
         found = entry(group, "frozen")
         assert (found.status, found.reason) == ("absent", "taken for inference of LeFF and of whole models only")
 
@@ -178,7 +181,7 @@ def test_inputs_rotate_through_more_than_a_gpus_cache(monkeypatch):
 def test_plan_of_a_gpu_has_both_dtypes_and_all_operators():
     groups = plan(torch.device("cuda"))
     assert {g.dtype for g in groups} == {"bfloat16", "float32"}
-    assert {g.operator for g in groups} == {"leff", "i2t", "lca", "norm", "model"}
+    assert {g.operator for g in groups} == {"leff", "i2t", "lca", "add_norm", "model"}
     assert len({g.name for g in groups}) == len(groups)
 
 
@@ -231,7 +234,7 @@ def test_commits_are_compared_frozen_where_both_of_them_freeze(two_copies, base_
     if not base_freezes:
         public = two_copies / "base" / "ceit_kernels" / "__init__.py"
         public.write_text(public.read_text() + "\ndel freeze\n")
-    groups = [Group("leff", "tiny", "inference", "float32", 1), Group("norm", "tiny", "inference", "float32", 1)]
+    groups = [Group("leff", "tiny", "inference", "float32", 1), Group("add_norm", "tiny", "inference", "float32", 1)]
     results = compare.compare_groups(
         two_copies / "base", two_copies / "head", groups, seconds=0.0, say=lambda line: None
     )

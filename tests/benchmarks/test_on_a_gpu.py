@@ -22,7 +22,7 @@ PLAN = [
     Group("leff", "tiny", "inference", "bfloat16", 2),
     Group("leff", "tiny", "training", "float32", 1),
     Group("lca", "tiny", "training", "bfloat16", 3),
-    Group("norm", "tiny", "training", "bfloat16", 2),
+    Group("add_norm", "tiny", "training", "bfloat16", 2),
 ]
 
 
@@ -66,7 +66,7 @@ def report(gpu, tmp_path_factory):
     gpu.setattr(main, "model_gpu", lambda: modelled)
     gpu.setattr(scaling, "_GPU_BATCHES", (1, 2))
     gpu.setattr(scaling, "AXES", {"batch": ()})
-    gpu.setattr(scaling, "_group", lambda axis, size, phase: Group("norm", "tiny", phase, "bfloat16", size))
+    gpu.setattr(scaling, "_group", lambda axis, size, phase: Group("add_norm", "tiny", phase, "bfloat16", size))
     folder = tmp_path_factory.mktemp("report")
     assert main.main(["--output", str(folder), "--minutes", "100"]) == 0
     return folder

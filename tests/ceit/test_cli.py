@@ -136,7 +136,7 @@ def test_info_says_what_would_run_and_with_what(capsys):
             "leff",
             "lca",
             "i2t",
-            "norm",
+            "add_norm",
             "linear",
             "attention",
             f"torch {torch.__version__}",

@@ -11,7 +11,7 @@ import ceit
 from ceit.layers import Attention
 from ceit_kernels import FusedAttention, FusedLinear, fuse, unfuse, use_backend
 
-ONLY = {"leff": False, "lca": False, "i2t": False, "norm": False}
+ONLY = {"leff": False, "lca": False, "i2t": False, "add_norm": False}
 
 
 def make_model(**options):

@@ -23,7 +23,7 @@ PLAIN = {
     "leff": LocallyEnhancedFeedForward,
     "lca": LCAAttention,
     "i2t": Image2Tokens,
-    "norm": AddNorm,
+    "add_norm": AddNorm,
     "linear": nn.Linear,
     "attention": Attention,
 }
@@ -31,7 +31,7 @@ FUSED = {
     "leff": FusedLeFF,
     "lca": FusedLCAAttention,
     "i2t": FusedImage2Tokens,
-    "norm": FusedAddNorm,
+    "add_norm": FusedAddNorm,
     "linear": FusedLinear,
     "attention": FusedAttention,
 }
@@ -59,7 +59,7 @@ def test_the_five_models_are_listed_here_and_by_timm():
 @pytest.mark.parametrize(
     ("fused", "expected"),
     [
-        (True, {"leff", "lca", "i2t", "norm", "linear", "attention"}),
+        (True, {"leff", "lca", "i2t", "add_norm", "linear", "attention"}),
         (False, set()),
         ("auto", fast_operators()),
         (["lca"], {"lca"}),

@@ -140,7 +140,7 @@ def test_fused_and_plain_operators_train_alike(options, tmp_path):
     plain = train(options(output=str(tmp_path / "plain")))
     fused = train(options(output=str(tmp_path / "fused"), fused=True))
     torch.testing.assert_close(torch.tensor(fused.step_losses), torch.tensor(plain.step_losses), rtol=1e-3, atol=1e-4)
-    assert set(fused.fused_operators) == {"leff", "lca", "i2t", "norm", "linear", "attention"}
+    assert set(fused.fused_operators) == {"leff", "lca", "i2t", "add_norm", "linear", "attention"}
     assert all(by["backend"] in ("reference", "native") and by["reason"] for by in fused.fused_operators.values())
     assert states_of(tmp_path / "fused").keys() == states_of(tmp_path / "plain").keys()
 

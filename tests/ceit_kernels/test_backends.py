@@ -25,7 +25,7 @@ CALLS = {
     "i2t": lambda: FusedImage2Tokens()(torch.randn(1, 3, 16, 16)),
     "linear": lambda: FusedLinear(16, 8)(torch.randn(5, 16)),
     "attention": lambda: FusedAttention(16)(torch.randn(1, 5, 16)),
-    "norm": lambda: FusedAddNorm()(torch.randn(1, 5, 16), None, nn.LayerNorm(16)),
+    "add_norm": lambda: FusedAddNorm()(torch.randn(1, 5, 16), None, nn.LayerNorm(16)),
 }
 
 
@@ -106,12 +106,12 @@ def test_auto_takes_triton_on_a_gpu_that_is_new_enough(monkeypatch):
 
 def test_a_setting_decides_once_for_calls_that_are_alike(monkeypatch):
     x = torch.zeros(1)
-    first = backends.choose("norm", x, x.dtype)
+    first = backends.choose("add_norm", x, x.dtype)
     monkeypatch.setattr(backends, "has_kernel", lambda operator, device_type: False)
-    assert backends.choose("norm", x, x.dtype) is first
-    assert backends.choose("norm", x, x.dtype, limit="too large").backend == "reference"
+    assert backends.choose("add_norm", x, x.dtype) is first
+    assert backends.choose("add_norm", x, x.dtype, limit="too large").backend == "reference"
     with use_backend("auto"):
-        assert backends.choose("norm", x, x.dtype).backend == "reference"
+        assert backends.choose("add_norm", x, x.dtype).backend == "reference"
 
 
 def test_a_phase_that_is_not_implemented_is_refused_and_left_to_plain_pytorch(monkeypatch):

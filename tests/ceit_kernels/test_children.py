@@ -18,7 +18,7 @@ WATCHED = {
     "i2t": ("conv", "bn", "maxpool"),
     "lca": ("qkv", "proj", "proj_drop"),
     "attention": ("qkv", "proj", "proj_drop"),
-    "norm": ("norm",),
+    "add_norm": ("norm",),
 }
 every_child = pytest.mark.parametrize(
     ("name", "child"), [(name, child) for name, children in WATCHED.items() for child in children]

@@ -27,7 +27,7 @@ class FakeGraphs:
             monkeypatch.setattr(torch.cuda, name, lambda: mock.Mock())
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         # By its name the package has the function.
-        monkeypatch.setattr(sys.modules["ceit_kernels.freeze"], "is_plain_call", lambda x: True)
+        monkeypatch.setattr(sys.modules["ceit_kernels.freeze"], "is_eager", lambda x: True)
 
     @contextlib.contextmanager
     def capture(self, graph):

@@ -33,7 +33,7 @@ PAIRS = {
     "leff": (LocallyEnhancedFeedForward, FusedLeFF, lambda: LocallyEnhancedFeedForward(8, 16)),
     "lca": (LCAAttention, FusedLCAAttention, lambda: LCAAttention(8, 2)),
     "i2t": (Image2Tokens, FusedImage2Tokens, Image2Tokens),
-    "norm": (AddNorm, FusedAddNorm, AddNorm),
+    "add_norm": (AddNorm, FusedAddNorm, AddNorm),
     "linear": (nn.Linear, FusedLinear, lambda: nn.Linear(8, 8)),
     "patches": (PatchProjection, FusedPatchProjection, lambda: PatchProjection(3, 8, 4, stride=4)),
     "attention": (Attention, FusedAttention, lambda: Attention(8, 2)),

@@ -138,7 +138,7 @@ def converted(module, x, dtype, norms):
     return module, x.to(dtype)
 
 
-@pytest.mark.parametrize("name", ["leff", "i2t", "norm"])
+@pytest.mark.parametrize("name", ["leff", "i2t", "add_norm"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes_are_mixed_as_plain_pytorch_mixes_them(name, training, dtype):

@@ -30,7 +30,7 @@ def make_inputs(shape, dtype, branch=True, affine=True, mean=0.0, seed=0, device
 def run(backend, inputs, grads, prefix=None, leaves=None):
     """Results, and gradients of the inputs that are there."""
     inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    with use_backend(f"norm={backend}"):
+    with use_backend(f"add_norm={backend}"):
         results = add_layer_norm(*inputs, EPS, num_prefix_tokens=prefix)
     wanted = [t for t in inputs if t is not None] if leaves is None else [inputs[i] for i in leaves]
     gradients = torch.autograd.grad(results, wanted, grads[: len(results)])

@@ -34,7 +34,7 @@ MODULES = {
     "attention": (lambda: Attention(32, 2), (2, 17, 32)),
     "linear": (lambda: nn.Linear(32, 64), (5, 32)),
     "patches": (lambda: PatchProjection(16, 32, 4, stride=4), (2, 16, 8, 8)),
-    "norm": (Normed, (2, 17, 32)),
+    "add_norm": (Normed, (2, 17, 32)),
 }
 every_module = pytest.mark.parametrize("name", MODULES)
 

@@ -1,5 +1,5 @@
-// Checks of add_layer_norm's passes on the CPU and their registration, through libtorch's stable ABI. The schemas are
-// in ceit_kernels/add_norm/native.py.
+// Checks of add_norm's passes on the CPU and their registration, through libtorch's stable ABI. The schemas are
+// in ceit_kernels/add_norm/cpu.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
 // Checks of self-attention on the CPU and its registration, through libtorch's stable ABI. The schemas are in
-// ceit_kernels/attention/native_cpu.py.
+// ceit_kernels/attention/cpu.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

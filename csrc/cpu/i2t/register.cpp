@@ -1,5 +1,5 @@
 // Checks of the stem's kernels on the CPU and their registration, through libtorch's stable ABI. The schemas are in
-// ceit_kernels/i2t/native_cpu.py.
+// ceit_kernels/i2t/cpu.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
 // Checks of the stem's operators and their registration with PyTorch's dispatcher, through libtorch's stable ABI. The
-// schemas are in ceit_kernels/i2t/launch.py. Built over csrc/simt the same operators serve CPU tensors, for tests.
+// schemas are in ceit_kernels/i2t/cuda.py. Built over csrc/simt the same operators serve CPU tensors, for tests.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

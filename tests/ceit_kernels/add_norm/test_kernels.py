@@ -62,7 +62,7 @@ def test_takes_as_many_channels_as_promised(poisoned_memory, channels):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_program_instance_sums_several_blocks_of_rows(poisoned_memory, monkeypatch, dtype):
-    monkeypatch.setattr("ceit_kernels.add_norm.launch._PARTS", 3)
+    monkeypatch.setattr("ceit_kernels.add_norm.triton.launch._PARTS", 3)
     inputs, grads = make_inputs((3, 37, 192), dtype)
     check(inputs, grads)
 
@@ -110,7 +110,7 @@ def test_a_prefix_is_a_part_of_the_sum(branch):
     inputs, grads = make_inputs((3, 7, 64), torch.float32, branch)
     total, _, prefix = run("triton", inputs, grads, 2)[:3]
     assert torch.equal(prefix, total[:, :2])
-    with use_backend("norm=triton"):
+    with use_backend("add_norm=triton"):
         assert add_layer_norm(*inputs, EPS, num_prefix_tokens=0)[2].shape == (3, 0, 64)
 
 
@@ -119,7 +119,7 @@ def test_frozen_inputs_get_no_gradient_and_the_others_the_same(leaves):
     inputs, grads = make_inputs((3, 5, 48), torch.float32)
     expected = run("triton", inputs, grads)[2:]
     tensors = [t.detach().requires_grad_(i in leaves) for i, t in enumerate(inputs)]
-    with use_backend("norm=triton"):
+    with use_backend("add_norm=triton"):
         results = add_layer_norm(*tensors, EPS)
     used = [(t, g) for t, g in zip(results, grads, strict=False) if t.requires_grad]
     torch.autograd.backward([t for t, _ in used], [g for _, g in used])
@@ -137,7 +137,7 @@ def test_results_that_nothing_uses_need_no_gradient(used, branch):
     gradients = {}
     for backend in ("triton", "reference"):
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-        with use_backend(f"norm={backend}"):
+        with use_backend(f"add_norm={backend}"):
             results = add_layer_norm(*leaves, EPS, num_prefix_tokens=2)
         torch.autograd.backward([results[i] for i in used], [grads[i] for i in used])
         gradients[backend] = [None if t is None else t.grad for t in leaves]
@@ -160,7 +160,7 @@ def test_a_sum_of_two_dtypes_is_of_the_wider_and_each_gets_a_gradient_of_its_own
 def test_autocast_on_a_gpu_normalises_in_float32(dtype):
     inputs, _ = make_inputs((3, 5, 48), torch.float32)
     inputs[:2] = (t.to(dtype) for t in inputs[:2])
-    with torch.autocast("cuda", dtype), use_backend("norm=triton"):
+    with torch.autocast("cuda", dtype), use_backend("add_norm=triton"):
         total, out = add_layer_norm(*inputs, EPS)
     assert (total.dtype, out.dtype) == (dtype, torch.float32)
     expected = torch.nn.functional.layer_norm((inputs[0] + inputs[1]).float(), (48,), *inputs[2:], EPS)

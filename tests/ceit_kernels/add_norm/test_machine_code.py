@@ -5,7 +5,7 @@ import torch
 from support.machine_code import CHIPS, SHARED_MEMORY, compile_for_amd, compile_for_nvidia
 from torch._subclasses import FakeTensorMode
 
-from ceit_kernels.add_norm.launch import add_norm_backward_triton, add_norm_forward_triton
+from ceit_kernels.add_norm.triton.launch import add_norm_backward_triton, add_norm_forward_triton
 from ceit_kernels.common.launch import record_launches
 
 CHANNELS = (192, 384, 768, 1024)

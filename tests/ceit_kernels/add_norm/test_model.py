@@ -21,7 +21,7 @@ def make_model(fused, **options):
 def step(model, images, call=None, backend="triton"):
     """Logits, gradients and buffers of a training step."""
     torch.manual_seed(1)
-    with use_backend(f"norm={backend}"):
+    with use_backend(f"add_norm={backend}"):
         logits = (model if call is None else call)(images)
         logits.square().sum().backward()  # inside, since checkpointing chooses again when it recomputes
     return [logits, *(p.grad for p in model.parameters()), *model.buffers()]
@@ -67,7 +67,7 @@ def test_a_hooked_norm_is_an_error_where_the_kernels_were_asked_for(images):
 def test_evaluation_with_and_without_gradients_is_the_plain_models(images):
     model, plain = make_model(True).eval(), make_model(False).eval()
     assert_same(step(model, images), step(plain, images))
-    with torch.no_grad(), use_backend("norm=triton"):
+    with torch.no_grad(), use_backend("add_norm=triton"):
         assert_same(model(images), plain(images))
         assert_same(model.forward_intermediates(images), plain.forward_intermediates(images))
 

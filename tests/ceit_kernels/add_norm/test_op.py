@@ -64,7 +64,7 @@ def test_a_bad_argument_is_named_with_what_was_given_and_expected(changes, error
         add_layer_norm(**arguments)
     tensors = [arguments[name] for name in ("x", "branch", "weight", "bias")]
     with pytest.raises(error, match=message):
-        torch.ops.ceit.add_layer_norm(*tensors, 1e-5, arguments["num_prefix_tokens"], None, "triton")
+        torch.ops.ceit.add_norm(*tensors, 1e-5, arguments["num_prefix_tokens"], None, "triton")
 
 
 def test_the_operator_itself_refuses_a_backend_that_cannot_run(monkeypatch):
@@ -75,14 +75,14 @@ def test_the_operator_itself_refuses_a_backend_that_cannot_run(monkeypatch):
         ("native", "the compiled extension"),
         ("reference", "plain"),
     ):
-        with pytest.raises(BackendError, match=f"ceit::norm: backend '{backend}' cannot run: .*{reason}"):
-            torch.ops.ceit.add_layer_norm(*tensors, 1e-5, 0, None, backend)
+        with pytest.raises(BackendError, match=f"ceit::add_norm: backend '{backend}' cannot run: .*{reason}"):
+            torch.ops.ceit.add_norm(*tensors, 1e-5, 0, None, backend)
 
 
 def test_rows_beyond_the_kernels_run_by_the_reference_or_say_why_not():
     x = torch.randn(2, 4097)
     assert add_layer_norm(x)[1].shape == (2, 4097)
-    with use_backend("norm=triton"), pytest.raises(BackendError, match="4096 channels, x has 4097"):
+    with use_backend("add_norm=triton"), pytest.raises(BackendError, match="4096 channels, x has 4097"):
         add_layer_norm(x)
 
 

@@ -49,7 +49,7 @@ def loss_of(results):
 def test_opcheck_of_the_forward_operator(branch, prefix, out_dtype):
     dtype = torch.float32 if out_dtype is None else torch.float16
     arguments = (*make_tensors(dtype, branch), 1e-6, prefix, out_dtype, "triton")
-    torch.library.opcheck(torch.ops.ceit.add_layer_norm.default, arguments)
+    torch.library.opcheck(torch.ops.ceit.add_norm.default, arguments)
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)], ids=str)
@@ -59,7 +59,7 @@ def test_opcheck_of_the_backward_operator(needs, others):
     rest = (torch.randn_like(total), torch.randn_like(total[:, :2])) if others else (None, None)
     mean, rstd = total.mean(-1), total.var(-1).rsqrt()
     arguments = (grad_out, *rest, total, weight, bias, mean, rstd, *needs, "triton")
-    torch.library.opcheck(torch.ops.ceit.add_layer_norm_backward.default, arguments)
+    torch.library.opcheck(torch.ops.ceit.add_norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("branch", [True, False])
@@ -70,16 +70,16 @@ def test_gradcheck(branch, prefix):
     def call(*inputs):
         return add_layer_norm(*inputs, num_prefix_tokens=prefix)
 
-    with use_backend("norm=triton"):
+    with use_backend("add_norm=triton"):
         assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
-    with use_backend("norm=reference"):
+    with use_backend("add_norm=reference"):
         assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("branch", [True, False])
 def test_a_second_derivative_is_an_error_that_says_what_to_do(branch):
     tensors = make_tensors(branch=branch)
-    with use_backend("norm=triton"):
+    with use_backend("add_norm=triton"):
         results = add_layer_norm(*tensors)
     (grad,) = torch.autograd.grad(loss_of(results), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"add_layer_norm is differentiable once.*reference"):
@@ -93,7 +93,7 @@ def test_compiles_without_graph_breaks_and_keeps_values_and_gradients(dynamic):
     x = torch.randn(SHAPE, device=DEVICE, requires_grad=True)
     leaves = [x, *module.parameters()]
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    with use_backend("norm=triton"):
+    with use_backend("add_norm=triton"):
         eager, ours = module(x), compiled(x)
     eager_grads, grads = (torch.autograd.grad(loss_of(results), leaves) for results in (eager, ours))
     torch.testing.assert_close([*ours, *grads], [*eager, *eager_grads])
@@ -102,10 +102,10 @@ def test_compiles_without_graph_breaks_and_keeps_values_and_gradients(dynamic):
 def test_exports_as_operators_that_run():
     module = Chain().to(DEVICE).eval().requires_grad_(False)
     x = torch.randn(SHAPE, device=DEVICE)
-    with use_backend("norm=triton"):
+    with use_backend("add_norm=triton"):
         exported = torch.export.export(module, (x,))
         expected = module(x)
-    assert str(exported.graph).count("ceit.add_layer_norm") == 2
+    assert str(exported.graph).count("ceit.add_norm") == 2
     torch.testing.assert_close(exported.module()(x), expected)
 
 
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     x = torch.randn(SHAPE, device=DEVICE, requires_grad=True)
     grads = []
     for checkpointed in (False, True):
-        with use_backend("norm=triton"):
+        with use_backend("add_norm=triton"):
             results = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
             grads.append(torch.autograd.grad(loss_of(results), [x, *module.parameters()]))
     torch.testing.assert_close(*grads, rtol=0, atol=0)
@@ -135,7 +135,7 @@ def test_module_calls_a_norm_that_someone_watches_or_changed(hooked):
     if hooked:
         norm.register_forward_hook(lambda *args: seen.append(args))
     x, branch = make_tensors()[:2]
-    with use_backend("norm=triton"), pytest.raises(BackendError, match=r"norm has a hook|not Changed"):
+    with use_backend("add_norm=triton"), pytest.raises(BackendError, match=r"norm has a hook|not Changed"):
         FusedAddNorm()(x, branch, norm)
     total, out = FusedAddNorm()(x, branch, norm)
     assert len(seen) == 1

@@ -38,7 +38,7 @@ def test_a_bad_argument_is_named_with_what_was_given_and_expected(changes, error
         self_attention(**arguments)
     qkv, num_heads, num_queries = arguments.values()
     with pytest.raises(error, match=message):
-        torch.ops.ceit.self_attention(qkv, num_heads, 1.0, num_queries, False, "native")
+        torch.ops.ceit.attention(qkv, num_heads, 1.0, num_queries, False, "native")
 
 
 BAD_GRADIENTS = {
@@ -62,7 +62,7 @@ BAD_GRADIENTS = {
 def test_the_backward_operator_names_a_bad_argument(changes, error, message):
     tensors = {"grad_out": torch.zeros(3, 5, 16), "qkv": make_qkv(), "statistics": torch.ones(3, 2, 5, 2)} | changes
     with pytest.raises(error, match=message):
-        torch.ops.ceit.self_attention_backward(*tensors.values(), 2, 1.0, "native")
+        torch.ops.ceit.attention_backward(*tensors.values(), 2, 1.0, "native")
 
 
 @pytest.mark.parametrize("dropout_p", [-0.1, 1.0])
@@ -74,7 +74,7 @@ def test_a_dropout_that_is_no_probability_is_refused(dropout_p):
 def test_the_operator_itself_refuses_a_backend_that_cannot_run():
     for backend, reason in (("triton", "attention has no triton implementation"), ("reference", "it is plain PyTorch")):
         with pytest.raises(BackendError, match=f"ceit::attention: backend '{backend}' cannot run: {reason}"):
-            torch.ops.ceit.self_attention(make_qkv(), 2, 1.0, 5, False, backend)
+            torch.ops.ceit.attention(make_qkv(), 2, 1.0, 5, False, backend)
 
 
 def test_a_dtype_that_the_kernels_lack_is_left_to_plain_pytorch_or_refused():

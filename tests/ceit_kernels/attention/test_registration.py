@@ -25,16 +25,16 @@ def make_module(**options):
 def test_opcheck_of_the_forward_operator(num_queries):
     qkv, _ = make_call(2, TOKENS, HEADS, CHANNELS, torch.float32)
     check = torch.library.opcheck
-    check(torch.ops.ceit.self_attention.default, (qkv.requires_grad_(), HEADS, 0.3, num_queries, True, "native"))
-    check(torch.ops.ceit.self_attention.default, (qkv.detach(), HEADS, 0.3, num_queries, False, "native"))
+    check(torch.ops.ceit.attention.default, (qkv.requires_grad_(), HEADS, 0.3, num_queries, True, "native"))
+    check(torch.ops.ceit.attention.default, (qkv.detach(), HEADS, 0.3, num_queries, False, "native"))
 
 
 @pytest.mark.parametrize("num_queries", [1, TOKENS])
 def test_opcheck_of_the_backward_operator(num_queries):
     qkv, grad_out = make_call(2, TOKENS, HEADS, CHANNELS, torch.float32, num_queries)
-    _, statistics = torch.ops.ceit.self_attention(qkv, HEADS, 0.3, num_queries, True, "native")
+    _, statistics = torch.ops.ceit.attention(qkv, HEADS, 0.3, num_queries, True, "native")
     arguments = (grad_out, qkv, statistics, HEADS, 0.3, "native")
-    torch.library.opcheck(torch.ops.ceit.self_attention_backward.default, arguments)
+    torch.library.opcheck(torch.ops.ceit.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, None])
@@ -54,7 +54,7 @@ def test_a_second_derivative_is_an_error_that_says_what_to_do():
 
 def test_a_gradient_without_statistics_is_an_error_and_never_lost():
     qkv = make_call(2, 5, HEADS, 3, torch.float32)[0].requires_grad_()
-    out, _ = torch.ops.ceit.self_attention(qkv, HEADS, 0.3, 5, False, "native")
+    out, _ = torch.ops.ceit.attention(qkv, HEADS, 0.3, 5, False, "native")
     with pytest.raises(RuntimeError, match="expected need_statistics=True where a gradient is taken, got False"):
         out.sum().backward()
 
@@ -95,14 +95,14 @@ def test_a_compiled_module_follows_a_change_of_backend():
     for name in ("native", "reference", "native"):
         with use_backend(f"attention={name}"):
             compiled(x)
-    assert [any("self_attention" in target for target in targets) for targets in graphs] == [True, False]
+    assert [any("ceit.attention" in target for target in targets) for targets in graphs] == [True, False]
 
 
 def test_exports_as_one_operator_that_runs_with_any_batch():
     module, x = make_module()
     batch = torch.export.Dim("batch")
     exported = torch.export.export(module.eval(), (x,), dynamic_shapes={"x": {0: batch}})
-    assert "ceit.self_attention" in str(exported.graph)
+    assert "ceit.attention" in str(exported.graph)
     for images in (x, torch.cat((x, x))):
         torch.testing.assert_close(exported.module()(images), module(images))
 
@@ -130,7 +130,7 @@ def test_autocast_reaches_a_direct_call_of_the_operator_and_spares_float64():
     for dtype, expected in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
         qkv = make_call(2, 5, HEADS, 3, dtype)[0].requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            out, _ = torch.ops.ceit.self_attention(qkv, HEADS, 0.3, 5, True, "native")
+            out, _ = torch.ops.ceit.attention(qkv, HEADS, 0.3, 5, True, "native")
         assert out.dtype == expected
         (grad,) = torch.autograd.grad(out.sum(), qkv)
         assert grad.dtype == dtype

@@ -154,7 +154,7 @@ def test_declines_where_someone_would_notice():
         assert at_once(block, x) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert at_once(block, x) is None
-    for operator in ("norm", "linear", "attention", "leff"):
+    for operator in ("add_norm", "linear", "attention", "leff"):
         with use_backend(f"{operator}=reference"):
             assert at_once(block, x) is None
     for module in (block.norm1, block.attn, block.attn.proj, block.leff, block.leff.bn1):

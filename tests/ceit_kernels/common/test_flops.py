@@ -12,9 +12,9 @@ from ceit_kernels.leff import LocallyEnhancedFeedForward
 from ceit_kernels.leff.norms import of_module
 
 OPERATORS = (
-    "leff_inference", "leff_forward", "leff_backward", "lca_attention", "lca_attention_backward", "i2t", "i2t_backward",
-    "linear", "linear_backward", "self_attention", "self_attention_backward", "add_layer_norm",
-    "add_layer_norm_backward",
+    "leff_inference", "leff_forward", "leff_backward", "lca", "lca_backward", "i2t", "i2t_backward",
+    "linear", "linear_backward", "attention", "attention_backward", "add_norm",
+    "add_norm_backward",
 )  # fmt: skip
 
 
@@ -94,18 +94,18 @@ def test_attention_counts_what_pytorch_counts_for_flash_attention(num_queries):
     forward, both, names = counted(fused)
     assert forward == flop_counter.sdpa_flop_count(query, key, key)
     assert both - forward == flop_counter.sdpa_backward_flop_count(query, query, key, key)
-    assert names == {"ceit.self_attention", "ceit.self_attention_backward"}
+    assert names == {"ceit.attention", "ceit.attention_backward"}
 
 
 def test_class_token_attention_counts_what_it_computes():
     """Three products of all channels, and two of the class tokens with one vector a head, of which PyTorch has more."""
     batch, layers, heads, channels = 3, 5, 2, 16
-    formula = flop_registry[torch.ops.ceit.lca_attention]
+    formula = flop_registry[torch.ops.ceit.lca]
     x, weight = torch.empty(batch, layers, channels), torch.empty(3 * channels, channels)
     arguments = (x, weight, None, None, heads, 1.0, 0.0, None, "triton")
     flops = formula(*arguments, out_val=torch.empty(batch, 1, channels))
     assert flops == 2 * batch * channels * (3 * channels + 2 * heads * layers)
-    backward = flop_registry[torch.ops.ceit.lca_attention_backward]
+    backward = flop_registry[torch.ops.ceit.lca_backward]
     found = [
         backward(torch.empty(batch, 1, channels), *arguments[:-1], *needs, "triton", out_val=None)
         for needs in ((True, True), (True, False), (False, True))
@@ -117,7 +117,7 @@ def test_a_norm_counts_nothing_as_in_pytorch():
     x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.ones(8)
 
     def fused():
-        with use_backend("norm=native"):
+        with use_backend("add_norm=native"):
             return add_layer_norm(x, x, weight)[1]
 
     forward, both, _ = counted(fused)

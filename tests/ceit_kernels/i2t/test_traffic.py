@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from ceit_kernels.i2t import launch
+from ceit_kernels.i2t import cuda
 
 BATCH, SIDE, CHANNELS = 256, 224, 64
 MULTIPROCESSORS = 132
@@ -20,7 +20,7 @@ def calls(monkeypatch):
 
     for name in ("_i2t_forward", "_i2t_backward"):
         monkeypatch.setattr(torch.ops.ceit, name, record(name))
-    monkeypatch.setattr(launch, "_multiprocessors", lambda x: MULTIPROCESSORS)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda x: MULTIPROCESSORS)
     with FakeTensorMode():
         yield seen
 
@@ -50,10 +50,10 @@ def arguments():
 
 def test_a_training_step_moves_at_most_700_megabytes(calls):
     x, weight, gamma, beta = arguments()
-    out, indices, mean, variance, _ = launch.i2t_forward_native(
+    out, indices, mean, variance, _ = cuda.i2t_forward_cuda(
         x, weight, gamma, beta, None, None, 1e-5, True, torch.bfloat16
     )
-    launch.i2t_backward_native(out, x, weight, gamma, indices, mean, variance, 1e-5, True, False, torch.bfloat16)
+    cuda.i2t_backward_cuda(out, x, weight, gamma, indices, mean, variance, 1e-5, True, False, torch.bfloat16)
     assert [name for name, _ in calls] == ["_i2t_forward", "_i2t_backward"]
     assert 600 < megabytes(calls, out) <= 700
 
@@ -61,5 +61,5 @@ def test_a_training_step_moves_at_most_700_megabytes(calls):
 def test_inference_moves_at_most_200_megabytes(calls):
     x, weight, gamma, beta = arguments()
     mean, variance = torch.empty(CHANNELS), torch.empty(CHANNELS)
-    out, *_ = launch.i2t_forward_native(x, weight, gamma, beta, mean, variance, 1e-5, False, torch.bfloat16)
+    out, *_ = cuda.i2t_forward_cuda(x, weight, gamma, beta, mean, variance, 1e-5, False, torch.bfloat16)
     assert 170 < megabytes(calls, out) <= 200

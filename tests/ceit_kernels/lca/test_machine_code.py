@@ -8,7 +8,7 @@ from support.machine_code import CHIPS, SHARED_MEMORY, assert_efficient, compile
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
-from ceit_kernels.lca.launch import lca_backward_triton, lca_forward_triton
+from ceit_kernels.lca.triton.launch import lca_backward_triton, lca_forward_triton
 
 MODELS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # channels, heads
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ BATCH, LAYERS, CHANNELS, HEADS = 3, 5, 32, 2
 
 
 def make_arguments(dtype=torch.float32, dropout_p=0.0, requires_grad=True):
-    """Arguments of ``torch.ops.ceit.lca_attention``."""
+    """Arguments of ``torch.ops.ceit.lca``."""
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.randn(*shape, generator=generator, dtype=dtype).to(DEVICE).requires_grad_(requires_grad)
@@ -26,14 +26,14 @@ def make_arguments(dtype=torch.float32, dropout_p=0.0, requires_grad=True):
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_of_the_forward_operator(bias, dropout_p):
     x, weight, qkv_bias, *rest = make_arguments(dropout_p=dropout_p)
-    torch.library.opcheck(torch.ops.ceit.lca_attention.default, (x, weight, qkv_bias if bias else None, *rest))
+    torch.library.opcheck(torch.ops.ceit.lca.default, (x, weight, qkv_bias if bias else None, *rest))
 
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
 def test_opcheck_of_the_backward_operator(needed):
     *arguments, backend = make_arguments(requires_grad=False)
     grad_out = torch.randn(BATCH, 1, CHANNELS, device=DEVICE)
-    torch.library.opcheck(torch.ops.ceit.lca_attention_backward.default, (grad_out, *arguments, *needed, backend))
+    torch.library.opcheck(torch.ops.ceit.lca_backward.default, (grad_out, *arguments, *needed, backend))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -82,7 +82,7 @@ def test_a_compiled_module_follows_a_change_of_backend():
     for name in ("triton", "reference", "triton"):
         with use_backend(f"lca={name}"):
             compiled(x)
-    uses_operator = [any("lca_attention" in target for target in targets) for targets in graphs]
+    uses_operator = [any("ceit.lca" in target for target in targets) for targets in graphs]
     assert uses_operator == [True, False]
 
 
@@ -100,7 +100,7 @@ def test_exports_as_one_operator_that_runs():
     with use_backend("lca=triton"):
         exported = torch.export.export(module, (x,))
         expected = module(x)
-    assert "ceit.lca_attention" in str(exported.graph)
+    assert "ceit.lca" in str(exported.graph)
     torch.testing.assert_close(exported.module()(x), expected)
 
 
@@ -119,7 +119,7 @@ def test_gradient_checkpointing_replays_the_dropout():
 def test_autocast_reaches_a_direct_call_of_the_operator():
     arguments = make_arguments()
     with torch.autocast(DEVICE, torch.float16):
-        out = torch.ops.ceit.lca_attention(*arguments)
+        out = torch.ops.ceit.lca(*arguments)
     assert out.dtype == torch.float16
     (grad,) = torch.autograd.grad(out.sum(), arguments[1])
     assert grad.dtype == torch.float32

@@ -149,7 +149,7 @@ def test_several_threads_may_run_at_once():
 
     def work(i):
         for _ in range(5):
-            results[i] = torch.ops.ceit.self_attention(qkv, 3, 24**-0.5, 130, False, "native")[0]
+            results[i] = torch.ops.ceit.attention(qkv, 3, 24**-0.5, 130, False, "native")[0]
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for worker in workers:

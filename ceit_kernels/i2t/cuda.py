@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..common.launch import is_recording
 
-__all__ = ["OUT_CHANNELS", "i2t_backward_native", "i2t_forward_native", "pooled_size"]
+__all__ = ["OUT_CHANNELS", "i2t_backward_cuda", "i2t_forward_cuda", "pooled_size"]
 
 OUT_CHANNELS = (32, 64, 96)
 
@@ -74,7 +74,7 @@ def _rows_per_block(x: Tensor, height: int, width: int) -> int:
     return -(-bands // min(segments, bands)) * _BAND_ROWS
 
 
-def i2t_forward_native(
+def i2t_forward_cuda(
     x: Tensor,
     weight: Tensor,
     gamma: Tensor | None,
@@ -113,7 +113,7 @@ def _as_image(indices: Tensor | None, out: Tensor) -> Tensor:
     return out.new_empty(0, dtype=torch.uint8) if indices is None else indices.permute(0, 3, 1, 2)
 
 
-def i2t_backward_native(
+def i2t_backward_cuda(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_norm_backward_native", "add_norm_forward_native"]
+__all__ = ["add_norm_backward_cpu", "add_norm_forward_cpu"]
 
 torch.library.define(
     "ceit::_add_norm_forward",
@@ -34,7 +34,7 @@ def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype).contiguous()
 
 
-def add_norm_forward_native(
+def add_norm_forward_cpu(
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor | None,
@@ -71,7 +71,7 @@ def add_norm_forward_native(
     return total, out, prefix, mean, rstd
 
 
-def add_norm_backward_native(
+def add_norm_backward_cpu(
     grad_out: Tensor,
     grad_total: Tensor | None,
     grad_prefix: Tensor | None,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from ..common.launch import launch
+from ...common.launch import launch
 from .kernels import add_norm_backward_kernel, add_norm_forward_kernel, add_norm_parameters_kernel
 
 __all__ = ["add_norm_backward_triton", "add_norm_forward_triton"]

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..common.philox import keep_mask
 
-__all__ = ["lca_attention_native"]
+__all__ = ["lca_attention_cpu"]
 
 
-def lca_attention_native(
+def lca_attention_cpu(
     x: Tensor,  # (B, L, C)
     qkv_weight: Tensor,  # (3C, C)
     qkv_bias: Tensor | None,  # (3C,)

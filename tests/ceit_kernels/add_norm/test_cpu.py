@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def on_the_cpu():
-    with use_backend("norm=native"):
+    with use_backend("add_norm=native"):
         yield
 
 
@@ -139,7 +139,7 @@ def test_results_that_nothing_uses_need_no_gradient(used, branch):
     gradients = {}
     for backend in ("native", "reference"):
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-        with use_backend(f"norm={backend}"):
+        with use_backend(f"add_norm={backend}"):
             results = add_layer_norm(*leaves, EPS, num_prefix_tokens=2)
         torch.autograd.backward([results[i] for i in used], [grads[i] for i in used])
         gradients[backend] = [None if t is None else t.grad for t in leaves]
@@ -169,7 +169,7 @@ def test_autocast_leaves_the_dtype_of_the_sum():
 def test_the_operator_gives_the_norm_in_the_dtype_that_it_is_asked_for():
     inputs, (grad_out, *_) = make((3, 5, 48), torch.bfloat16)
     leaves = [t.requires_grad_() for t in inputs]
-    total, out, *_ = torch.ops.ceit.add_layer_norm(*leaves, EPS, 0, torch.float32, "native")
+    total, out, *_ = torch.ops.ceit.add_norm(*leaves, EPS, 0, torch.float32, "native")
     assert (total.dtype, out.dtype) == (torch.bfloat16, torch.float32)
     expected = nn.functional.layer_norm(total.float(), (48,), *(t.float() for t in leaves[2:]), EPS)
     torch.testing.assert_close(out, expected)
@@ -184,7 +184,7 @@ def test_the_operator_gives_the_norm_in_the_dtype_that_it_is_asked_for():
 def test_registration_passes_pytorchs_own_checks(branch, out_dtype):
     inputs, _ = make((2, 5, 24), torch.float32 if out_dtype is None else torch.bfloat16, branch)
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
-    torch.library.opcheck(torch.ops.ceit.add_layer_norm, (*leaves, EPS, 2, out_dtype, "native"))
+    torch.library.opcheck(torch.ops.ceit.add_norm, (*leaves, EPS, 2, out_dtype, "native"))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)], ids=str)
@@ -194,7 +194,7 @@ def test_registration_of_backward_passes_pytorchs_own_checks(needs, others):
     rest = grads[1:] if others else (None, None)
     mean, rstd = total.mean(-1), total.var(-1).rsqrt()
     arguments = (grad_out, *rest, total, weight, bias, mean, rstd, *needs, "native")
-    torch.library.opcheck(torch.ops.ceit.add_layer_norm_backward, arguments)
+    torch.library.opcheck(torch.ops.ceit.add_norm_backward, arguments)
 
 
 @pytest.mark.parametrize("branch", [True, False])
@@ -240,7 +240,7 @@ def test_compiles_and_exports_without_a_break(dynamic):
         found.append([*results, *torch.autograd.grad([t.square().sum() for t in results], leaves)])
     torch.testing.assert_close(*found)
     exported = torch.export.export(module.eval().requires_grad_(False), (x.detach(),))
-    assert str(exported.graph).count("ceit.add_layer_norm") == 2
+    assert str(exported.graph).count("ceit.add_norm") == 2
     torch.testing.assert_close(exported.module()(x.detach()), module(x.detach()))
 
 

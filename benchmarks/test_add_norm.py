@@ -1,6 +1,6 @@
 """The residual connections and norms of a block of CeiT-T and CeiT-S at 224x224."""
 
-OPERATOR = "norm"
+OPERATOR = "add_norm"
 
 
 def test_norm(report_time, group, contender):

@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.launch import launch
-from ..common.philox import dropout_threshold
-from ..common.precision import precision_arguments
+from ...common.launch import launch
+from ...common.philox import dropout_threshold
+from ...common.precision import precision_arguments
 from .kernels import (
     lca_backward_input_kernel,
     lca_backward_scores_kernel,

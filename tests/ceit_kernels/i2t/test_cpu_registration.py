@@ -183,7 +183,7 @@ def test_a_model_computes_what_the_plain_one_does(training):
         options = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
         model = CeiT(**options).double().train(training)
         if fused:
-            fuse(model, leff=False, lca=False, norm=False, linear=False)
+            fuse(model, leff=False, lca=False, add_norm=False, linear=False)
         logits = model(images)
         gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()), allow_unused=True)
         results.append([logits, [g for g in gradients if g is not None], *model.buffers()])

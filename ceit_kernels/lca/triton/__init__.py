@@ -1,0 +1,1 @@
+"""The operator on a GPU, in Triton; imported when a kernel is launched."""
