@@ -79,12 +79,12 @@ def parts_of_make_test() -> list[Part]:
     leff, without_leff = f"{KERNELS}/leff", f"--ignore={KERNELS}/leff"
     interpret = {"TRITON_INTERPRET": "1"}
     tests = [
-        Part("ttsem, LeFF", (*TTSEM, leff)),
-        Part("ttsem, the rest", (*TTSEM, KERNELS, "tests/benchmarks", without_leff)),
         Part("native, operators", (*PYTEST, KERNELS)),
-        Part("interpreter, LeFF", (*PYTEST, leff), interpret),
         Part("native, the rest", (*PYTEST, "tests", f"--ignore={KERNELS}")),
+        Part("interpreter, LeFF", (*PYTEST, leff), interpret),
         Part("interpreter, the rest", (*PYTEST, KERNELS, without_leff), interpret),
+        Part("ttsem, the rest", (*TTSEM, KERNELS, "tests/benchmarks", without_leff)),
+        Part("ttsem, LeFF", (*TTSEM, leff)),
     ]
     lint = [Part("lint", ("-m", "ruff", "check", ".")), Part("format", ("-m", "ruff", "format", "--check", "."))]
     return lint + tests

@@ -86,12 +86,17 @@ def test_an_interrupt_ends_all_that_was_started(tmp_path, number):
     )
     program = f"import sys, run; sys.exit(run.report([run.Part('waits', ('-c', {code!r}))]))"
     tests = str(Path(run.__file__).parent)
-    runner = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": tests})
+    runner = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": tests},
+        # What a shell starts in the background ignores interrupts, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "child").exists():
         assert runner.poll() is None
         time.sleep(0.05)
     runner.send_signal(number)
-    assert runner.wait() != 0
+    assert runner.wait(timeout=100) != 0
     child = int((tmp_path / "child").read_text())
     assert any(_has_ended(child) or time.sleep(0.05) for _ in range(2000))
 
