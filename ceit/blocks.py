@@ -1,4 +1,4 @@
-"""The two kinds of transformer block of CeiT: the encoder's, and the one over class tokens."""
+"""CeiT's two transformer blocks: the encoder block, and the block over class tokens (LCA)."""
 
 from collections.abc import Callable, Iterable
 
@@ -60,18 +60,18 @@ class Block(nn.Module):
         Args:
             x: tokens (B, 1 + H * W, dim).
             grid_size: (H, W); a square if None.
-            class_token_only: return the class token (B, 1, dim) alone, for where no other token is used.
+            class_token_only: return the class token (B, 1, dim) alone, if no other token is used.
 
-        At inference `class_token_only` computes no other token. In training the others count for LeFF's batch
-        statistics and for nothing else: to rounding, values, gradients and buffers are those of the whole block, and
-        gradients of zero come for free.
+        At inference `class_token_only` computes no other token. In training the other tokens only enter LeFF's batch
+        statistics: values, gradients and buffers equal those of the whole block to rounding, and the gradients that
+        are zero cost nothing.
         """
         if torch.jit.is_scripting():
-            return self._in_turn(x, grid_size, class_token_only)
+            return self._unfused(x, grid_size, class_token_only)
         return self._forward(x, grid_size, class_token_only)
 
-    def _in_turn(self, x: Tensor, grid_size: tuple[int, int] | None, class_token_only: bool) -> Tensor:
-        """The block without a shortcut, which TorchScript and torch.fx can record."""
+    def _unfused(self, x: Tensor, grid_size: tuple[int, int] | None, class_token_only: bool) -> Tensor:
+        """The block part by part, as TorchScript and torch.fx record it."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.leff(self.norm2(x), grid_size))
         return x[:, :1] if class_token_only else x
@@ -79,30 +79,30 @@ class Block(nn.Module):
     @torch.jit.unused
     def _forward(self, x: Tensor, grid_size: tuple[int, int] | None, class_token_only: bool) -> Tensor:
         if is_symbolic(x):
-            return self._in_turn(x, grid_size, class_token_only)
-        out = None if torch.is_grad_enabled() else self._at_once(x, grid_size, class_token_only)
+            return self._unfused(x, grid_size, class_token_only)
+        out = None if torch.is_grad_enabled() else self._fused(x, grid_size, class_token_only)
         return self.forward_with_class_token(x, grid_size, class_token_only)[0] if out is None else out
 
     def forward_with_class_token(
         self, x: Tensor, grid_size: tuple[int, int] | None, class_token_only: bool
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, and the class token (B, 1, dim) of its argument `x`, see `passes_class_token`."""
+        """The result of `forward`, and the class token (B, 1, dim) of `x`; see `passes_class_token`."""
         return self._class_token(x, grid_size) if class_token_only else self._every_token(x, grid_size)
 
     def passes_class_token(self) -> bool:
-        """Whether to take the class token of this block's input from the block, instead of from the input itself.
+        """Whether the block should return the class token of its input, so that the caller need not slice it.
 
-        The fused norm adds that token's gradient to the others in its own pass, which slicing would cost four.
+        The fused norm adds the gradient of that token in its own pass; the gradient of a slice takes four passes.
         """
         wants_gradient = torch.is_grad_enabled() and not torch.jit.is_tracing()
         return wants_gradient and is_exactly(self.add_norm, FusedAddNorm)
 
     def class_token_suffices(self) -> bool:
-        """Whether the block may be asked for the class token alone where no other token is used.
+        """Whether the block may compute the class token alone if no other token is used.
 
-        It may not where a hook or someone else's module would miss the other tokens. Gradients in evaluation mode are
-        left to the whole block as well, for the shorter way would round them otherwise. torch.jit.trace records one
-        graph with and without gradients, which it compares.
+        It may not if a hook or an unknown module has to see the other tokens. In evaluation mode with gradients the
+        whole block runs too, because the short way rounds them differently. While torch.jit.trace runs, gradients are
+        ignored: it records one graph for both modes and compares them.
         """
         own_parts = type(self.attn) in (Attention, FusedAttention) and type(self.leff) in (
             LocallyEnhancedFeedForward,
@@ -112,8 +112,8 @@ class Block(nn.Module):
         wants_gradient = torch.is_grad_enabled() and not torch.jit.is_tracing()
         return own_parts and known and (self.training or not wants_gradient)
 
-    def _at_once(self, x: Tensor, grid_size: tuple[int, int] | None, class_token_only: bool) -> Tensor | None:
-        """The block in one compiled call, None where it takes a call for every part."""
+    def _fused(self, x: Tensor, grid_size: tuple[int, int] | None, class_token_only: bool) -> Tensor | None:
+        """The block in one compiled call; None if its parts have to be called one by one."""
         if not is_eager(x):
             return None
         found = encoder_inference(x, (self,), encoder_parts, grid_size, class_token_only)
@@ -148,7 +148,7 @@ class Block(nn.Module):
         return x + self.drop_path(_with_gradients_of_zero(class_normalised, self.leff.parameters())), class_token
 
     def _attends_for_class_token(self, x: Tensor) -> bool:
-        """Whether the attention of the other tokens, which only counts for statistics, can go without a gradient."""
+        """Whether the other tokens, which only enter statistics, can be attended to without a gradient."""
         attention = self.attn
         if type(attention) is not FusedAttention or not torch.is_grad_enabled():
             return False
@@ -156,7 +156,7 @@ class Block(nn.Module):
         return runs_fused and not (attention.attn_drop.p or attention.proj_drop.p)
 
 
-# What a block is made of: of these it is known what becomes of tokens that they do not get to see.
+# The classes of a block's parts that do not mind missing some of the tokens.
 _KNOWN = {
     *(Block, AddNorm, FusedAddNorm, Attention, FusedAttention, LocallyEnhancedFeedForward, FusedLeFF),
     *(nn.Linear, FusedLinear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm, nn.GELU),
@@ -165,7 +165,7 @@ _KNOWN = {
 
 
 def encoder_parts(block: Block) -> EncoderParts | None:
-    """The children that do all that a block does at inference; None if others do too."""
+    """The children that compute a block at inference; None if other modules do so too."""
     drop_path = block.drop_path
     idle = is_exactly(drop_path, nn.Identity) or (is_exactly(drop_path, DropPath) and not drop_path.training)
     if not idle or not is_exactly(block.add_norm, FusedAddNorm):
@@ -174,7 +174,7 @@ def encoder_parts(block: Block) -> EncoderParts | None:
 
 
 def _with_gradients_of_zero(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Pass a tensor on, with gradients of zero for parameters that it does not depend on."""
+    """Return `x` unchanged, and give `parameters`, on which it does not depend, gradients of zero."""
     nothing = [parameter.flatten()[:0] for parameter in parameters]
     return x + torch.cat(nothing).sum() if nothing else x
 
@@ -199,7 +199,7 @@ class LCABlock(nn.Module):
         norm_layer: NormLayer = nn.LayerNorm,
     ) -> None:
         super().__init__()
-        # The order of registration is that of Block.
+        # Registered in the same order as in Block.
         self.norm2 = norm_layer(dim)
         self.norm1 = norm_layer(dim)
         self.attn = LCAAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
@@ -208,20 +208,20 @@ class LCABlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Reduce class tokens (B, L, dim) to one (B, 1, dim)."""
         if not torch.jit.is_scripting():
-            out = self._at_once(x)
+            out = self._fused(x)
             if out is not None:
                 return out
         x = x[:, -1:] + self.attn(self.norm1(x))
         return x + self.feedforward(self.norm2(x))
 
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """The block in one compiled call, None where it takes a call for every part."""
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The block in one compiled call; None if its parts have to be called one by one."""
         parts = None if torch.is_grad_enabled() or not is_eager(x) else layers_parts(self)
         return None if parts is None else layers_inference(x, parts)
 
 
 def layers_parts(block: LCABlock) -> LayersParts | None:
-    """What a block over class tokens is made of; None where a call of it does more."""
+    """The parts of a block over class tokens; None if a call of the block does more than they do."""
     mlp = block.feedforward
     if not is_exactly(mlp, Mlp) or type(mlp.norm) is not nn.Identity:
         return None

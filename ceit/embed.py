@@ -1,4 +1,4 @@
-"""From images to a grid of patch embeddings."""
+"""The embedding: from images to a grid of patch tokens."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -19,7 +19,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 class I2TEmbed(nn.Module):
     """Image-to-tokens module (section 3.2): the convolutional stem, then a projection of its patches.
 
-    Stem, projection and what is in them may be wrapped: sizes are those of the layers found inside.
+    Stem, projection and their layers may be wrapped: sizes are read from the layers found inside.
 
     Args:
         img_size: (height, width) of the images in pixels, or one number for both.
@@ -73,7 +73,7 @@ class I2TEmbed(nn.Module):
         return height, width
 
     def _windows(self) -> list[tuple[int, int, int]]:
-        """Kernel, stride and padding of the stem's convolution and pooling: as built, where none is found now."""
+        """Kernel, stride and padding of the stem's convolution and pooling; as built if the layer is not found."""
         layers = _first(self.backbone, nn.Conv2d), _first(self.backbone, nn.MaxPool2d)
         return [
             built if layer is None else _window(layer) for layer, built in zip(layers, self._built_windows, strict=True)
@@ -121,10 +121,10 @@ class I2TEmbed(nn.Module):
             self._check_images(x)
         return self.proj(self.backbone(x))
 
-    def tokens_at_once(self, x: Tensor, class_token: Tensor, positions: Tensor) -> Tensor | None:
+    def tokens_fused(self, x: Tensor, class_token: Tensor, positions: Tensor) -> Tensor | None:
         """The class token and the embedded patches with their positions added (B, 1 + H' * W', embed_dim).
 
-        In one compiled call; None where it takes a call for every part.
+        One compiled call; None if the parts have to be called one by one.
 
         Args:
             x: images, as for `forward`.
@@ -158,7 +158,7 @@ class I2TEmbed(nn.Module):
 
 
 def _first(root: nn.Module, kind: type[Layer]) -> Layer | None:
-    """The first layer of a kind in a module, which may be wrapped."""
+    """The first layer of a class inside a module or its wrappers."""
     return next((module for module in root.modules() if isinstance(module, kind)), None)
 
 

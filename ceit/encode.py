@@ -1,4 +1,4 @@
-"""Running the encoder's blocks one after the other, by what each of them allows."""
+"""Runs the encoder blocks, fused as far as each of them allows."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -30,15 +30,15 @@ def encode(
         blocks: modules that are called with tokens and their grid.
         grid_size: (H, W).
         taken: indices of the blocks whose tokens are wanted.
-        class_token_only: whether the last block may leave out its patch tokens, which it does where it can.
-        recomputes: whether backward computes the blocks again, instead of keeping their activations.
+        class_token_only: whether the last block may leave out its patch tokens.
+        recomputes: whether backward recomputes the blocks instead of keeping their activations.
 
     Returns:
         The last block's tokens (B, 1 + H * W, C), or (B, 1, C); every block's class token (B, len(blocks), C); the
         tokens of the blocks `taken`.
     """
     blocks = list(blocks)
-    if not taken and (found := _encode_at_once(x, blocks, grid_size, class_token_only)) is not None:
+    if not taken and (found := _encode_fused(x, blocks, grid_size, class_token_only)) is not None:
         return *found, []
     class_tokens, outputs = [], []
     for index, block in enumerate(blocks):
@@ -51,10 +51,10 @@ def encode(
     return x, torch.stack(class_tokens, dim=1), outputs
 
 
-def _encode_at_once(
+def _encode_fused(
     x: Tensor, blocks: Sequence[nn.Module], grid_size: tuple[int, int], class_token_only: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Run several blocks by one compiled call each, None where they take a call for every part.
+    """Run several blocks by one compiled call each; None if their parts have to be called one by one.
 
     Returns:
         The last block's tokens (B, 1 + N, dim), or (B, 1, dim) with `class_token_only`; every block's class token
@@ -74,9 +74,9 @@ def _encode_at_once(
 def _call_block(
     block: nn.Module, x: Tensor, grid_size: tuple[int, int], class_token_only: bool, recomputes: bool
 ) -> tuple[Tensor, Tensor]:
-    """What a block makes of tokens (B, 1 + N, C), or of the class token alone; and their class token (B, C).
+    """A block's output, all tokens (B, 1 + N, C) or the class token alone, and a class token (B, C).
 
-    Of a block that is wrapped, hooked or someone else's nothing is asked but its call.
+    The class token is that of `x`. A block that is wrapped, hooked or of another class is only called.
     """
     if is_symbolic(x):
         return _record_block(block, x, grid_size, class_token_only), x[:, 0]
@@ -92,10 +92,10 @@ def _call_block(
 
 
 def _record_block(block: nn.Module, x: Proxy, grid_size: tuple[int, int], class_token_only: bool) -> Proxy:
-    """A block's call in a graph of torch.fx, with every token, for those who take features from the graph.
+    """Record a block in a graph of torch.fx with every token, from which features may be extracted.
 
-    Where a graph of timm's calls the block as a whole, what only needs the class token asks for that alone, as it does
-    without a graph; the other call then is dropped from the graph if nobody takes it.
+    If timm's tracer records the block as one node, the class token gets a node of its own; the first node is dropped
+    from the graph if nothing uses it.
     """
     out = block(x, grid_size)
     whole = is_exactly(block, Block) and x.tracer.is_leaf_module(block, "")

@@ -11,10 +11,10 @@ from .shortcuts import is_exactly
 
 
 def prepare_ceit(model: CeiT) -> WholeModel | None:
-    """The model in one call; None where it computes something else than logits of its class token, or a part is hooked.
+    """The model in one call; None if a part has a hook, or the result is not the logits of the class token.
 
     Args:
-        model: fused, in evaluation mode, with tensors that do not change any more.
+        model: fused, in evaluation mode; its tensors must not change any more.
     """
     ours = is_exactly(model, CeiT) and is_exactly(model.i2t, I2TEmbed) and is_exactly(model.lca, LCABlock)
     if not ours or model.global_pool != "token" or model.dynamic_img_size:

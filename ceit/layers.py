@@ -1,7 +1,7 @@
-"""The building blocks of CeiT in plain PyTorch: image-to-tokens stem, LeFF, self-attention and LCA attention.
+"""The layers of CeiT: image-to-tokens stem, LeFF, self-attention and LCA attention, plain and fused.
 
-Source: Yuan et al., Incorporating Convolution Designs into Visual Transformers, ICCV 2021. ``ceit_kernels`` has them,
-beside the fused modules that are subclasses of them.
+Source: Yuan et al., Incorporating Convolution Designs into Visual Transformers, ICCV 2021. They are in
+``ceit_kernels``; each fused class is a subclass of its plain one.
 """
 
 from torch import nn
@@ -27,11 +27,11 @@ __all__ = [
     "LCAAttention",
     "LocallyEnhancedFeedForward",
     "PatchProjection",
-    "is_watched",
+    "has_hooks",
 ]
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether someone has hooked a module."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in hooks)

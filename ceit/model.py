@@ -52,8 +52,8 @@ class CeiT(nn.Module):
         leff_with_bn: whether LeFF has BatchNorm.
         dynamic_img_size: whether each batch may have its own size; the positions are resampled to it on the fly.
 
-    The original code has one `drop_rate` for what are `pos_drop_rate` and `proj_drop_rate` here, and drops nothing
-    ahead of the classifier.
+    The `drop_rate` of the original code is `pos_drop_rate` and `proj_drop_rate` here; it drops nothing ahead of the
+    classifier.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -229,9 +229,9 @@ class CeiT(nn.Module):
         only_class_token = self.global_pool == "token"
         x, grid_size = self._embed(x)
         if torch.jit.is_scripting():
-            tokens, class_tokens = self._encode_in_turn(x, grid_size)
+            tokens, class_tokens = self._encode_unfused(x, grid_size)
         else:
-            # The last block's patch tokens do not reach the logits, so they need no normalisation.
+            # The last block's patch tokens do not reach the logits: nothing normalises them.
             tokens, class_tokens, _ = encode(
                 x, self.blocks, grid_size, class_token_only=only_class_token, recomputes=self.grad_checkpointing
             )
@@ -261,7 +261,7 @@ class CeiT(nn.Module):
             intermediates_only: whether to return only the intermediates.
 
         Returns:
-            What `forward_features` returns, and the list of intermediates; or only the list.
+            The result of `forward_features` and the list of intermediates, or only the list.
 
         Raises:
             ValueError: for another `output_fmt`, or images that do not fit the model.
@@ -313,7 +313,7 @@ class CeiT(nn.Module):
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, 1 + H * W, C) of images with their positions added, and their grid (H, W)."""
         if not torch.jit.is_scripting():
-            tokens = self._embed_at_once(x)
+            tokens = self._embed_fused(x)
             if tokens is not None:
                 return self.pos_drop(tokens), self.grid_size
         x = self.i2t(x)
@@ -324,19 +324,19 @@ class CeiT(nn.Module):
         positions = self._positions(grid_size) if self.dynamic_img_size else self.pos_embed
         return self.pos_drop(x + positions), grid_size
 
-    def _embed_at_once(self, x: Tensor) -> Tensor | None:
-        """The tokens in one compiled call, None where it takes a call for every part."""
+    def _embed_fused(self, x: Tensor) -> Tensor | None:
+        """The tokens in one compiled call; None if the parts have to be called one by one."""
         if self.dynamic_img_size or type(self.i2t) is not I2TEmbed:
             return None
-        return self.i2t.tokens_at_once(x, self.cls_token, self.pos_embed)
+        return self.i2t.tokens_fused(x, self.cls_token, self.pos_embed)
 
     def _recorded(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[int, int]:
-        """A grid as constants where a graph is recorded and all images have one size; otherwise as it is."""
+        """The grid, as constants if a graph is recorded and all images have one size."""
         constant = not self.dynamic_img_size and (torch.jit.is_tracing() or is_symbolic(x))
         return self.grid_size if constant else grid_size
 
-    def _encode_in_turn(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What `encode` returns for all blocks, for TorchScript."""
+    def _encode_unfused(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """As `encode`, for TorchScript: tokens (B, 1 + N, C) and class tokens (B, L, C)."""
         class_tokens: list[Tensor] = []
         for block in self.blocks:
             x = block(x, grid_size)
@@ -344,7 +344,7 @@ class CeiT(nn.Module):
         return x, torch.stack(class_tokens, dim=1)
 
     def _class_feature(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:
-        """The normalised output of LCA (B, 1, C); that of the last block once LCA is pruned."""
+        """The normalised output of LCA (B, 1, C), or of the last block if LCA was pruned."""
         if self.lca is None:
             return self.norm(tokens[:, :1])
         layers = class_tokens + self.pos_layer_embed[:, : class_tokens.shape[1]]

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that leaves BatchNorm's running statistics right."""
+"""Gradient checkpointing that keeps BatchNorm's running statistics right."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 def checkpoint_module(module: nn.Module, *args: Any, function: Callable[..., Any] | None = None) -> Any:
     """Call `module(*args)`, keeping only its inputs and recomputing the rest in the backward pass.
 
-    Outputs, gradients and buffers are those of a plain call. torch.compile keeps what changes a buffer out of the
-    recomputation by itself.
+    Outputs, gradients and buffers are those of a plain call. torch.compile itself does not recompute what changes a
+    buffer.
 
     Args:
         module: the module.
         *args: its arguments.
-        function: what to call in its place; it may change no buffers but the module's.
+        function: called instead of the module; it may change no other buffers than the module's.
     """
     function = module if function is None else function
     if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""The named models: registered with timm, and created here with checkpoints and fused operators."""
+"""The named models: registered with timm; `create_model` also loads checkpoints and fuses."""
 
 import difflib
 from collections.abc import Collection
@@ -47,7 +47,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# In graphs of timm's a fused layer stays what it is, as the blocks do.
+# A node of its own in the graphs of timm, as the blocks are.
 register_notrace_module(FusedLinear)
 
 
@@ -71,8 +71,7 @@ def create_model(
         pretrained: only with a `pretrained_cfg_overlay` that says where weights are; none are published with the names.
         checkpoint: file of weights for `load_checkpoint`, loaded into the model before anything is fused.
         fused: which operators are fused: True for all, False for none, a collection of "leff", "lca", "i2t",
-            "add_norm", "linear" and "attention", or "auto" for those that something faster than plain PyTorch can run
-            on this machine.
+            "add_norm", "linear" and "attention", or "auto" for those that are faster than plain PyTorch here.
         **kwargs: arguments of `CeiT`, and timm's `features_only` and `out_indices`.
 
     Returns:

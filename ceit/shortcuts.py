@@ -1,4 +1,4 @@
-"""When a part of the model may be computed by other means than calling it, so that nobody notices."""
+"""When a part of the model may be computed without calling its module."""
 
 from torch import Tensor, compiler, jit, nn
 from torch._C._functorch import peek_interpreter_stack
@@ -6,18 +6,18 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from .layers import is_watched
+from .layers import has_hooks
 
 
 def is_left_alone(module: nn.Module) -> bool:
-    """Whether a module's class says all that a call of it does: no hook, no `forward` of its own, not compiled."""
-    return "forward" not in module.__dict__ and module._compiled_call_impl is None and not is_watched(module)
+    """Whether calling a module runs the `forward` of its class and nothing else (no hook, not compiled)."""
+    return "forward" not in module.__dict__ and module._compiled_call_impl is None and not has_hooks(module)
 
 
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of a module does what `kind` does and nobody would miss it.
+    """Whether calling a module runs the `forward` of `kind` and no hook.
 
-    A subclass, which is also what FSDP2 and parametrisations make of a module, and a wrapper may do more.
+    Subclasses, among them those that FSDP2 and parametrizations make, and wrappers may do more.
     """
     return type(module) is kind and is_left_alone(module) and not _has_any_global_hook()
 
@@ -28,10 +28,10 @@ def is_symbolic(x: Tensor) -> bool:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether a call computes here and now, so that compiled code may do in one call what takes many operators.
+    """Whether a call computes now, so that one compiled call may take the place of many operators.
 
-    It does not under a compiler or tracer, a function transform or forward-mode differentiation, nor on the meta device
-    or for a subclass of tensors.
+    False under a compiler, a tracer, a function transform or forward-mode differentiation, on the meta device and for
+    subclasses of Tensor.
     """
     return (
         not compiler.is_compiling()

@@ -81,7 +81,7 @@ def test_fused_is_auto_here_and_off_in_timm():
 @pytest.mark.parametrize("fused", ["all", "lca", ["lca", "ffn"], 1, 0.5], ids=str)
 @pytest.mark.parametrize("create", [ceit.create_model, timm.create_model])
 def test_another_fused_is_refused(create, fused):
-    message = "fused: expected True, .* a collection of leff, lca, i2t, norm, linear, attention, got"
+    message = "fused: expected True, .* a collection of leff, lca, i2t, add_norm, linear, attention, got"
     with pytest.raises(ValueError, match=message):
         create(NAME, fused=fused, **SMALL)
 
