@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from ceit.benchmarking.command import select_device, select_groups
-from ceit.benchmarking.contenders import CONTENDERS, COSTLY, ContenderError
-from ceit.benchmarking.groups import plan
-from ceit.benchmarking.machine import environment, measure_ceilings
-from ceit.benchmarking.measure import Clock, measure_group
 from ceit.runtime.options import UsageError
 
+from .harness.command import select_device, select_workloads
+from .harness.implementations import COSTLY, IMPLEMENTATIONS, ImplementationError
+from .harness.machine import environment, measure_ceilings
+from .harness.measure import Clock, measure_workload
+from .harness.workloads import plan
 from .modelled import model_gpu
 from .report import write_report
 from .scaling import measure_scaling
@@ -30,12 +30,12 @@ from .scaling import measure_scaling
 _COMMAND = "python -m benchmarks"
 SCALING = "scaling"
 _MINUTES = 12.0
-# Ahead of the limit of the whole run, for the pictures and for a group that is under way.
-_GROUPS_SHARE = 0.75
+# Ahead of the limit of the whole run, for the pictures and for a workload that is under way.
+_WORKLOADS_SHARE = 0.75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the report; returns 0, or 1 if a contender was refused, 2 for a wrong option."""
+    """Make the report; returns 0, or 1 if an implementation was refused, 2 for a wrong option."""
     options = _parser().parse_args(arguments)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,26 +58,26 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(60 * options.minutes)
     device = select_device(options.device)
     scaling_alone = options.only == SCALING
-    groups = [] if scaling_alone else select_groups(plan(device, quick=options.quick), options.only)
-    names = [name for name in CONTENDERS if not (options.quick and name in COSTLY)]
+    workloads = [] if scaling_alone else select_workloads(plan(device, quick=options.quick), options.only)
+    names = [name for name in IMPLEMENTATIONS if not (options.quick and name in COSTLY)]
 
     def say(what: str) -> None:
         print(f"[{clock.spent:5.0f} s of {60 * options.minutes:.0f}] {what}", flush=True)
 
     say("ceilings: a copy and a product")
-    dtypes = list(dict.fromkeys(group.dtype for group in groups)) or ["float32"]
+    dtypes = list(dict.fromkeys(workload.dtype for workload in workloads)) or ["float32"]
     ceilings = [{name: measure_ceilings(device, getattr(torch, name)) for name in dtypes}]
     measured, left_out, failed = [], [], []
-    for i, group in enumerate(groups, 1):
-        if clock.used(_GROUPS_SHARE):
-            left_out.append(group.name)
+    for i, workload in enumerate(workloads, 1):
+        if clock.used(_WORKLOADS_SHARE):
+            left_out.append(workload.name)
             continue
-        say(f"{group.name} ({i} of {len(groups)})")
+        say(f"{workload.name} ({i} of {len(workloads)})")
         seconds = 1.0 if options.quick else 4.0
         try:
-            result = measure_group(group, device, seconds=seconds, contenders=names, clock=clock)
-        except ContenderError as error:
-            failed.append(f"{group.name}: plain failed: {error}")
+            result = measure_workload(workload, device, seconds=seconds, implementations=names, clock=clock)
+        except ImplementationError as error:
+            failed.append(f"{workload.name}: plain failed: {error}")
             continue
         measured.append(result.as_dict())
     scaling, refused = [], []
@@ -121,9 +121,11 @@ def _minutes(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_COMMAND, description="Measure the benchmarks and write a report.")
     parser.add_argument("--output", default="runs/bench", metavar="DIR", help="folder of the report (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a few groups and contenders, no scaling: a minute")
     parser.add_argument(
-        "--only", default="", metavar="NAME", help=f"groups with this in their names, or {SCALING} (all)"
+        "--quick", action="store_true", help="a few workloads and implementations, no scaling: a minute"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="NAME", help=f"workloads with this in their names, or {SCALING} (all)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where (%(default)s)")
     parser.add_argument(

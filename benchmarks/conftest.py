@@ -1,7 +1,7 @@
-"""Parameters of the benchmarks, and how a group that is measured in turns becomes times of single tests.
+"""Parameters of the benchmarks, and how a workload that is measured in turns becomes times of single tests.
 
-A group is measured when its first test runs. pytest-benchmark then reads the times of each contender from a clock that
-replays them, so its tables and its JSON hold the interleaved measurement.
+A workload is measured when its first test runs. pytest-benchmark then reads the times of each implementation from a
+clock that replays them, so its tables and its JSON hold the interleaved measurement.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from ceit.benchmarking.contenders import CONTENDERS, COSTLY
-from ceit.benchmarking.groups import Group, plan
-from ceit.benchmarking.measure import Clock, GroupResult, measure_group
+from .harness.implementations import COSTLY, IMPLEMENTATIONS
+from .harness.measure import Clock, Result, measure_workload
+from .harness.workloads import Workload, plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICK_SECONDS, FULL_SECONDS = 150.0, 840.0
@@ -53,15 +53,15 @@ REPLAY = ReplayClock()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="a few groups and contenders: 3 minutes on two cores")
+    parser.addoption("--quick", action="store_true", help="a few workloads and implementations: 3 minutes on two cores")
 
 
 def pytest_generate_tests(metafunc):
     operator = getattr(metafunc.module, "OPERATOR", None)
     if operator is not None:
-        groups = [g for g in plan(DEVICE, quick=metafunc.config.getoption("--quick")) if g.operator == operator]
-        metafunc.parametrize("group", groups, ids=[group.name for group in groups])
-        metafunc.parametrize("contender", CONTENDERS)
+        workloads = [g for g in plan(DEVICE, quick=metafunc.config.getoption("--quick")) if g.operator == operator]
+        metafunc.parametrize("workload", workloads, ids=[workload.name for workload in workloads])
+        metafunc.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def pytest_collection_modifyitems(items):
@@ -70,37 +70,39 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def measure(request) -> Callable[[Group], GroupResult]:
-    """Measure a group once, with the contenders whose tests were selected."""
+def measure(request) -> Callable[[Workload], Result]:
+    """Measure a workload once, with the implementations whose tests were selected."""
     quick = request.config.getoption("--quick")
     clock, results = Clock(QUICK_SECONDS if quick else FULL_SECONDS), {}
 
-    def measured(group: Group) -> GroupResult:
-        if group.name not in results:
+    def measured(workload: Workload) -> Result:
+        if workload.name not in results:
             chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-            names = [p["contender"] for p in chosen if p.get("group") == group]
+            names = [p["implementation"] for p in chosen if p.get("workload") == workload]
             names = [name for name in names if not (quick and name in COSTLY)]
             seconds = 1.0 if quick else 4.0
-            results[group.name] = measure_group(group, DEVICE, seconds=seconds, contenders=names, clock=clock)
-        return results[group.name]
+            results[workload.name] = measure_workload(
+                workload, DEVICE, seconds=seconds, implementations=names, clock=clock
+            )
+        return results[workload.name]
 
     return measured
 
 
 @pytest.fixture
-def report_time(benchmark, measure) -> Callable[[Group, str], None]:
-    """Give a contender's times to pytest-benchmark, or say why there are none."""
+def report_time(benchmark, measure) -> Callable[[Workload, str], None]:
+    """Give an implementation's times to pytest-benchmark, or say why there are none."""
 
-    def report(group: Group, contender: str) -> None:
-        result = measure(group)
-        entry = next((e for e in result.entries if e.contender == contender), None)
+    def report(workload: Workload, implementation: str) -> None:
+        result = measure(workload)
+        entry = next((e for e in result.entries if e.implementation == implementation), None)
         if entry is None:
             pytest.skip("left out by --quick")
         if entry.status == "absent":
             pytest.skip(entry.reason)
         if entry.status != "timed":
-            pytest.fail(f"{contender} {entry.status}: {entry.reason}", pytrace=False)
-        benchmark.group = group.name
+            pytest.fail(f"{implementation} {entry.status}: {entry.reason}", pytrace=False)
+        benchmark.group = workload.name
         kept = dataclasses.asdict(entry)
         del kept["seconds"]
         per_second = {"GB/s": result.compulsory_bytes / 1e9, "TFLOP/s": result.flops / 1e12}

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from ceit.benchmarking.groups import Group
-from ceit.benchmarking.kernels import with_stem_products
-from ceit.traffic import TrafficOptions, count_model
 from ceit_kernels import fuse
-from ceit_kernels.traffic import Call, CompiledTrafficError, Kernel, count_call, modelled_seconds
-from ceit_kernels.traffic.cases import Case, make_cases
-from ceit_kernels.traffic.modelled import BYTES_PER_SECOND, FLOPS_PER_SECOND, LAUNCH_SECONDS
+
+from .harness.kernels import with_stem_products
+from .harness.workloads import Workload
+from .traffic import Call, CompiledTrafficError, Kernel, count_call, modelled_seconds
+from .traffic.cases import Case, make_cases
+from .traffic.model import TrafficOptions, count_model
+from .traffic.modelled import BYTES_PER_SECOND, FLOPS_PER_SECOND, LAUNCH_SECONDS
 
 MODELS = {"tiny": 192, "small": 384}
 BATCH = 256
@@ -39,8 +40,8 @@ def model_gpu() -> dict[str, Any]:
                     calls["compile"] = case.count_compiled(training=training)
                 except CompiledTrafficError as error:
                     reason = str(error)
-                for contender, call in calls.items():
-                    rows.append(_row(case.operator, size, phase, contender, call.forward + call.backward, reason))
+                for implementation, call in calls.items():
+                    rows.append(_row(case.operator, size, phase, implementation, call.forward + call.backward, reason))
                 fused = calls["fused"]
                 kernels += [
                     {"operator": case.operator, "size": size, "phase": phase, "name": k.name, **_figures([k])}
@@ -62,7 +63,7 @@ def model_gpu() -> dict[str, Any]:
 
 
 def _cases(size: str, channels: int) -> list[Case]:
-    norm = Group("add_norm", size, "training", "bfloat16", BATCH)
+    norm = Workload("add_norm", size, "training", "bfloat16", BATCH)
     tokens = math.prod(norm.shape)
     return [
         *make_cases(BATCH, channels, 224, torch.bfloat16),
@@ -74,22 +75,22 @@ def _models(size: str) -> list[dict[str, Any]]:
     options = TrafficOptions(model=f"ceit_{size}_patch16_224", batch_size=BATCH)
     rows = []
     for phase, counted in (("inference", "inference"), ("training", "training step")):
-        for contender in ("plain", "fused"):
-            call = with_stem_products(count_model(options, contender, counted), _plain_stem(phase == "training"))
-            rows.append(_row("model", size, phase, contender, call.forward + call.backward, ""))
+        for implementation in ("plain", "fused"):
+            call = with_stem_products(count_model(options, implementation, counted), _plain_stem(phase == "training"))
+            rows.append(_row("model", size, phase, implementation, call.forward + call.backward, ""))
     return rows
 
 
 @functools.cache
 def _plain_stem(training: bool) -> Call:
-    stem = Group("i2t", "tiny", "training" if training else "inference", "bfloat16", BATCH)
+    stem = Workload("i2t", "tiny", "training" if training else "inference", "bfloat16", BATCH)
     return count_call(stem.make_module, stem.shape, stem.torch_dtype, training=training, input_gradient=False)
 
 
 def _row(
-    operator: str, size: str, phase: str, contender: str, kernels: Sequence[Kernel], reason: str
+    operator: str, size: str, phase: str, implementation: str, kernels: Sequence[Kernel], reason: str
 ) -> dict[str, Any]:
-    names = {"operator": operator, "size": size, "phase": phase, "contender": contender}
+    names = {"operator": operator, "size": size, "phase": phase, "implementation": implementation}
     return {**names, "launches": len(kernels), "compile_reason": reason, **_figures(kernels)}
 
 

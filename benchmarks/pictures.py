@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from ceit.benchmarking.contenders import OURS
-
+from .harness.implementations import OURS
 from .roofline import rooflines
 from .style import COLORS, MARKERS, OTHER_COLOR, label_log_axis, subtitle
 
@@ -25,8 +24,8 @@ def draw_all(data: Mapping[str, Any], folder: Path) -> dict[str, str]:
         File names by title.
     """
     pictures = {}
-    for operator in dict.fromkeys(result["group"]["operator"] for result in data["measured"]):
-        results = [result for result in data["measured"] if result["group"]["operator"] == operator]
+    for operator in dict.fromkeys(result["workload"]["operator"] for result in data["measured"]):
+        results = [result for result in data["measured"] if result["workload"]["operator"] == operator]
         _save(ratio_bars(operator, results, subtitle(data)), folder / f"ratios-{operator}.png")
         pictures[f"{operator}: speed against plain PyTorch, measured"] = f"ratios-{operator}.png"
     _save(rooflines(data), folder / "roofline.png")
@@ -48,7 +47,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def ratio_bars(operator: str, results: Sequence[Mapping[str, Any]], where: str) -> Figure:
-    """A panel for each group: plain / contender with its interval; who was not timed is named at the axis."""
+    """A panel for each workload: plain / implementation with its interval; who was not timed is named at the axis."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(4.6 * columns, 0.5 + 3.4 * rows), layout="constrained")
@@ -56,11 +55,13 @@ def ratio_bars(operator: str, results: Sequence[Mapping[str, Any]], where: str) 
     figure.get_layout_engine().set(w_pad=0.15)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, result in zip(panels, results, strict=False):
-        # What is not for the group at all is in the tables; here it would only be an empty line.
+        # What is not for the workload at all is in the tables; here it would only be an empty line.
         entries = [e for e in result["entries"] if e["status"] != "absent" or "installed" in e["reason"]]
         _bars(axes, entries)
-        group = result["group"]
-        axes.set_title(f"{group['size']}, {group['phase']}, {group['dtype']}, batch {group['batch']}", fontsize=10)
+        workload = result["workload"]
+        axes.set_title(
+            f"{workload['size']}, {workload['phase']}, {workload['dtype']}, batch {workload['batch']}", fontsize=10
+        )
     for axes in panels[len(results) :]:
         axes.set_visible(False)
     figure.suptitle(f"{operator}: speed relative to plain PyTorch (1 = plain, longer is faster)\n{where}", fontsize=11)
@@ -74,7 +75,7 @@ def _bars(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
         (e["ratio"]["value"] - e["ratio"]["low"], e["ratio"]["high"] - e["ratio"]["value"]) if e["ratio"] else (0, 0)
         for e in entries
     ]
-    colors = [COLORS.get(entry["contender"], OTHER_COLOR) for entry in entries]
+    colors = [COLORS.get(entry["implementation"], OTHER_COLOR) for entry in entries]
     axes.barh(names, values, color=colors, height=0.7)
     axes.errorbar(values, names, xerr=np.array(ends).T, fmt="none", ecolor="#0f172a", elinewidth=0.9, capsize=2)
     limit = 1.3 * max(
@@ -90,20 +91,20 @@ def _bars(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _label(entry: Mapping[str, Any]) -> str:
-    name = entry["contender"]
+    name = entry["implementation"]
     if not entry["backends"]:
         return name
     return f"{name}\n({', '.join(sorted({by['backend'] for by in entry['backends'].values()}))})"
 
 
 def batch_curves(data: Mapping[str, Any]) -> Figure | None:
-    """Images/s and memory of the models by batch, of contenders with a color; None where there are no two batches."""
+    """Images/s and memory of the models by batch; None where there are no two batches."""
     panels: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for result in data["measured"]:
-        group = result["group"]
-        if group["operator"] == "model":
-            panels.setdefault((group["size"], group["phase"], group["dtype"]), []).append(result)
-    panels = {key: sorted(rs, key=lambda r: r["group"]["batch"]) for key, rs in panels.items() if len(rs) > 1}
+        workload = result["workload"]
+        if workload["operator"] == "model":
+            panels.setdefault((workload["size"], workload["phase"], workload["dtype"]), []).append(result)
+    panels = {key: sorted(rs, key=lambda r: r["workload"]["batch"]) for key, rs in panels.items() if len(rs) > 1}
     if not panels:
         return None
     figure = Figure(figsize=(9.5, 0.6 + 3.5 * len(panels)), layout="constrained")
@@ -120,16 +121,16 @@ def batch_curves(data: Mapping[str, Any]) -> Figure | None:
 def _by_batch(axes: Axes, results: Sequence[Mapping[str, Any]], value: Callable[..., float | None]) -> None:
     for name in COLORS:
         points = [
-            (result["group"]["batch"], value(entry, result["group"]["batch"]))
+            (result["workload"]["batch"], value(entry, result["workload"]["batch"]))
             for result in results
             for entry in result["entries"]
-            if entry["contender"] == name and entry["seconds"]
+            if entry["implementation"] == name and entry["seconds"]
         ]
         points = [point for point in points if point[1] is not None]
         if points:
             style = "--" if name in OURS else "-"
             axes.plot(*zip(*points, strict=True), style, marker=MARKERS[name], color=COLORS[name], label=name)
-    _log_sizes(axes, [result["group"]["batch"] for result in results], "batch")
+    _log_sizes(axes, [result["workload"]["batch"] for result in results], "batch")
     axes.set_ylim(0, None)
     axes.legend(frameon=False, fontsize=8)
 
@@ -155,11 +156,11 @@ def _scaling_panel(axes: Axes, curves: Iterable[Mapping[str, Any]], key: str, un
             axes.plot(
                 curve["sizes"],
                 [unit * value for value in curve[key]],
-                "--" if curve["contender"] == "fused" else "-",
+                "--" if curve["implementation"] == "fused" else "-",
                 marker="o" if curve["phase"] == "inference" else "D",
-                color=COLORS[curve["contender"]],
+                color=COLORS[curve["implementation"]],
                 markersize=5,
-                label=f"{curve['contender']}, {curve['phase']}: exponent {curve[exponent]:.2f}",
+                label=f"{curve['implementation']}, {curve['phase']}: exponent {curve[exponent]:.2f}",
             )
             axes.set_yscale("log")
             label_log_axis(axes.yaxis, axes.get_ylim())

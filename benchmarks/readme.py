@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ceit_kernels.traffic import format_table
-
 from .report import again, disturbance_text, to_result
+from .traffic import format_table
 
 _ROOT = Path(__file__).parents[1]
 README = _ROOT / "docs" / "performance.md"
@@ -22,15 +21,15 @@ _COLUMNS = ("plain", "compile", "rewrite", "openvino", "onnxruntime", "fused", "
 
 
 def results_text(data: Mapping[str, Any]) -> str:
-    """The section's text: the machine, and milliseconds by group for the contenders that matter most."""
+    """The section's text: the machine, and milliseconds by workload for the implementations that matter most."""
     environment = data["environment"]
     warning = disturbance_text(data)
     results = [to_result(stored) for stored in data["measured"]]
-    present = {entry.contender for result in results for entry in result.entries}
+    present = {entry.implementation for result in results for entry in result.entries}
     columns = [name for name in _COLUMNS if name in present]
-    rows = [["group", *(f"{name}, ms" for name in columns), "plain / fused", "fused ran by"]]
+    rows = [["workload", *(f"{name}, ms" for name in columns), "plain / fused", "fused ran by"]]
     for result in results:
-        entries = {entry.contender: entry for entry in result.entries}
+        entries = {entry.implementation: entry for entry in result.entries}
         cells = [_milliseconds(entries.get(name)) for name in columns]
         fused = entries["fused"]
         ratio = fused.ratio and f"{fused.ratio['value']:.2f} ({fused.ratio['low']:.2f} to {fused.ratio['high']:.2f})"
@@ -40,7 +39,7 @@ def results_text(data: Mapping[str, Any]) -> str:
         f"Measured on {environment['chip']}, {environment['threads']} threads, torch "
         f"{environment['versions']['torch']}, commit {environment['commit']}, by `{data['command']}`. Medians, with "
         "the 99% interval of the ratio. Where fused ran by reference it is plain PyTorch: no gain is claimed. "
-        f"A row again: `{again(data, 'GROUP')}`.\n\n"
+        f"A row again: `{again(data, 'WORKLOAD')}`.\n\n"
         + format_table(rows, markdown=True)
         + (f"\n\nLeft out for want of time: {', '.join(data['left_out'])}." if data["left_out"] else "")
         + (f"\n\n{warning}" if warning else "")

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ceit.benchmarking.command import entry_row
-from ceit.benchmarking.contenders import DESCRIPTIONS, OURS
-from ceit.benchmarking.measure import Entry, GroupResult
-from ceit_kernels.traffic import format_table
-
+from .harness.command import entry_row
+from .harness.implementations import DESCRIPTIONS, OURS
+from .harness.measure import Entry, Result
 from .pictures import draw_all
+from .traffic import format_table
 
 Report = Mapping[str, Any]
 _LONG_CALL_SECONDS = 0.01
@@ -26,7 +25,7 @@ def write_report(data: Report, folder: Path) -> list[str]:
         folder: where to, which exists.
 
     Returns:
-        A line for every refused contender.
+        A line for every refused implementation.
     """
     (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n")
     pictures = draw_all(data, folder)
@@ -34,13 +33,13 @@ def write_report(data: Report, folder: Path) -> list[str]:
     if data["scaling"]:
         (folder / "scaling.md").write_text(scaling_text(data))
     results = [to_result(result) for result in data["measured"]]
-    refused = [f"{r.name}: {e.contender}: {e.reason}" for r in results for e in r.entries if e.status == "refused"]
+    refused = [f"{r.name}: {e.implementation}: {e.reason}" for r in results for e in r.entries if e.status == "refused"]
     return refused + list(data.get("scaling_refused", []))
 
 
-def to_result(stored: Mapping[str, Any]) -> GroupResult:
-    """A `GroupResult` from its JSON."""
-    return GroupResult(**{**stored, "entries": [Entry(**entry) for entry in stored["entries"]]})
+def to_result(stored: Mapping[str, Any]) -> Result:
+    """A `Result` from its JSON."""
+    return Result(**{**stored, "entries": [Entry(**entry) for entry in stored["entries"]]})
 
 
 def report_text(data: Report, pictures: Mapping[str, str]) -> str:
@@ -51,9 +50,19 @@ def report_text(data: Report, pictures: Mapping[str, str]) -> str:
     parts.append(f"## Measured on {data['environment']['chip']}\n\n{_legend()}")
     for stored in data["measured"]:
         result = to_result(stored)
-        head = ["contender", "ms", "plain / this", "99% interval", "GB/s", "TFLOP/s", "peak MB", "saved MB", "note"]
+        head = [
+            "implementation",
+            "ms",
+            "plain / this",
+            "99% interval",
+            "GB/s",
+            "TFLOP/s",
+            "peak MB",
+            "saved MB",
+            "note",
+        ]
         methods = sorted({entry.method for entry in result.entries if entry.method})
-        launches = {e.contender: e.launches for e in result.entries if e.launches is not None}
+        launches = {e.implementation: e.launches for e in result.entries if e.launches is not None}
         parts.append(
             f"### {result.name}\n\n"
             + format_table([head, *(entry_row(entry, result) for entry in result.entries)], markdown=True)
@@ -70,13 +79,13 @@ def report_text(data: Report, pictures: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def again(data: Report, group: str) -> str:
-    """The command that measures a group of a report again; those of a quick run are in no other plan."""
-    return f"python -m ceit bench {'--quick ' if '--quick' in data['command'] else ''}--only {group}"
+def again(data: Report, workload: str) -> str:
+    """The command that measures a workload of a report again; those of a quick run are in no other plan."""
+    return f"python -m ceit bench {'--quick ' if '--quick' in data['command'] else ''}--only {workload}"
 
 
-def _kernels_text(result: GroupResult) -> str:
-    """The fused kernels of a group that were timed on a GPU, and those that could not be told apart."""
+def _kernels_text(result: Result) -> str:
+    """The fused kernels of a workload that were timed on a GPU, and those that could not be told apart."""
     rows = [["kernel", "launches", "us", "GB/s", "TFLOP/s"]]
     unmatched = []
     for entry in result.entries:
@@ -93,21 +102,21 @@ def disturbances(data: Report) -> list[str]:
     """Signs that something else used the machine: the same code at another speed, or a rate beyond a ceiling."""
     signs = []
     for result in map(to_result, data["measured"]):
-        ceiling = data["ceilings"][result.group["dtype"]]["flops_per_second"]
+        ceiling = data["ceilings"][result.workload["dtype"]]["flops_per_second"]
         for entry in result.entries:
             if entry.median is None:
                 continue
             # Other runtimes choose their own algorithms, a product of theirs may beat this one; fused LCA needs a sixth
             # of plain's products.
-            same_products = ("plain",) if result.group["operator"] == "lca" else ("plain", *OURS)
-            if result.flops / entry.median > 1.1 * ceiling and entry.contender in same_products:
-                signs.append(f"{result.name}: {entry.contender} is above the ceiling of a product")
+            same_products = ("plain",) if result.workload["operator"] == "lca" else ("plain", *OURS)
+            if result.flops / entry.median > 1.1 * ceiling and entry.implementation in same_products:
+                signs.append(f"{result.name}: {entry.implementation} is above the ceiling of a product")
             same_code = {by["backend"] for by in entry.backends.values()} == {"reference"}
             # To choose the reference takes the fused modules some time, which shows in a short call.
             slower = entry.ratio["value"] < 0.9 and entry.median > _LONG_CALL_SECONDS
             if same_code and (slower or entry.ratio["value"] > 1.1):
                 share = f"1/{entry.ratio['value']:.2f} of its time"
-                signs.append(f"{result.name}: {entry.contender} is plain PyTorch here, yet took {share}")
+                signs.append(f"{result.name}: {entry.implementation} is plain PyTorch here, yet took {share}")
     return signs
 
 
@@ -117,7 +126,7 @@ def disturbance_text(data: Report) -> str:
     return f"**The machine was disturbed; do not rely on these times.** {'; '.join(signs)}." if signs else ""
 
 
-def _rounds(result: GroupResult) -> str:
+def _rounds(result: Result) -> str:
     rounds = max(len(entry.seconds) for entry in result.entries)
     inputs = f", {result.rotating_inputs} inputs in rotation" if result.rotating_inputs > 1 else ""
     return f"{rounds} rounds{inputs}"
@@ -126,7 +135,7 @@ def _rounds(result: GroupResult) -> str:
 def _legend() -> str:
     lines = [f"- `{name}`: {what}" for name, what in DESCRIPTIONS.items()]
     return (
-        "Medians of rounds in which the contenders take turns. Above 1, plain / this is faster than plain PyTorch. "
+        "Medians of rounds in which the implementations take turns. Above 1, plain / this is faster than plain. "
         "Outputs, and in training gradients, were compared with plain PyTorch's before a time counted. GB/s are those "
         "of the input, the output and the parameters, which nothing avoids; TFLOP/s those of plain PyTorch's products; "
         "peak MB what PyTorch allocates during a call.\n\n" + "\n".join(lines)
@@ -159,9 +168,9 @@ def modelled_text(data: Report) -> str:
     """The modelled part in Markdown."""
     modelled = data["modelled"]
     given = modelled["assumptions"]
-    rows = [["what", "size", "phase", "contender", "launches", "MB", "GFLOP", "modelled us"]]
+    rows = [["what", "size", "phase", "implementation", "launches", "MB", "GFLOP", "modelled us"]]
     for row in modelled["rows"]:
-        names = [row[key] for key in ("operator", "size", "phase", "contender", "launches")]
+        names = [row[key] for key in ("operator", "size", "phase", "implementation", "launches")]
         amounts = [row["bytes"] / 1e6, row["flops"] / 1e9, 1e6 * row["modelled_seconds"]]
         rows.append([*map(str, names), *(f"{amount:,.1f}" for amount in amounts)])
     reasons = {row["compile_reason"] for row in modelled["rows"]} - {""}
@@ -171,7 +180,7 @@ def modelled_text(data: Report) -> str:
         f"{given['bytes_per_second'] / 1e12:.1f} TB/s or its products at {given['flops_per_second'] / 1e12:.0f} "
         f"TFLOP/s, whichever takes longer, and {1e6 * given['launch_seconds']:.0f} us a launch. The stem's compiled "
         "operators count as one launch each, and their products as plain PyTorch's, which is less than they do. "
-        "Counted again by `python -m ceit_kernels.traffic` and `python -m ceit traffic`.\n\n"
+        "Counted again by `python -m benchmarks.traffic` and `python -m benchmarks.traffic.model`.\n\n"
         + format_table(rows, markdown=True)
         + "".join(f"\n\n`torch.compile` is missing: {reason}" for reason in sorted(reasons))
     )
@@ -179,14 +188,14 @@ def modelled_text(data: Report) -> str:
 
 def scaling_text(data: Report) -> str:
     """The scaling page: the picture, the points and the fitted exponents."""
-    rows = [["axis", "phase", "contender", "sizes", "ms", "peak MB", "time exponent", "memory exponent"]]
+    rows = [["axis", "phase", "implementation", "sizes", "ms", "peak MB", "time exponent", "memory exponent"]]
     for curve in data["scaling"]:
         memory = curve["memory_exponent"]
         rows.append(
             [
                 curve["axis"],
                 curve["phase"],
-                curve["contender"],
+                curve["implementation"],
                 " ".join(map(str, curve["sizes"])),
                 " ".join(f"{1e3 * seconds:,.0f}" for seconds in curve["seconds"]),
                 " ".join("-" if peak is None else f"{peak / 1e6:,.0f}" for peak in curve["peak_bytes"]),

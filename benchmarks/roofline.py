@@ -10,22 +10,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ceit.benchmarking.contenders import OURS
-
+from .harness.implementations import OURS
 from .style import MARKERS, OPERATOR_COLORS, label_log_axis, subtitle
 
 _INK = "#0f172a"
 
 
 def rooflines(data: Mapping[str, Any]) -> Figure:
-    """Contenders under this machine's ceilings; the fused kernels as measured on a GPU, if it is one, and as modelled.
+    """Implementations under this machine's ceilings; the fused kernels as measured on a GPU and as modelled.
 
     A kernel is (operator, phase, bytes, flops, seconds).
     """
     measured = measured_kernels(data)
     figure = Figure(figsize=(19.5 if measured else 13, 5.8), layout="constrained")
     here, *kernel_axes = figure.subplots(1, 3 if measured else 2)
-    _contenders(here, data)
+    _implementations(here, data)
     if measured:
         roofs = {dtype: (c["bytes_per_second"], c["flops_per_second"]) for dtype, c in data["ceilings"].items()}
         _kernels(kernel_axes[0], measured, roofs, f"every kernel of the fused operators,\n{subtitle(data)}")
@@ -50,28 +49,34 @@ def rooflines(data: Mapping[str, Any]) -> Figure:
 def measured_kernels(data: Mapping[str, Any]) -> list[tuple[str, str, int, int, float]]:
     """Every fused kernel that was timed on a GPU: operator or "model", phase, bytes, flops, seconds."""
     return [
-        (result["group"]["operator"], result["group"]["phase"], kernel["bytes"], kernel["flops"], kernel["seconds"])
+        (
+            result["workload"]["operator"],
+            result["workload"]["phase"],
+            kernel["bytes"],
+            kernel["flops"],
+            kernel["seconds"],
+        )
         for result in data["measured"]
         for entry in result["entries"]
         for kernel in entry.get("kernels", ())
     ]
 
 
-def _contenders(axes: Axes, data: Mapping[str, Any]) -> None:
+def _implementations(axes: Axes, data: Mapping[str, Any]) -> None:
     labels: dict[str, Any] = {}
     for result in data["measured"]:
         for entry in result["entries"]:
-            marker = MARKERS.get(entry["contender"])
+            marker = MARKERS.get(entry["implementation"])
             if marker and entry["seconds"] and result["flops"]:
-                operator = result["group"]["operator"]
-                labels[f"{operator}, {entry['contender']}"] = axes.plot(
+                operator = result["workload"]["operator"]
+                labels[f"{operator}, {entry['implementation']}"] = axes.plot(
                     result["flops"] / result["compulsory_bytes"],
                     result["flops"] / median(entry["seconds"]) / 1e12,
                     marker,
                     color=OPERATOR_COLORS[operator],
                     markersize=7,
                     alpha=0.75,
-                    fillstyle="full" if entry["contender"] in OURS else "none",
+                    fillstyle="full" if entry["implementation"] in OURS else "none",
                 )[0]
     for dtype, ceilings in data["ceilings"].items():
         _roof(axes, ceilings["bytes_per_second"], ceilings["flops_per_second"], dtype, _intensities(axes))

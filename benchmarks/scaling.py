@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ceit.benchmarking.contenders import ContenderError
-from ceit.benchmarking.groups import Group
-from ceit.benchmarking.measure import Clock, measure_group
-from ceit.benchmarking.statistics import fit_exponent
+from .harness.implementations import ImplementationError
+from .harness.measure import Clock, measure_workload
+from .harness.statistics import fit_exponent
+from .harness.workloads import Workload
 
-CONTENDERS = ("plain", "fused")
+IMPLEMENTATIONS = ("plain", "fused")
 AXES: dict[str, Sequence[int]] = {
     "batch": (1, 2, 4, 8),
     "image side, pixels": (128, 192, 256, 320),
@@ -38,19 +38,19 @@ def measure_scaling(
         say: takes lines of progress.
         clock: what the run may spend; points are left out when it is used up.
         left_out: takes the names of those.
-        refused: takes a line for every contender that computed something wrong or failed, and so has no point.
+        refused: takes a line for every implementation that computed something wrong or failed, and so has no point.
         seconds: to time each point.
         axes: sizes by axis; unless given, by the device.
 
     Returns:
-        A curve for each axis, phase and contender: sizes, seconds, peak bytes, and the fitted exponents of both.
+        A curve for each axis, phase and implementation: sizes, seconds, peak bytes, and the fitted exponents of both.
     """
     if axes is None:
         axes = {**AXES, "batch": _GPU_BATCHES} if device.type == "cuda" else AXES
     curves = []
     for axis, sizes in axes.items():
         for phase in ("inference", "training"):
-            points: dict[str, list[tuple[int, float, int | None]]] = {name: [] for name in CONTENDERS}
+            points: dict[str, list[tuple[int, float, int | None]]] = {name: [] for name in IMPLEMENTATIONS}
             for size in sizes:
                 if clock.used(1.0):
                     left_out.append(f"scaling, {axis} {size}, {phase}")
@@ -58,34 +58,38 @@ def measure_scaling(
                 where = f"scaling, {axis} {size}, {phase}"
                 say(where)
                 try:
-                    result = measure_group(_group(axis, size, phase), device, seconds=seconds, contenders=CONTENDERS)
-                except ContenderError as error:
+                    result = measure_workload(
+                        _workload(axis, size, phase), device, seconds=seconds, implementations=IMPLEMENTATIONS
+                    )
+                except ImplementationError as error:
                     refused.append(f"{where}: plain failed: {error}")
                     continue
                 for entry in result.entries:
                     if entry.median is not None:
-                        points[entry.contender].append((size, entry.median, entry.peak_bytes))
+                        points[entry.implementation].append((size, entry.median, entry.peak_bytes))
                     else:
-                        refused.append(f"{where}: {entry.contender} {entry.status}: {entry.reason}")
+                        refused.append(f"{where}: {entry.implementation} {entry.status}: {entry.reason}")
             curves += [_curve(axis, phase, name, found) for name, found in points.items() if len(found) > 1]
     return curves
 
 
-def _group(axis: str, size: int, phase: str) -> Group:
+def _workload(axis: str, size: int, phase: str) -> Workload:
     if axis == "batch":
-        return Group("model", "tiny", phase, "float32", size)
+        return Workload("model", "tiny", phase, "float32", size)
     if axis.startswith("image"):
-        return Group("model", "tiny", phase, "float32", 2, image_size=size)
-    return Group("model", "tiny", phase, "float32", 2, model_kwargs={"depth": size})
+        return Workload("model", "tiny", phase, "float32", 2, image_size=size)
+    return Workload("model", "tiny", phase, "float32", 2, model_kwargs={"depth": size})
 
 
-def _curve(axis: str, phase: str, contender: str, points: Sequence[tuple[int, float, int | None]]) -> dict[str, Any]:
+def _curve(
+    axis: str, phase: str, implementation: str, points: Sequence[tuple[int, float, int | None]]
+) -> dict[str, Any]:
     sizes, seconds, memory = (list(column) for column in zip(*points, strict=True))
     known = all(memory)
     return {
         "axis": axis,
         "phase": phase,
-        "contender": contender,
+        "implementation": implementation,
         "sizes": sizes,
         "seconds": seconds,
         "peak_bytes": memory,

@@ -3,5 +3,5 @@
 OPERATOR = "add_norm"
 
 
-def test_norm(report_time, group, contender):
-    report_time(group, contender)
+def test_norm(report_time, workload, implementation):
+    report_time(workload, implementation)

@@ -3,5 +3,5 @@
 OPERATOR = "attention"
 
 
-def test_attention(report_time, group, contender):
-    report_time(group, contender)
+def test_attention(report_time, workload, implementation):
+    report_time(workload, implementation)

@@ -3,5 +3,5 @@
 OPERATOR = "i2t"
 
 
-def test_i2t(report_time, group, contender):
-    report_time(group, contender)
+def test_i2t(report_time, workload, implementation):
+    report_time(workload, implementation)

@@ -3,5 +3,5 @@
 OPERATOR = "lca"
 
 
-def test_lca(report_time, group, contender):
-    report_time(group, contender)
+def test_lca(report_time, workload, implementation):
+    report_time(workload, implementation)

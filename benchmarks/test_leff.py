@@ -3,5 +3,5 @@
 OPERATOR = "leff"
 
 
-def test_leff(report_time, group, contender):
-    report_time(group, contender)
+def test_leff(report_time, workload, implementation):
+    report_time(workload, implementation)

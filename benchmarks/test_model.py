@@ -3,5 +3,5 @@
 OPERATOR = "model"
 
 
-def test_model(report_time, group, contender):
-    report_time(group, contender)
+def test_model(report_time, workload, implementation):
+    report_time(workload, implementation)

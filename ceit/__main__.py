@@ -1,6 +1,7 @@
-"""The command line: `python -m ceit {train,evaluate,demo,bench,traffic,info}`."""
+"""The command line: `python -m ceit {train,evaluate,demo,bench,info}`."""
 
 import argparse
+import importlib
 import logging
 import shlex
 import sys
@@ -11,14 +12,12 @@ from timm.utils import world_info_from_env
 
 import ceit_kernels
 
-from .benchmarking.command import BenchFailed, BenchOptions, bench
 from .demo import DemoFailed, DemoOptions, demo
 from .evaluate import evaluate_checkpoint
 from .runtime import checkpoints
 from .runtime.machine import devices, versions
 from .runtime.options import EvaluateOptions, TrainOptions, UsageError, add_options
 from .runtime.progress import TrainingFailed
-from .traffic import TrafficOptions, traffic
 from .train import train
 
 _logger = logging.getLogger("ceit.main")
@@ -32,16 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", TrainOptions, "train a model on the digits or on a folder of images"),
         ("evaluate", EvaluateOptions, "accuracy of a checkpoint on test images"),
         ("demo", DemoOptions, "train on the digits with plain and with fused operators, and compare"),
-        (
-            "bench",
-            BenchOptions,
-            "time plain and fused operators and models, or this commit against another",
-        ),
-        ("traffic", TrafficOptions, "count the bytes of device memory that a model moves; no GPU needed"),
     ):
         command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         add_options(command, options)
         command.set_defaults(options=options)
+    commands.add_parser("bench", help="time plain and fused operators and models, or this commit against another")
     commands.add_parser("info", help="what would run here, and why", description="What would run here, and why.")
     return parser
 
@@ -49,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 if it failed, 2 if it was used wrongly, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["bench"]:
+        return _bench(arguments[1:])
     given = vars(build_parser().parse_args(arguments))
     command, options_class = given.pop("command"), given.pop("options", None)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -60,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, ceit_kernels.BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingFailed, DemoFailed, BenchFailed) as error:
+    except (TrainingFailed, DemoFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -87,6 +83,16 @@ def _evaluate(options: EvaluateOptions) -> None:
         print(f"top-1 {metrics.top1:.2f}%  top-5 {metrics.top5:.2f}%  loss {metrics.loss:.4f}  {metrics.images} images")
 
 
+def _bench(arguments: list[str]) -> int:
+    """Run the benchmarks of the checkout that this package is in."""
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks" / "harness").is_dir():
+        print("error: bench works in a checkout only, the installed packages have no benchmarks", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(root))
+    return importlib.import_module("benchmarks.harness.command").main(arguments)
+
+
 def _info(_: None) -> None:
     print(ceit_kernels.status())
     print()
@@ -103,7 +109,7 @@ def _how_to_resume(arguments: list[str], options: object) -> str:
     return f"; to go on: python -m ceit {shlex.join(again)}"
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "demo": demo, "bench": bench, "traffic": traffic, "info": _info}
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "demo": demo, "info": _info}
 
 if __name__ == "__main__":
     sys.exit(main())

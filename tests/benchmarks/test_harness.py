@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from ceit.benchmarking import command, compare, contenders, measure
-from ceit.benchmarking.checking import check_outputs
-from ceit.benchmarking.command import BenchFailed, BenchOptions, bench, select_groups
-from ceit.benchmarking.groups import Group, plan
-from ceit.benchmarking.measure import Clock, measure_group
-from ceit.benchmarking.usage import peak_memory
+from benchmarks.harness import command, compare, implementations, measure
+from benchmarks.harness.checking import check_outputs
+from benchmarks.harness.command import BenchFailed, BenchOptions, bench, select_workloads
+from benchmarks.harness.measure import Clock, measure_workload
+from benchmarks.harness.usage import peak_memory
+from benchmarks.harness.workloads import Workload, plan
 from ceit.runtime.options import UsageError
 from ceit_kernels import Frozen, FusedLCAAttention, FusedLeFF
 
 CPU = torch.device("cpu")
-LCA = Group("lca", "tiny", "training", "float32", 2)
+LCA = Workload("lca", "tiny", "training", "float32", 2)
 ROOT = Path(__file__).parents[2]
 
 
-def entry(group, contender, **kwargs):
-    result = measure_group(group, CPU, seconds=0.01, contenders=[contender], **kwargs)
-    return next(entry for entry in result.entries if entry.contender == contender)
+def entry(workload, implementation, **kwargs):
+    result = measure_workload(workload, CPU, seconds=0.01, implementations=[implementation], **kwargs)
+    return next(entry for entry in result.entries if entry.implementation == implementation)
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -60,70 +60,70 @@ def test_wrong_fused_operator_is_refused(monkeypatch, wrong, where):
 
 def test_command_fails_for_a_wrong_operator(monkeypatch, capsys):
     monkeypatch.setattr(FusedLeFF, "forward", lambda self, x, *_: 2 * x)
-    monkeypatch.setattr("ceit.benchmarking.command.CONTENDERS", ("plain", "fused"))
+    monkeypatch.setattr("benchmarks.harness.command.IMPLEMENTATIONS", ("plain", "fused"))
     with pytest.raises(BenchFailed, match="leff-tiny-inference"):
         bench(BenchOptions(quick=True, only="leff-tiny-inference", seconds=0.01, device="cpu"))
     assert "refused: output" in capsys.readouterr().out
 
 
-def test_contender_that_cannot_run_is_listed(monkeypatch):
+def test_implementation_that_cannot_run_is_listed(monkeypatch):
     def fail(module):
         raise RuntimeError("no compiler\nand more")
 
-    monkeypatch.setattr(contenders, "rewrite", fail)
-    found = entry(Group("leff", "tiny", "inference", "float32", 1), "rewrite")
+    monkeypatch.setattr(implementations, "rewrite", fail)
+    found = entry(Workload("leff", "tiny", "inference", "float32", 1), "rewrite")
     assert (found.status, found.reason) == ("failed", "RuntimeError: no compiler")
 
 
-def test_contender_that_is_not_installed_is_listed(monkeypatch):
-    monkeypatch.setattr(contenders, "missing_packages", lambda name: ["openvino"])
-    found = entry(Group("leff", "tiny", "inference", "float32", 1), "openvino")
+def test_implementation_that_is_not_installed_is_listed(monkeypatch):
+    monkeypatch.setattr(implementations, "missing_packages", lambda name: ["openvino"])
+    found = entry(Workload("leff", "tiny", "inference", "float32", 1), "openvino")
     assert found.status == "absent"
     assert "not installed: openvino" in found.reason
 
 
 @pytest.mark.parametrize(
-    "group",
+    "workload",
     [
-        Group("leff", "tiny", "inference", "float32", 1),
-        Group("model", "tiny", "inference", "float32", 1, image_size=32, model_kwargs={"depth": 1}),
+        Workload("leff", "tiny", "inference", "float32", 1),
+        Workload("model", "tiny", "inference", "float32", 1, image_size=32, model_kwargs={"depth": 1}),
     ],
     ids=["leff", "model"],
 )
-def test_a_frozen_module_is_timed_beside_the_live_one_and_its_backend_named(group):
-    found = entry(group, "frozen")
+def test_a_frozen_module_is_timed_beside_the_live_one_and_its_backend_named(workload):
+    found = entry(workload, "frozen")
     assert found.status == "timed", found.reason
-    assert found.backends == entry(group, "fused").backends
+    assert found.backends == entry(workload, "fused").backends
 
 
-def test_training_and_parts_that_are_not_served_have_no_frozen_contender():
-    for group in (
-        Group("leff", "tiny", "training", "float32", 1),
-        Group("add_norm", "tiny", "inference", "float32", 1),
+def test_training_and_parts_that_are_not_served_have_no_frozen_implementation():
+    for workload in (
+        Workload("leff", "tiny", "training", "float32", 1),
+        Workload("add_norm", "tiny", "inference", "float32", 1),
     ):
-        found = entry(group, "frozen")
+        found = entry(workload, "frozen")
         assert (found.status, found.reason) == ("absent", "taken for inference of LeFF and of whole models only")
 
 
 def test_a_wrong_frozen_module_is_refused(monkeypatch):
     monkeypatch.setattr(Frozen, "forward", lambda self, x: 1.01 * self.model(x))
-    assert entry(Group("leff", "tiny", "inference", "float32", 1), "frozen").status == "refused"
+    assert entry(Workload("leff", "tiny", "inference", "float32", 1), "frozen").status == "refused"
 
 
-def test_costly_contenders_are_left_out_with_the_reason_when_time_is_short():
+def test_costly_implementations_are_left_out_with_the_reason_when_time_is_short():
     clock = Clock(1e-9)
-    found = entry(Group("leff", "tiny", "inference", "float32", 1), "compile-freezing", clock=clock)
+    found = entry(Workload("leff", "tiny", "inference", "float32", 1), "compile-freezing", clock=clock)
     assert found.status == "absent"
     assert "--only leff-tiny-inference-float32-b1" in found.reason
 
 
 def test_freezing_of_a_large_model_waits_for_a_run_without_limit():
-    large = Group("model", "tiny", "inference", "float32", 2, image_size=32, model_kwargs={"depth": 1})
+    large = Workload("model", "tiny", "inference", "float32", 2, image_size=32, model_kwargs={"depth": 1})
     assert entry(large, "compile-freezing", clock=Clock(1e6)).status == "absent"
-    assert contenders.absence("compile-freezing", large, CPU) is None
+    assert implementations.absence("compile-freezing", large, CPU) is None
 
 
-def test_contender_that_runs_out_of_memory_later_is_listed(monkeypatch):
+def test_implementation_that_runs_out_of_memory_later_is_listed(monkeypatch):
     class Timer:
         def prepare(self, call, num_inputs, spinning):
             self.prepared = getattr(self, "prepared", 0) + 1
@@ -158,7 +158,7 @@ def test_peak_memory_of_training_includes_the_gradients():
 @pytest.mark.parametrize("operator", ["leff", "i2t"])
 @pytest.mark.parametrize("phase", ["inference", "training"])
 def test_rewrite_computes_the_same(operator, phase):
-    assert entry(Group(operator, "tiny", phase, "float32", 2, image_size=64), "rewrite").status == "timed"
+    assert entry(Workload(operator, "tiny", phase, "float32", 2, image_size=64), "rewrite").status == "timed"
 
 
 def test_missing_gradient_is_wrong_and_nan_is_wrong():
@@ -173,22 +173,22 @@ def test_inputs_rotate_through_more_than_a_gpus_cache(monkeypatch):
         L2_cache_size = 50 << 20
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    group = Group("leff", "tiny", "inference", "bfloat16", 64)
-    count = measure._num_inputs(group, torch.device("cuda"))
+    workload = Workload("leff", "tiny", "inference", "bfloat16", 64)
+    count = measure._num_inputs(workload, torch.device("cuda"))
     assert count * 64 * 197 * 192 * 2 >= 2 * (50 << 20)
 
 
 def test_plan_of_a_gpu_has_both_dtypes_and_all_operators():
-    groups = plan(torch.device("cuda"))
-    assert {g.dtype for g in groups} == {"bfloat16", "float32"}
-    assert {g.operator for g in groups} == {"leff", "i2t", "lca", "add_norm", "model"}
-    assert len({g.name for g in groups}) == len(groups)
+    workloads = plan(torch.device("cuda"))
+    assert {g.dtype for g in workloads} == {"bfloat16", "float32"}
+    assert {g.operator for g in workloads} == {"leff", "i2t", "lca", "add_norm", "model"}
+    assert len({g.name for g in workloads}) == len(workloads)
 
 
-def test_exact_name_chooses_one_group():
-    groups = [Group("leff", "tiny", "inference", "float32", batch) for batch in (1, 16)]
-    assert select_groups(groups, groups[0].name) == groups[:1]
-    assert select_groups(groups, "leff") == groups
+def test_exact_name_chooses_one_workload():
+    workloads = [Workload("leff", "tiny", "inference", "float32", batch) for batch in (1, 16)]
+    assert select_workloads(workloads, workloads[0].name) == workloads[:1]
+    assert select_workloads(workloads, "leff") == workloads
 
 
 def test_slower_commit_fails_the_command(monkeypatch):
@@ -198,8 +198,8 @@ def test_slower_commit_fails_the_command(monkeypatch):
         bench(BenchOptions(compare="main", quick=True, device="cpu"))
 
 
-def test_unknown_group():
-    with pytest.raises(UsageError, match="--only: no group"):
+def test_unknown_workload():
+    with pytest.raises(UsageError, match="--only: no workload"):
         bench(BenchOptions(only="nothing", device="cpu"))
 
 
@@ -221,8 +221,10 @@ def test_slowed_fused_operator_is_caught(two_copies):
         + "    time.sleep(0.05)\n    return _right(self, x)\n\n\nFusedLCAAttention.forward = _slow\n"
     )
     said = []
-    group = Group("lca", "tiny", "inference", "float32", 2)
-    (result,) = compare.compare_groups(two_copies / "base", two_copies / "head", [group], seconds=1.0, say=said.append)
+    workload = Workload("lca", "tiny", "inference", "float32", 2)
+    (result,) = compare.compare_workloads(
+        two_copies / "base", two_copies / "head", [workload], seconds=1.0, say=said.append
+    )
     assert result.verdict == "slower"
     assert len(result.base_seconds) == len(result.head_seconds) >= 9
     assert "slower" in said[0]
@@ -234,12 +236,15 @@ def test_commits_are_compared_frozen_where_both_of_them_freeze(two_copies, base_
     if not base_freezes:
         public = two_copies / "base" / "ceit_kernels" / "__init__.py"
         public.write_text(public.read_text() + "\ndel freeze\n")
-    groups = [Group("leff", "tiny", "inference", "float32", 1), Group("add_norm", "tiny", "inference", "float32", 1)]
-    results = compare.compare_groups(
-        two_copies / "base", two_copies / "head", groups, seconds=0.0, say=lambda line: None
+    workloads = [
+        Workload("leff", "tiny", "inference", "float32", 1),
+        Workload("add_norm", "tiny", "inference", "float32", 1),
+    ]
+    results = compare.compare_workloads(
+        two_copies / "base", two_copies / "head", workloads, seconds=0.0, say=lambda line: None
     )
-    frozen = [f"{groups[0].name} frozen"] if base_freezes else []
-    assert [result.name for result in results] == [groups[0].name, *frozen, groups[1].name]
+    frozen = [f"{workloads[0].name} frozen"] if base_freezes else []
+    assert [result.name for result in results] == [workloads[0].name, *frozen, workloads[1].name]
     assert all(result.ratio is not None for result in results), [result.verdict for result in results]
 
 

@@ -13,16 +13,16 @@ from support.fake_cuda import FakeCuda, FakeProfile
 
 from benchmarks import __main__ as main
 from benchmarks import readme, scaling
-from ceit.benchmarking import groups, kernels, machine, measure, timing, usage
-from ceit.benchmarking.groups import Group
+from benchmarks.harness import kernels, machine, measure, timing, usage, workloads
+from benchmarks.harness.workloads import Workload
 
 pytestmark = pytest.mark.kernels
 
 PLAN = [
-    Group("leff", "tiny", "inference", "bfloat16", 2),
-    Group("leff", "tiny", "training", "float32", 1),
-    Group("lca", "tiny", "training", "bfloat16", 3),
-    Group("add_norm", "tiny", "training", "bfloat16", 2),
+    Workload("leff", "tiny", "inference", "bfloat16", 2),
+    Workload("leff", "tiny", "training", "float32", 1),
+    Workload("lca", "tiny", "training", "bfloat16", 3),
+    Workload("add_norm", "tiny", "training", "bfloat16", 2),
 ]
 
 
@@ -50,8 +50,8 @@ def _pretend(patch):
         patch.setattr(module, "profile", FakeProfile)
     call = measure._call
     patch.setattr(measure, "_call", lambda step, inputs: cuda.timed(call(step, inputs)))
-    patch.setattr(groups, "_TOKENS", 1 + 3 * 3)
-    patch.setitem(groups._CHANNELS, "tiny", 64)
+    patch.setattr(workloads, "_TOKENS", 1 + 3 * 3)
+    patch.setitem(workloads._CHANNELS, "tiny", 64)
     patch.setattr(machine, "_GPU_SIZES", {"copy_bytes": 1 << 12, "product": 16})
     patch.setattr(kernels, "_ROUNDS", 1)
     patch.setattr(timing, "_WARMUP_CALLS", 1)
@@ -62,11 +62,11 @@ def report(gpu, tmp_path_factory):
     """Folder of the report."""
     modelled = json.loads(readme.STORED.read_text())["modelled"]
     gpu.setattr(main, "plan", lambda device, quick: PLAN)
-    gpu.setattr(main, "CONTENDERS", ("plain", "rewrite", "openvino", "fused", "frozen"))
+    gpu.setattr(main, "IMPLEMENTATIONS", ("plain", "rewrite", "openvino", "fused", "frozen"))
     gpu.setattr(main, "model_gpu", lambda: modelled)
     gpu.setattr(scaling, "_GPU_BATCHES", (1, 2))
     gpu.setattr(scaling, "AXES", {"batch": ()})
-    gpu.setattr(scaling, "_group", lambda axis, size, phase: Group("add_norm", "tiny", phase, "bfloat16", size))
+    gpu.setattr(scaling, "_workload", lambda axis, size, phase: Workload("add_norm", "tiny", phase, "bfloat16", size))
     folder = tmp_path_factory.mktemp("report")
     assert main.main(["--output", str(folder), "--minutes", "100"]) == 0
     return folder
@@ -76,7 +76,7 @@ def test_report_of_a_gpu(report):
     data = json.loads((report / "report.json").read_text())
     assert data["environment"]["device"] == "cuda"
     assert set(data["ceilings"]) == {"bfloat16", "float32"}
-    assert [result["name"] for result in data["measured"]] == [group.name for group in PLAN]
+    assert [result["name"] for result in data["measured"]] == [workload.name for workload in PLAN]
     assert (data["failed"], data["left_out"], data["scaling_refused"]) == ([], [], [])
     for result in data["measured"]:
         assert result["rotating_inputs"] > 1
@@ -86,7 +86,7 @@ def test_report_of_a_gpu(report):
                 assert entry["method"] == "CUDA events, graph replay"
                 assert entry["peak_bytes"] is not None
                 assert entry["launches"] is not None
-    frozen = [e["status"] for r in data["measured"] for e in r["entries"] if e["contender"] == "frozen"]
+    frozen = [e["status"] for r in data["measured"] for e in r["entries"] if e["implementation"] == "frozen"]
     assert frozen == ["timed", "absent", "absent", "absent"], "served is LeFF at inference"
     for name in ("roofline", "scaling", "ratios-leff", "ratios-norm"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -95,7 +95,7 @@ def test_report_of_a_gpu(report):
 def test_every_kernel_is_launched_as_often_as_it_is_counted_and_timed(report):
     data = json.loads((report / "report.json").read_text())
     for result in data["measured"]:
-        fused = next(entry for entry in result["entries"] if entry["contender"] == "fused")
+        fused = next(entry for entry in result["entries"] if entry["implementation"] == "fused")
         assert {by["backend"] for by in fused["backends"].values()} == {"triton"} | (
             {"reference"} if "linear" in fused["backends"] else set()
         )

@@ -7,11 +7,11 @@ import torch
 
 from benchmarks import __main__ as main
 from benchmarks import readme
+from benchmarks.harness.command import select_workloads
+from benchmarks.harness.machine import environment, measure_ceilings
+from benchmarks.harness.workloads import plan
 from benchmarks.pictures import ratio_bars
 from benchmarks.report import again, write_report
-from ceit.benchmarking.command import select_groups
-from ceit.benchmarking.groups import plan
-from ceit.benchmarking.machine import environment, measure_ceilings
 from ceit_kernels.backends import OPERATORS
 
 
@@ -22,9 +22,9 @@ def stored():
 
 @pytest.fixture
 def scaled(stored):
-    curve = {"axis": "batch", "phase": "inference", "contender": "plain", "sizes": [1, 2], "seconds": [0.1, 0.2]}
+    curve = {"axis": "batch", "phase": "inference", "implementation": "plain", "sizes": [1, 2], "seconds": [0.1, 0.2]}
     curve |= {"peak_bytes": [1000, 2000], "time_exponent": 1.0, "memory_exponent": 1.0}
-    return {**stored, "scaling": [curve, {**curve, "contender": "fused"}]}
+    return {**stored, "scaling": [curve, {**curve, "implementation": "fused"}]}
 
 
 def test_readme_has_the_stored_results(stored):
@@ -41,7 +41,7 @@ def test_changed_results_change_the_readme(stored):
 def test_frozen_has_a_column_where_a_report_has_frozen_times(stored):
     assert "frozen, ms" not in readme.results_text(stored)
     entries = stored["measured"][0]["entries"]
-    entries.append({**entries[-1], "contender": "frozen", "seconds": [4.321e-3]})
+    entries.append({**entries[-1], "implementation": "frozen", "seconds": [4.321e-3]})
     text = readme.results_text(stored)
     assert "| fused, ms | frozen, ms |" in text
     assert "| 4.32 |" in text
@@ -69,14 +69,14 @@ def test_report_marks_what_is_modelled_and_what_refused(scaled, tmp_path):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_group_of_a_report_can_be_measured_again(quick):
+def test_every_workload_of_a_report_can_be_measured_again(quick):
     command = "python -m benchmarks" + (" --quick" if quick else "")
-    for group in plan(torch.device("cpu"), quick=quick):
-        words = again({"command": command}, group.name).split()
-        assert select_groups(plan(torch.device("cpu"), quick="--quick" in words), words[-1]) == [group]
+    for workload in plan(torch.device("cpu"), quick=quick):
+        words = again({"command": command}, workload.name).split()
+        assert select_workloads(plan(torch.device("cpu"), quick="--quick" in words), words[-1]) == [workload]
 
 
-def test_refused_contender_is_named_in_the_picture(stored):
+def test_refused_implementation_is_named_in_the_picture(stored):
     result = copy.deepcopy(stored["measured"][0])
     result["entries"][-1] |= {"status": "refused", "seconds": [], "ratio": None}
     figure = ratio_bars("leff", [result], "measured")
@@ -89,7 +89,7 @@ def test_redraw_of_a_file_that_is_not_there(tmp_path, capsys):
 
 
 def test_modelled_stem_has_products(stored):
-    rows = [r for r in stored["modelled"]["rows"] if (r["operator"], r["contender"]) == ("i2t", "fused")]
+    rows = [r for r in stored["modelled"]["rows"] if (r["operator"], r["implementation"]) == ("i2t", "fused")]
     assert rows
     assert all(row["flops"] > 0 for row in rows)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from ceit.benchmarking.statistics import Ratio, fit_exponent, median_ratio, verdict
+from benchmarks.harness.statistics import Ratio, fit_exponent, median_ratio, verdict
 
 
 def noisy(median, rounds=30):

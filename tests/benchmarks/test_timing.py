@@ -4,8 +4,8 @@ import pytest
 import torch
 from support.fake_cuda import FakeCuda
 
-from ceit.benchmarking import timing
-from ceit.benchmarking.timing import CpuTimer, CudaTimer, Sampler, interleave
+from benchmarks.harness import timing
+from benchmarks.harness.timing import CpuTimer, CudaTimer, Sampler, interleave
 
 
 def test_replays_a_graph_over_all_inputs():
@@ -19,7 +19,7 @@ def test_replays_a_graph_over_all_inputs():
     assert "graph replay" in sampler.method
 
 
-def test_graphs_of_all_contenders_share_a_pool_of_memory():
+def test_graphs_of_all_implementations_share_a_pool_of_memory():
     cuda = FakeCuda()
     timer = CudaTimer(cuda)
     for _ in range(3):
@@ -35,7 +35,7 @@ def test_says_so_where_nothing_can_be_captured():
     assert sampler.method == ("CUDA events, host included: no graph (operation not permitted when stream is capturing)")
 
 
-def test_contenders_take_turns():
+def test_implementations_take_turns():
     order = []
 
     def sampler(name):
@@ -79,7 +79,7 @@ def test_first_calls_of_a_sample_are_not_timed(clock):
     calls = []
 
     def call(i):
-        # As if threads of another contender were spinning: the first call of a sample takes long.
+        # As if threads of another implementation were spinning: the first call of a sample takes long.
         clock.wait(2e-3 if calls else 0.1)
         calls.append(i)
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from ceit.runtime.options import UsageError
 
-from .groups import Group
 from .statistics import Ratio, median_ratio, verdict
+from .workloads import Workload
 
-__all__ = ["Comparison", "Worker", "checkout", "compare_commits", "compare_groups"]
+__all__ = ["Comparison", "Worker", "checkout", "compare_commits", "compare_workloads"]
 
 _ROOT = Path(__file__).parents[2]
 _WORKER = Path(__file__).with_name("worker.py")
@@ -26,10 +26,10 @@ _MIN_ROUNDS, _MAX_ROUNDS = 9, 60
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group's verdict, for its live modules or for frozen ones.
+    """A workload's verdict, for its live modules or for frozen ones.
 
     Attributes:
-        name: of the group, with "frozen" behind it for these.
+        name: of the workload, with "frozen" behind it for these.
         base_seconds: of a call, one for each round, with the other commit.
         head_seconds: likewise with this one.
         ratio: head / base, with its interval.
@@ -77,9 +77,9 @@ class Worker:
         """Whether the checkout has `ceit_kernels.freeze`."""
         return self._ask(["freezes"])["freezes"]
 
-    def prepare(self, group: Group, *, frozen: bool = False) -> None:
-        """Make the group's fused modules ready, live or frozen."""
-        self._ask(["prepare", asdict(group), frozen])
+    def prepare(self, workload: Workload, *, frozen: bool = False) -> None:
+        """Make the workload's fused modules ready, live or frozen."""
+        self._ask(["prepare", asdict(workload), frozen])
 
     def sample(self) -> float:
         """Seconds of a call of what was prepared last."""
@@ -134,45 +134,45 @@ def _compile(root: Path, say: Callable[[str], None]) -> None:
 
 
 def compare_commits(
-    base: str, groups: Sequence[Group], *, seconds: float, say: Callable[[str], None]
+    base: str, workloads: Sequence[Workload], *, seconds: float, say: Callable[[str], None]
 ) -> list[Comparison]:
     """Compare this checkout, changes included, with the commit `base`.
 
     Args:
         base: a commit, branch or tag.
-        groups: what to time; the fused modules of each, live, and frozen as well where both commits freeze.
-        seconds: to spend on each group, live and frozen alike.
+        workloads: what to time; the fused modules of each, live, and frozen as well where both commits freeze.
+        seconds: to spend on each workload, live and frozen alike.
         say: takes lines of progress.
 
     Raises:
         UsageError: `base` cannot be checked out.
     """
     with checkout(base, say) as root:
-        return compare_groups(root, _ROOT, groups, seconds=seconds, say=say)
+        return compare_workloads(root, _ROOT, workloads, seconds=seconds, say=say)
 
 
-def compare_groups(
-    base: Path, head: Path, groups: Sequence[Group], *, seconds: float, say: Callable[[str], None]
+def compare_workloads(
+    base: Path, head: Path, workloads: Sequence[Workload], *, seconds: float, say: Callable[[str], None]
 ) -> list[Comparison]:
     """Compare two checkouts; the first sample of a round alternates between them. Arguments as of `compare_commits`."""
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(root)) for root in (base, head)]
         results, both_freeze = [], all(worker.freezes() for worker in workers)
-        for group in groups:
-            for frozen in (False, True) if both_freeze and group.served else (False,):
-                results.append(_compare(workers, group, seconds, frozen))
+        for workload in workloads:
+            for frozen in (False, True) if both_freeze and workload.served else (False,):
+                results.append(_compare(workers, workload, seconds, frozen))
                 ratio = results[-1].ratio
                 interval = "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] "
                 say(f"{results[-1].name}: {interval}{results[-1].verdict}")
         return results
 
 
-def _compare(workers: Sequence[Worker], group: Group, seconds: float, frozen: bool) -> Comparison:
-    name = f"{group.name} frozen" if frozen else group.name
+def _compare(workers: Sequence[Worker], workload: Workload, seconds: float, frozen: bool) -> Comparison:
+    name = f"{workload.name} frozen" if frozen else workload.name
     times: tuple[list[float], list[float]] = [], []
     for worker, where in zip(workers, ("base", "this checkout"), strict=True):
         try:
-            worker.prepare(group, frozen=frozen)
+            worker.prepare(workload, frozen=frozen)
         except RuntimeError as error:
             return Comparison(name, [], [], None, f"not comparable, {where}: {error}")
     start = time.perf_counter()

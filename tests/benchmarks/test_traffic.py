@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import ceit_kernels
+from benchmarks.traffic import CompiledTrafficError, Kernel, compiled, count_call, modelled_seconds, tables
+from benchmarks.traffic.__main__ import main
+from benchmarks.traffic.access import KERNELS, launch_bytes
+from benchmarks.traffic.cases import make_cases
 from ceit_kernels import FusedLCAAttention, FusedLeFF, backends, use_backend
 from ceit_kernels.common.launch import Launch, record_launches
-from ceit_kernels.traffic import CompiledTrafficError, Kernel, compiled, count_call, modelled_seconds, tables
-from ceit_kernels.traffic.__main__ import main
-from ceit_kernels.traffic.access import KERNELS, launch_bytes
-from ceit_kernels.traffic.cases import make_cases
 
 BATCH, TOKENS, CHANNELS = 256, 197, 384
 UNIT = BATCH * TOKENS * CHANNELS * 2  # bytes of one pass over the tokens in bfloat16

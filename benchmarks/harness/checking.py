@@ -1,4 +1,4 @@
-"""Whether a contender computes what the plain module does: a time counts only then."""
+"""Whether an implementation computes what the plain module does: a time counts only then."""
 
 from collections.abc import Mapping
 
@@ -16,12 +16,12 @@ _SMALL = 1e-2
 def check_outputs(
     out: Tensor, expected: Tensor, gradients: Mapping[str, Tensor], expected_gradients: Mapping[str, Tensor], dtype: str
 ) -> str | None:
-    """Compare a contender's output and gradients with the reference's.
+    """Compare an implementation's output and gradients with the reference's.
 
     Args:
-        out: the contender's output.
+        out: the implementation's output.
         expected: the reference's.
-        gradients: the contender's gradients by name.
+        gradients: the implementation's gradients by name.
         expected_gradients: the reference's.
         dtype: which tolerance to take, as in `TOLERANCES`.
 

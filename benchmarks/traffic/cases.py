@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import use_backend
-from ..i2t import FusedImage2Tokens
-from ..lca import FusedLCAAttention
-from ..leff import FusedLeFF
+from ceit_kernels.backends import use_backend
+from ceit_kernels.i2t import FusedImage2Tokens
+from ceit_kernels.lca import FusedLCAAttention
+from ceit_kernels.leff import FusedLeFF
+
 from .compiled import count_compiled
 from .counting import Call, count_call
 

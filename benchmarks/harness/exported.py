@@ -14,9 +14,9 @@ __all__ = ["EXPORTERS", "SPINNING", "missing_packages"]
 _PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx")}
 
 
-def missing_packages(contender: str) -> list[str]:
-    """Packages that a contender needs and that are not installed."""
-    return [name for name in _PACKAGES[contender] if importlib.util.find_spec(name) is None]
+def missing_packages(implementation: str) -> list[str]:
+    """Packages that an implementation needs and that are not installed."""
+    return [name for name in _PACKAGES[implementation] if importlib.util.find_spec(name) is None]
 
 
 def to_openvino(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:

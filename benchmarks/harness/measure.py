@@ -1,4 +1,4 @@
-"""Measuring a group: contenders are built, checked against the reference, and timed in turns."""
+"""Measuring a workload: implementations are built, checked against the reference, and timed in turns."""
 
 import gc
 import time
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from ceit.runtime.machine import fused_operators
 from ceit_kernels import fuse
-from ceit_kernels.traffic import Call, Kernel, count_call
 
+from ..traffic import Call, Kernel, count_call
 from .checking import check_outputs
-from .contenders import CONTENDERS, COSTLY, FLOOR, OURS, ContenderError, Step, absence, build, first_line
-from .groups import Group
+from .implementations import COSTLY, FLOOR, IMPLEMENTATIONS, OURS, ImplementationError, Step, absence, build, first_line
 from .kernels import kernel_times, with_stem_products
 from .statistics import median_ratio
 from .timing import Sampler, interleave, make_timer
 from .usage import compulsory_bytes, count_launches, peak_memory, saved_bytes
+from .workloads import Workload
 
-__all__ = ["Clock", "Entry", "GroupResult", "measure_group"]
+__all__ = ["Clock", "Entry", "Result", "measure_workload"]
 
 _MAX_INPUTS = 64
 
@@ -54,10 +54,10 @@ class Clock:
 
 @dataclass
 class Entry:
-    """A contender's result.
+    """An implementation's result.
 
     Attributes:
-        contender: its name.
+        implementation: its name.
         status: "timed", "refused" (a wrong result), "failed" (it could not be built or run) or "absent".
         reason: why it was not timed.
         seconds: of a call, one for each round.
@@ -71,7 +71,7 @@ class Entry:
         unmatched: kernels that were not launched as often as they were counted, in words.
     """
 
-    contender: str
+    implementation: str
     status: str
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
@@ -91,19 +91,19 @@ class Entry:
 
 
 @dataclass
-class GroupResult:
-    """A group's contenders and what is the same for all of them.
+class Result:
+    """A workload's implementations and what is the same for all of them.
 
     Attributes:
-        group: fields of the `Group`.
-        name: the group's.
-        entries: one for each contender.
+        workload: fields of the `Workload`.
+        name: the workload's.
+        entries: one for each implementation.
         flops: of the plain module's products in a call.
         compulsory_bytes: see `usage.compulsory_bytes`.
         rotating_inputs: inputs that the calls went through.
     """
 
-    group: dict[str, Any]
+    workload: dict[str, Any]
     name: str
     entries: list[Entry]
     flops: int
@@ -115,65 +115,65 @@ class GroupResult:
         return asdict(self)
 
 
-def measure_group(
-    group: Group,
+def measure_workload(
+    workload: Workload,
     device: torch.device,
     *,
     seconds: float = 4.0,
-    contenders: Sequence[str] = CONTENDERS,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
     clock: Clock | None = None,
     details: bool = True,
-) -> GroupResult:
-    """Build, check and time the contenders of a group.
+) -> Result:
+    """Build, check and time the implementations of a workload.
 
     The reference is the plain module in the same dtype. Nothing that fails, is refused or is absent leaves the result.
 
     Args:
-        group: what is computed.
+        workload: what is computed.
         device: where.
-        seconds: to spend on timing, all contenders together.
-        contenders: who takes part; the plain module always does.
+        seconds: to spend on timing, all implementations together.
+        implementations: who takes part; the plain module always does.
         clock: what the run may spend. Where it has a limit, what takes minutes to compile is left out, and when 70% is
             used every costly compilation.
         details: also measure memory, launches and saved bytes.
     """
     clock = clock or Clock()
     if device.type == "cuda":
-        # What the group before left, cyclic references included, is room that this one may need.
+        # What the workload before left, cyclic references included, is room that this one may need.
         gc.collect()
         torch.cuda.empty_cache()
-    module = group.make_module().to(device, group.torch_dtype)
-    inputs = group.make_inputs(_num_inputs(group, device), device)
-    reference = build("plain", group, module, inputs[0])
+    module = workload.make_module().to(device, workload.torch_dtype)
+    inputs = workload.make_inputs(_num_inputs(workload, device), device)
+    reference = build("plain", workload, module, inputs[0])
     expected = reference.run(inputs[0]).clone()
     gradients = {name: grad.clone() for name, grad in reference.gradients(inputs[0]).items()}
     entries, steps = [], {}
-    for name in dict.fromkeys(("plain", *contenders)):
-        reason = absence(name, group, device)
-        if reason is None and _postponed(name, group, clock):
-            reason = f"the run's time is short; python -m ceit bench --only {group.name} times it"
+    for name in dict.fromkeys(("plain", *implementations)):
+        reason = absence(name, workload, device)
+        if reason is None and _postponed(name, workload, clock):
+            reason = f"the run's time is short; python -m ceit bench --only {workload.name} times it"
         if reason is not None:
             entries.append(Entry(name, "absent", reason))
             continue
-        entry, step = _build_checked(name, group, module, inputs[0], expected, gradients)
+        entry, step = _build_checked(name, workload, module, inputs[0], expected, gradients)
         entries.append(entry)
         if step is not None:
             steps[name] = step
     samplers = _prepare(entries, steps, inputs, device)
     times = interleave(samplers, seconds)
     for entry in entries:
-        if entry.contender in samplers:
-            entry.seconds, entry.method = times[entry.contender], samplers[entry.contender].method
+        if entry.implementation in samplers:
+            entry.seconds, entry.method = times[entry.implementation], samplers[entry.implementation].method
             entry.ratio = median_ratio(times["plain"], entry.seconds).as_dict()
             if details:
-                _add_usage(entry, steps[entry.contender], inputs[0], group, device)
-    plain = _count(group, group.make_module)
-    return GroupResult(
-        asdict(group),
-        group.name,
+                _add_usage(entry, steps[entry.implementation], inputs[0], workload, device)
+    plain = _count(workload, workload.make_module)
+    return Result(
+        asdict(workload),
+        workload.name,
         entries,
         sum(kernel.flops for kernel in plain.forward + plain.backward),
-        compulsory_bytes(module, inputs[0], expected, training=group.phase == "training"),
+        compulsory_bytes(module, inputs[0], expected, training=workload.phase == "training"),
         len(inputs),
     )
 
@@ -181,65 +181,65 @@ def measure_group(
 def _prepare(
     entries: Sequence[Entry], steps: dict[str, Step], inputs: Sequence[Tensor], device: torch.device
 ) -> dict[str, Sampler]:
-    """Samplers of the contenders by name; one that fails now, most likely for want of memory, is marked so."""
+    """Samplers of the implementations by name; one that fails now, most likely for want of memory, is marked so."""
     timer, samplers = make_timer(device), {}
     for entry in entries:
         if entry.status != "timed":
             continue
         try:
-            step = steps[entry.contender]
-            samplers[entry.contender] = timer.prepare(_call(step, inputs), len(inputs), step.spinning)
+            step = steps[entry.implementation]
+            samplers[entry.implementation] = timer.prepare(_call(step, inputs), len(inputs), step.spinning)
         except RuntimeError as error:
-            if entry.contender == "plain":
-                raise ContenderError(first_line(error)) from error
+            if entry.implementation == "plain":
+                raise ImplementationError(first_line(error)) from error
             entry.status, entry.reason = "failed", first_line(error)
     return samplers
 
 
-def _count(group: Group, make: Callable[[], nn.Module], chip: int = 90) -> Call:
+def _count(workload: Workload, make: Callable[[], nn.Module], chip: int = 90) -> Call:
     return count_call(
         make,
-        group.shape,
-        group.torch_dtype,
-        training=group.phase == "training",
-        input_gradient=group.input_gradient,
+        workload.shape,
+        workload.torch_dtype,
+        training=workload.phase == "training",
+        input_gradient=workload.input_gradient,
         chip=chip,
     )
 
 
-def _fused_kernels(group: Group, device: torch.device) -> list[Kernel]:
+def _fused_kernels(workload: Workload, device: torch.device) -> list[Kernel]:
     """The kernels of the fused module's call on a GPU, as counted."""
     major, minor = torch.cuda.get_device_capability(device)
-    call = _count(group, lambda: fuse(group.make_module()), 10 * major + minor)
-    if group.operator in ("i2t", "model"):
-        stem = replace(group, operator="i2t")
+    call = _count(workload, lambda: fuse(workload.make_module()), 10 * major + minor)
+    if workload.operator in ("i2t", "model"):
+        stem = replace(workload, operator="i2t")
         call = with_stem_products(call, _count(stem, stem.make_module))
     return call.forward + call.backward
 
 
-def _postponed(contender: str, group: Group, clock: Clock) -> bool:
-    if contender not in COSTLY or not clock.limited:
+def _postponed(implementation: str, workload: Workload, clock: Clock) -> bool:
+    if implementation not in COSTLY or not clock.limited:
         return False
-    takes_minutes = group.operator == "model" and (contender == "compile-max-autotune" or group.batch > 1)
+    takes_minutes = workload.operator == "model" and (implementation == "compile-max-autotune" or workload.batch > 1)
     return takes_minutes or clock.used(0.7)
 
 
 def _build_checked(
-    name: str, group: Group, module: nn.Module, x: Tensor, expected: Tensor, gradients: dict[str, Tensor]
+    name: str, workload: Workload, module: nn.Module, x: Tensor, expected: Tensor, gradients: dict[str, Tensor]
 ) -> tuple[Entry, Step | None]:
     try:
-        step = build(name, group, module, x)
+        step = build(name, workload, module, x)
         out = step.run(x)
-    except ContenderError as error:
+    except ImplementationError as error:
         return Entry(name, "failed", str(error)), None
     wrong = None
     if name != FLOOR:
-        wrong = check_outputs(out, expected, step.gradients(x) if gradients else {}, gradients, group.dtype)
+        wrong = check_outputs(out, expected, step.gradients(x) if gradients else {}, gradients, workload.dtype)
     if wrong is not None:
         return Entry(name, "refused", wrong), None
     entry = Entry(name, "timed")
     if name in OURS:
-        entry.backends = fused_operators(step.module, x.device, group.torch_dtype, group.phase)
+        entry.backends = fused_operators(step.module, x.device, workload.torch_dtype, workload.phase)
     return entry, step
 
 
@@ -247,23 +247,23 @@ def _call(step: Step, inputs: Sequence[Tensor]) -> Callable[[int], Tensor]:
     return lambda i: step.run(inputs[i])
 
 
-def _add_usage(entry: Entry, step: Step, x: Tensor, group: Group, device: torch.device) -> None:
+def _add_usage(entry: Entry, step: Step, x: Tensor, workload: Workload, device: torch.device) -> None:
     if step.module is None:
         return
     # The gradients that a step leaves are part of what it takes, so none may be there before.
     step.forget_gradients(x)
     entry.peak_bytes = peak_memory(lambda: step.run(x), device)
     entry.launches = count_launches(lambda: step.run(x), device)
-    if entry.contender == "fused" and device.type == "cuda":
-        times, entry.unmatched = kernel_times(lambda: step.run(x), device, _fused_kernels(group, device))
+    if entry.implementation == "fused" and device.type == "cuda":
+        times, entry.unmatched = kernel_times(lambda: step.run(x), device, _fused_kernels(workload, device))
         entry.kernels = [asdict(time) for time in times]
-    if group.phase == "training":
+    if workload.phase == "training":
         entry.saved_bytes = saved_bytes(lambda: step.run(x), step.module)
 
 
-def _num_inputs(group: Group, device: torch.device) -> int:
+def _num_inputs(workload: Workload, device: torch.device) -> int:
     """Inputs that together exceed twice a GPU's L2 cache; on the CPU one, which is what serving has."""
     if device.type != "cuda":
         return 1
-    size = torch.Size(group.shape).numel() * group.torch_dtype.itemsize
+    size = torch.Size(workload.shape).numel() * workload.torch_dtype.itemsize
     return min(_MAX_INPUTS, max(2, -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // size)))

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ceit_kernels.traffic import Call, Kernel
+from ..traffic import Call, Kernel
 
 __all__ = ["KernelTime", "kernel_times", "profile_kernels", "with_stem_products"]
 
@@ -69,7 +69,7 @@ def kernel_times(
     Args:
         call: runs the call; its caches are warm.
         device: the GPU.
-        counted: the kernels of the call, from `ceit_kernels.traffic.count_call`.
+        counted: the kernels of the call, from `benchmarks.traffic.count_call`.
 
     Returns:
         A `KernelTime` for each name, the least of a few calls; and a line for each kernel that was not launched as

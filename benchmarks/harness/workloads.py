@@ -1,4 +1,4 @@
-"""The groups that are timed: an operator or a model at one size, phase, dtype and batch."""
+"""The workloads that are timed: an operator or a model at one size, phase, dtype and batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ceit.layers import AddNorm, Attention, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
 from ceit.registry import create_model
 
-__all__ = ["OPERATORS", "Group", "has_bfloat16", "plan"]
+__all__ = ["OPERATORS", "Workload", "has_bfloat16", "plan"]
 
 OPERATORS = ("leff", "i2t", "lca", "attention", "add_norm", "model")
 _CHANNELS = {"tiny": 192, "small": 384}
@@ -37,8 +37,8 @@ class Residual(nn.Module):
 
 
 @dataclass(frozen=True)
-class Group:
-    """What the contenders of one comparison compute.
+class Workload:
+    """What the implementations of one comparison compute.
 
     Attributes:
         operator: one of `OPERATORS`.
@@ -60,7 +60,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The group's name, as `--only` takes it."""
+        """The workload's name, as `--only` takes it."""
         return f"{self.operator}-{self.size}-{self.phase}-{self.dtype}-b{self.batch}"
 
     @property
@@ -147,20 +147,22 @@ _QUICK_PLAN: _Plan = (
 )
 
 
-def plan(device: torch.device, *, quick: bool = False) -> list[Group]:
-    """The groups to time on a device, the most important ones first.
+def plan(device: torch.device, *, quick: bool = False) -> list[Workload]:
+    """The workloads to time on a device, the most important ones first.
 
     Args:
         device: where; a GPU also takes bfloat16 and larger batches, a CPU bfloat16 where it has instructions for it.
-        quick: a few groups instead, on a GPU in each of its dtypes.
+        quick: a few workloads instead, on a GPU in each of its dtypes.
     """
     on_gpu = device.type == "cuda"
     if quick:
-        groups = _groups(_QUICK_PLAN)
-        return [replace(group, dtype=dtype) for dtype in _GPU_DTYPES for group in groups] if on_gpu else groups
+        workloads = _workloads(_QUICK_PLAN)
+        return (
+            [replace(workload, dtype=dtype) for dtype in _GPU_DTYPES for workload in workloads] if on_gpu else workloads
+        )
     if on_gpu:
-        return _groups(_GPU_PLAN)
-    return _groups(_CPU_PLAN + (_CPU_BFLOAT16_PLAN if has_bfloat16(device) else ()))
+        return _workloads(_GPU_PLAN)
+    return _workloads(_CPU_PLAN + (_CPU_BFLOAT16_PLAN if has_bfloat16(device) else ()))
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -168,9 +170,9 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
-def _groups(rows: _Plan) -> list[Group]:
+def _workloads(rows: _Plan) -> list[Workload]:
     return [
-        Group(operator, size, phase, dtype, batch)
+        Workload(operator, size, phase, dtype, batch)
         for operator, sizes, dtypes, batches in rows
         for dtype in dtypes
         for size in sizes

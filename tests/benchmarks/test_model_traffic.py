@@ -2,8 +2,7 @@
 
 import pytest
 
-from ceit.__main__ import main
-from ceit.traffic import TrafficOptions, count_model
+from benchmarks.traffic.model import TrafficOptions, count_model, main
 
 SMALL = TrafficOptions()
 
@@ -63,12 +62,12 @@ def test_the_gradients_of_queries_keys_and_values_are_put_together_in_one_pass()
 
 @pytest.mark.parametrize("arguments", [["--kernels"], ["--markdown"]])
 def test_the_command_prints_a_table(arguments, capsys):
-    assert main(["traffic", "--model", "ceit_tiny_patch16_224", "--batch-size", "2", *arguments]) == 0
+    assert main(["--model", "ceit_tiny_patch16_224", "--batch-size", "2", *arguments]) == 0
     out = capsys.readouterr().out
     assert "in the stem" in out
     assert ("leff_contract_kernel" in out) == (arguments == ["--kernels"])
 
 
 def test_a_size_without_images_is_refused(capsys):
-    assert main(["traffic", "--batch-size", "0"]) == 2
+    assert main(["--batch-size", "0"]) == 2
     assert capsys.readouterr().err == "error: --batch-size must be at least 1, got 0\n"

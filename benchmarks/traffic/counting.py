@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..common.launch import record_launches
+from ceit_kernels.common.launch import record_launches
+
 from .access import launch_bytes, launch_flops, tensor_bytes, touched_again
 
 __all__ = ["Call", "FlashAttention", "Kernel", "count_call", "fake_model", "operator_flops"]

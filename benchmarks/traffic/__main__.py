@@ -1,4 +1,4 @@
-"""The command line: ``python -m ceit_kernels.traffic``."""
+"""The command line: ``python -m benchmarks.traffic``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _figures(cases: Sequence[Case], count: bool, stored: Figures) -> tuple[Figur
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ceit_kernels.traffic",
+        prog="python -m benchmarks.traffic",
         description="Count the launches and the bytes of device memory of a call of each fused operator, beside those "
         "of torch.compile. Nothing runs and no GPU is needed. u is one pass over the tokens: batch * tokens * channels "
         "elements, where lca has 12 tokens.",

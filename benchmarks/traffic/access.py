@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common.launch import Launch
+from ceit_kernels.common.launch import Launch
 
 __all__ = ["KERNELS", "L2_BYTES", "KernelCost", "launch_bytes", "launch_flops", "tensor_bytes", "touched_again"]
 
@@ -241,7 +241,7 @@ def launch_bytes(launch: Launch) -> int:
         if name not in cost.reads and name not in cost.writes:
             raise LookupError(
                 f"{launch.kernel.__name__}: expected every tensor in the kernel's entry of "
-                f"ceit_kernels.traffic.access.KERNELS, got {name} beside {sorted({*cost.reads, *cost.writes})}"
+                f"benchmarks.traffic.access.KERNELS, got {name} beside {sorted({*cost.reads, *cost.writes})}"
             )
         # A tensor that is passed twice is one.
         read, written, _ = moved.get(id(tensor), (0.0, 0.0, 0))
@@ -261,7 +261,7 @@ def launch_flops(launch: Launch) -> int:
 def _cost(launch: Launch) -> KernelCost:
     name = launch.kernel.__name__
     if name not in KERNELS:
-        raise LookupError(f"{name}: expected an entry in ceit_kernels.traffic.access.KERNELS, which has {[*KERNELS]}")
+        raise LookupError(f"{name}: expected an entry in benchmarks.traffic.access.KERNELS, which has {[*KERNELS]}")
     return KERNELS[name]
 
 

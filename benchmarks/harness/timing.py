@@ -1,4 +1,4 @@
-"""Timing: a sample of a contender on the CPU or on a GPU, and rounds in which contenders take turns."""
+"""Timing: a sample of an implementation on the CPU or on a GPU, and rounds in which implementations take turns."""
 
 import ctypes
 import random
@@ -16,13 +16,13 @@ __all__ = ["CpuTimer", "CudaTimer", "Sampler", "interleave", "make_timer"]
 _WARMUP_CALLS = 3
 # Shorter samples are lost in the clock and in the interpreter's jitter.
 _SAMPLE_SECONDS = 3e-2
-# Calls ahead of a sample, until the threads of the contender before do not spin any more; a long one does without.
+# Calls ahead of a sample, until the threads of the implementation before do not spin any more; a long one does without.
 _SETTLE_SECONDS, _LONG_CALL_SECONDS = 3e-2, 0.2
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A prepared contender.
+    """A prepared implementation.
 
     Attributes:
         sample: runs it and returns the seconds of one call.
@@ -34,7 +34,7 @@ class Sampler:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep the memory that is freed, for all contenders alike.
+    """Have glibc keep the memory that is freed, for all implementations alike.
 
     By default it depends on what the process did before whether a call gets its memory from the system anew, page by
     page, which can double its time.
@@ -49,8 +49,8 @@ def _keep_freed_memory() -> None:
 class CpuTimer:
     """Wall-clock time of calls one after another, as many as make a sample long enough.
 
-    Threads that wait for work spin for a while, on cores that the next contender needs. So calls that are not timed go
-    ahead of a sample, and a sample ends when the threads behind it have gone to sleep.
+    Threads that wait for work spin for a while, on cores that the next implementation needs. So calls that are not
+    timed go ahead of a sample, and a sample ends when the threads behind it have gone to sleep.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class CpuTimer:
         """Warm up and return the sampler.
 
         Args:
-            call: runs the contender on input i.
+            call: runs the implementation on input i.
             num_inputs: inputs to rotate through.
             spinning: seconds for which its threads go on spinning after a call.
         """
@@ -90,7 +90,7 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """CUDA events around the replay of a graph that calls the contender once for each input.
+    """CUDA events around the replay of a graph that calls the implementation once for each input.
 
     The replay leaves the host's time out. What cannot be captured is launched call by call between the events, and the
     sampler's method says so.
@@ -101,7 +101,7 @@ class CudaTimer:
 
     def __init__(self, cuda: ModuleType | Any = torch.cuda) -> None:
         self._cuda = cuda
-        # Graphs that are replayed one after the other share memory: a pool each for ten contenders would not fit.
+        # Graphs that are replayed one after the other share memory: a pool each for ten implementations would not fit.
         self._pool = cuda.graph_pool_handle()
 
     def prepare(self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0) -> Sampler:
@@ -150,10 +150,10 @@ def make_timer(device: torch.device) -> CpuTimer | CudaTimer:
 def interleave(
     samplers: Mapping[str, Sampler], seconds: float, *, min_rounds: int = 5, max_rounds: int = 50
 ) -> dict[str, list[float]]:
-    """Sample every contender once a round, in an order that is drawn anew for each round.
+    """Sample every implementation once a round, in an order that is drawn anew for each round.
 
     Args:
-        samplers: prepared contenders by name.
+        samplers: prepared implementations by name.
         seconds: wall-clock time to spend; the smallest number of rounds is taken whatever it costs.
         min_rounds: fewest rounds.
         max_rounds: most rounds.

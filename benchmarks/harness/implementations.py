@@ -1,4 +1,4 @@
-"""The contenders: plain PyTorch, what it gives for free, the hand rewrite, other runtimes, fused live and frozen."""
+"""The implementations: plain PyTorch, what it gives for free, the hand rewrite, other runtimes, fused and frozen."""
 
 import copy
 import io
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from ceit_kernels import freeze, fuse
 
 from .exported import EXPORTERS, SPINNING, missing_packages
-from .groups import Group
 from .rewrite import rewrite, with_mlp
+from .workloads import Workload
 
 __all__ = [
-    "CONTENDERS",
     "COSTLY",
     "DESCRIPTIONS",
     "FLOOR",
+    "IMPLEMENTATIONS",
     "OURS",
-    "ContenderError",
+    "ImplementationError",
     "Step",
     "absence",
     "build",
@@ -41,20 +41,20 @@ DESCRIPTIONS = {
     "fused": "the fused operators of this project, live: they prepare the present weights in every call",
     "frozen": "the fused operators in a frozen snapshot, which prepared its own copies of the weights once",
 }
-CONTENDERS = tuple(DESCRIPTIONS)
+IMPLEMENTATIONS = tuple(DESCRIPTIONS)
 OURS = ("fused", "frozen")
 FLOOR = "mlp"
 # Left out first when time is short: each costs as much compilation as the default does.
 COSTLY = ("compile-freezing", "compile-max-autotune")
 
 
-class ContenderError(RuntimeError):
-    """A contender could not be built or run."""
+class ImplementationError(RuntimeError):
+    """An implementation could not be built or run."""
 
 
 @dataclass
 class Step:
-    """One call of a contender: inference, or forward and backward.
+    """One call of an implementation: inference, or forward and backward.
 
     Attributes:
         run: takes the input, returns the output; in training the gradients are then those of the call.
@@ -79,49 +79,49 @@ class Step:
         return grads if x.grad is None else {**grads, "input": x.grad}
 
 
-def absence(contender: str, group: Group, device: torch.device) -> str | None:
-    """Why a contender does not take part in a group on a device, None if it does."""
-    if contender in EXPORTERS:
+def absence(implementation: str, workload: Workload, device: torch.device) -> str | None:
+    """Why an implementation does not take part in a workload on a device, None if it does."""
+    if implementation in EXPORTERS:
         if device.type != "cpu":
             return "taken for the CPU only"
-        if group.phase != "inference":
+        if workload.phase != "inference":
             return "it does not train"
-        if group.dtype != "float32":
+        if workload.dtype != "float32":
             return "taken in float32 only"
-        missing = missing_packages(contender)
+        missing = missing_packages(implementation)
         return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
-    if contender == "compile-freezing" and group.phase != "inference":
+    if implementation == "compile-freezing" and workload.phase != "inference":
         return "freezing is for inference"
-    if contender == "frozen" and not group.served:
+    if implementation == "frozen" and not workload.served:
         return "taken for inference of LeFF and of whole models only"
-    if contender == "compile-max-autotune" and device.type == "cpu" and group.operator == "model":
+    if implementation == "compile-max-autotune" and device.type == "cpu" and workload.operator == "model":
         return "on the CPU taken for operators only: for a model it tunes for minutes"
-    if contender in ("channels-last", "rewrite") and group.operator in ("lca", "attention", "add_norm"):
+    if implementation in ("channels-last", "rewrite") and workload.operator in ("lca", "attention", "add_norm"):
         return "the plain operator has no convolution and no foldable norm"
-    if contender == FLOOR and group.operator not in ("leff", "model"):
+    if implementation == FLOOR and workload.operator not in ("leff", "model"):
         return "there is no feed-forward layer in it"
     return None
 
 
-def build(contender: str, group: Group, module: nn.Module, x: Tensor) -> Step:
-    """Make a contender ready to be called.
+def build(implementation: str, workload: Workload, module: nn.Module, x: Tensor) -> Step:
+    """Make an implementation ready to be called.
 
     Args:
-        contender: one of `CONTENDERS`.
-        group: what it takes part in.
+        implementation: one of `IMPLEMENTATIONS`.
+        workload: what it takes part in.
         module: the plain module on its device, which stays as it is.
         x: an input.
 
     Raises:
-        ContenderError: it cannot be built or run; the message says why.
+        ImplementationError: it cannot be built or run; the message says why.
     """
     try:
-        step = _build(contender, group, copy.deepcopy(module), x)
+        step = _build(implementation, workload, copy.deepcopy(module), x)
         # Compilers work at the first call.
         with redirect_stdout(io.StringIO()):
             step.run(x)
     except Exception as error:
-        raise ContenderError(first_line(error)) from error
+        raise ImplementationError(first_line(error)) from error
     return step
 
 
@@ -131,26 +131,26 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def _build(contender: str, group: Group, module: nn.Module, x: Tensor) -> Step:
-    if contender in EXPORTERS:
+def _build(implementation: str, workload: Workload, module: nn.Module, x: Tensor) -> Step:
+    if implementation in EXPORTERS:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return Step(EXPORTERS[contender](module, x), None, SPINNING[contender])
-    if contender == "fused":
+            return Step(EXPORTERS[implementation](module, x), None, SPINNING[implementation])
+    if implementation == "fused":
         module = fuse(module)
-    elif contender == "frozen":
+    elif implementation == "frozen":
         module = freeze(module)
-    elif contender == "rewrite":
+    elif implementation == "rewrite":
         module = rewrite(module)
-    elif contender == FLOOR:
+    elif implementation == FLOOR:
         module = with_mlp(module)
-    elif contender == "channels-last":
+    elif implementation == "channels-last":
         module = module.to(memory_format=torch.channels_last)
-    elif contender.startswith("compile"):
-        # Code compiled for earlier groups would count towards the limit of recompilations.
+    elif implementation.startswith("compile"):
+        # Code compiled for earlier workloads would count towards the limit of recompilations.
         torch.compiler.reset()
-        module = torch.compile(module, dynamic=False, **_COMPILE[contender])
-    convert = _channels_last if contender == "channels-last" and x.ndim == 4 else None
-    return Step(_training(module, convert) if group.phase == "training" else _inference(module, convert), module)
+        module = torch.compile(module, dynamic=False, **_COMPILE[implementation])
+    convert = _channels_last if implementation == "channels-last" and x.ndim == 4 else None
+    return Step(_training(module, convert) if workload.phase == "training" else _inference(module, convert), module)
 
 
 _COMPILE: dict[str, dict] = {

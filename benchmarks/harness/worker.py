@@ -1,7 +1,7 @@
-"""Times groups for `ceit bench --compare` with the packages of one checkout; started as a file, with its folder first.
+"""Times workloads for `ceit bench --compare` with the packages of one checkout; started as a file.
 
 It has nothing but the standard library, PyTorch and the public modules of both packages to go by, because the other
-commit may lack all else. Standard input has one JSON list a line: ["freezes"], ["prepare", group, frozen] or
+commit may lack all else. Standard input has one JSON list a line: ["freezes"], ["prepare", workload, frozen] or
 ["sample"]; each is answered by one line of JSON on standard output.
 """
 
@@ -16,28 +16,28 @@ from torch import nn
 _SAMPLE_SECONDS, _LONG_CALL_SECONDS = 0.05, 0.2
 
 
-def _module(group):
+def _module(workload):
     from ceit.layers import Attention, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
     from ceit.registry import create_model
 
-    channels = {"tiny": 192, "small": 384}[group["size"]]
+    channels = {"tiny": 192, "small": 384}[workload["size"]]
     torch.manual_seed(0)
-    if group["operator"] == "leff":
-        return LocallyEnhancedFeedForward(channels, 4 * channels), (group["batch"], 197, channels)
-    if group["operator"] == "lca":
-        return LCAAttention(channels, channels // 64, qkv_bias=True), (group["batch"], 12, channels)
-    if group["operator"] == "attention":
-        return Attention(channels, channels // 64, qkv_bias=True), (group["batch"], 197, channels)
-    if group["operator"] == "add_norm":
-        return _residual(channels), (group["batch"], 197, channels)
-    image = (group["batch"], 3, group["image_size"], group["image_size"])
-    if group["operator"] == "i2t":
+    if workload["operator"] == "leff":
+        return LocallyEnhancedFeedForward(channels, 4 * channels), (workload["batch"], 197, channels)
+    if workload["operator"] == "lca":
+        return LCAAttention(channels, channels // 64, qkv_bias=True), (workload["batch"], 12, channels)
+    if workload["operator"] == "attention":
+        return Attention(channels, channels // 64, qkv_bias=True), (workload["batch"], 197, channels)
+    if workload["operator"] == "add_norm":
+        return _residual(channels), (workload["batch"], 197, channels)
+    image = (workload["batch"], 3, workload["image_size"], workload["image_size"])
+    if workload["operator"] == "i2t":
         return Image2Tokens(), image
-    return create_model(f"ceit_{group['size']}_patch16_224", fused=False), image
+    return create_model(f"ceit_{workload['size']}_patch16_224", fused=False), image
 
 
 def _residual(channels):
-    """The residual path of a block, as `groups.Residual`."""
+    """The residual path of a block, as `workloads.Residual`."""
     from ceit.layers import AddNorm
 
     class Residual(nn.Module):
@@ -55,14 +55,14 @@ def _residual(channels):
     return Residual()
 
 
-def prepare(group, frozen):
+def prepare(workload, frozen):
     """A function that returns the seconds of one call of the fused module, live or frozen."""
     import ceit_kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module, shape = _module(group)
-    training = group["phase"] == "training"
-    dtype = getattr(torch, group["dtype"])
+    module, shape = _module(workload)
+    training = workload["phase"] == "training"
+    dtype = getattr(torch, workload["dtype"])
     prepared = ceit_kernels.freeze if frozen else ceit_kernels.fuse
     module: nn.Module = prepared(module.to(device, dtype).train(training))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)

@@ -1,4 +1,4 @@
-"""Launches and bytes of device memory, counted without a GPU: ``python -m ceit_kernels.traffic``."""
+"""Launches and bytes of device memory, counted without a GPU: ``python -m benchmarks.traffic``."""
 
 from .compiled import CompiledTrafficError, count_compiled
 from .counting import Call, Kernel, count_call

@@ -1,18 +1,20 @@
 """The bytes of device memory that a whole model moves, plain, compiled and fused, counted without a GPU."""
 
+import argparse
 import dataclasses
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
+from ceit.registry import create_model, default_cfgs, list_models
+from ceit.runtime.options import UsageError, add_options, check, option
 from ceit_kernels import use_backend
-from ceit_kernels.traffic import Call, CompiledTrafficError, Kernel, count_call, count_compiled, format_table
 
-from .registry import create_model, default_cfgs, list_models
-from .runtime.options import UsageError, check, option
+from . import Call, CompiledTrafficError, Kernel, count_call, count_compiled, format_table
 
 PHASES = ("inference", "training step")
 
@@ -34,7 +36,7 @@ class TrafficOptions:
 def traffic(options: TrafficOptions) -> None:
     """Print launches and gigabytes of a forward call at inference, and of forward and backward of a training step.
 
-    The optimizer is left out. What is counted, and how, is said at `ceit_kernels.traffic.count_call`; the fused
+    The optimizer is left out. What is counted, and how, is said at `benchmarks.traffic.count_call`; the fused
     operators count as they would run on a GPU, and by plain PyTorch where they have no kernels.
 
     Raises:
@@ -97,3 +99,19 @@ def _by_name(kernels: Iterable[Kernel]) -> list[list[str]]:
         moved[kernel.name] += kernel.bytes
     rows = [[name, str(launches[name]), f"{size / 1e9:.2f}"] for name, size in moved.most_common()]
     return [["kernel", "launches", "GB"], *rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic.model", description="Count a whole model.")
+    add_options(parser, TrafficOptions)
+    try:
+        traffic(TrafficOptions(**vars(parser.parse_args(arguments))))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

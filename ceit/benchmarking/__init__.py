@@ -1,1 +1,0 @@
-"""Benchmarks: contenders that are checked, take turns and are timed alike. Started by `python -m ceit bench`."""
