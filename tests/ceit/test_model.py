@@ -155,7 +155,7 @@ def test_gradient_checkpointing_keeps_fewer_tensors(images):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_without_graph_breaks(images, checkpointing):
-    eager = CeiT(**SMALL)
+    eager = CeiT(**{**SMALL, "depth": 2})
     model = copy.deepcopy(eager)
     model.set_grad_checkpointing(checkpointing)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -165,14 +165,6 @@ def test_compiles_without_graph_breaks(images, checkpointing):
         torch.testing.assert_close(b.grad, a.grad)
     for a, b in zip(eager.buffers(), model.buffers(), strict=True):
         torch.testing.assert_close(b, a)
-
-
-def test_exports_with_any_batch_and_image_size():
-    model = CeiT(**SMALL, dynamic_img_size=True).eval()
-    auto = torch.export.Dim.AUTO
-    exported = torch.export.export(model, (torch.randn(2, 3, 96, 80),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
-    images = torch.randn(3, 3, 128, 112)
-    torch.testing.assert_close(exported.module()(images), model(images))
 
 
 @pytest.mark.parametrize(
