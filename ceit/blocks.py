@@ -1,9 +1,10 @@
 """CeiT's two transformer blocks: the encoder block, and the block over class tokens (LCA)."""
 
 from collections.abc import Callable, Iterable
+from typing import TypeGuard
 
 import torch
-from timm.layers import DropPath, Mlp, register_notrace_module
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,7 +17,6 @@ from .shortcuts import is_eager, is_exactly, is_left_alone, is_symbolic
 NormLayer = Callable[[int], nn.Module]
 
 
-@register_notrace_module
 class Block(nn.Module):
     """Encoder block: self-attention, then LeFF, each on normalised tokens with a residual connection.
 
@@ -133,7 +133,7 @@ class Block(nn.Module):
         if not any(module.training for module in self.modules()):
             out, y = self.add_norm(class_token, self.attn(y, num_queries=1), self.norm2)
             return out + y, class_token
-        if self._attends_for_class_token(y):
+        if _attends_first(self.attn, y):
             every, first = self.attn.forward_first(y, 1)
             kept = self.drop_path(y.new_ones(y.shape[0], 1, 1))
             with torch.no_grad():
@@ -146,14 +146,6 @@ class Block(nn.Module):
             with torch.no_grad():
                 self.leff(normalised, grid_size)
         return x + self.drop_path(_with_gradients_of_zero(class_normalised, self.leff.parameters())), class_token
-
-    def _attends_for_class_token(self, x: Tensor) -> bool:
-        """Whether the other tokens, which only enter statistics, can be attended to without a gradient."""
-        attention = self.attn
-        if type(attention) is not FusedAttention or not torch.is_grad_enabled():
-            return False
-        runs_fused = torch.compiler.is_compiling() or is_eager(x)
-        return runs_fused and not (attention.attn_drop.p or attention.proj_drop.p)
 
 
 # The classes of a block's parts that do not mind missing some of the tokens.
@@ -173,13 +165,20 @@ def encoder_parts(block: Block) -> EncoderParts | None:
     return EncoderParts(block.norm1, block.attn, block.norm2, block.leff)
 
 
+def _attends_first(attention: nn.Module, x: Tensor) -> TypeGuard[FusedAttention]:
+    """Whether the tokens behind the first, which only enter statistics, can be attended to without a gradient."""
+    if type(attention) is not FusedAttention or not torch.is_grad_enabled():
+        return False
+    runs_fused = torch.compiler.is_compiling() or is_eager(x)
+    return runs_fused and not (attention.attn_drop.p or attention.proj_drop.p)
+
+
 def _with_gradients_of_zero(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return `x` unchanged, and give `parameters`, on which it does not depend, gradients of zero."""
     nothing = [parameter.flatten()[:0] for parameter in parameters]
     return x + torch.cat(nothing).sum() if nothing else x
 
 
-@register_notrace_module
 class LCABlock(nn.Module):
     """Layer-wise class-token attention (section 3.4): the last class token gathers from those of all layers.
 

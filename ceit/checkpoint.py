@@ -126,9 +126,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
         num_patches = max(positions.shape[1] - ceit.num_prefix_tokens, 0)
         side = math.isqrt(num_patches)
         if side and side * side == num_patches:
-            weights["pos_embed"] = resample_abs_pos_embed(
-                positions, ceit.grid_size, (side, side), ceit.num_prefix_tokens
-            )
+            grid_size = list(ceit.grid_size)
+            weights["pos_embed"] = resample_abs_pos_embed(positions, grid_size, [side, side], ceit.num_prefix_tokens)
     return weights
 
 

@@ -1,10 +1,10 @@
 """The embedding: from images to a grid of patch tokens."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from timm.layers import register_notrace_module, resample_patch_embed, to_2tuple
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from ceit_kernels.block import embedding_inference
@@ -15,7 +15,6 @@ from .shortcuts import is_eager, is_exactly, is_left_alone, is_symbolic
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-@register_notrace_module
 class I2TEmbed(nn.Module):
     """Image-to-tokens module (section 3.2): the convolutional stem, then a projection of its patches.
 
@@ -48,8 +47,7 @@ class I2TEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.backbone = Image2Tokens(in_chans)
         self._built_windows = [_window(self.backbone.conv), _window(self.backbone.maxpool)]
-        self.img_size = tuple(to_2tuple(img_size))
-        self.patch_size = tuple(to_2tuple(patch_size))
+        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
         self.set_input_size()
         self.proj = PatchProjection(self.backbone.conv.out_channels, embed_dim, self.patch_size, stride=self.patch_size)
 
@@ -92,16 +90,14 @@ class I2TEmbed(nn.Module):
             ValueError: if the images are smaller than one patch; nothing is changed then.
             TypeError: if the patch size changes and the projection holds no convolution; nothing is changed then.
         """
-        img_size = self.img_size if img_size is None else tuple(to_2tuple(img_size))
-        patch_size = self.patch_size if patch_size is None else tuple(to_2tuple(patch_size))
-        grid_size = self._grid_size(img_size, patch_size)
+        image = self.img_size if img_size is None else _pair(img_size)
+        patch = self.patch_size if patch_size is None else _pair(patch_size)
+        grid_size = self._grid_size(image, patch)
         if min(grid_size) < 1:
-            raise ValueError(
-                f"img_size: expected at least one patch, {patch_size} cells of the stem's map, got {img_size}"
-            )
-        if patch_size != self.patch_size:
-            self._resample_projection(patch_size)
-        self.img_size, self.patch_size, self.grid_size = img_size, patch_size, grid_size
+            raise ValueError(f"img_size: expected at least one patch, {patch} cells of the stem's map, got {image}")
+        if patch != self.patch_size:
+            self._resample_projection(patch)
+        self.img_size, self.patch_size, self.grid_size = image, patch, grid_size
 
     def _resample_projection(self, patch_size: tuple[int, int]) -> None:
         projection = _first(self.proj, nn.Conv2d)
@@ -162,10 +158,14 @@ def _first(root: nn.Module, kind: type[Layer]) -> Layer | None:
     return next((module for module in root.modules() if isinstance(module, kind)), None)
 
 
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, Iterable) else (size, size)
+    return height, width
+
+
 def _window(layer: nn.Conv2d | nn.MaxPool2d) -> tuple[int, int, int]:
     """Kernel, stride and padding of a layer whose windows are square."""
-    kernel, stride, padding = (to_2tuple(size)[0] for size in (layer.kernel_size, layer.stride, layer.padding))
-    return kernel, stride, padding
+    return _pair(layer.kernel_size)[0], _pair(layer.stride)[0], _pair(layer.padding)[0]
 
 
 def _map_size(size: int, windows: Sequence[tuple[int, int, int]]) -> int:

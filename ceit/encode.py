@@ -1,11 +1,11 @@
 """Runs the encoder blocks, fused as far as each of them allows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ceit_kernels.block import encoder_inference
 
@@ -60,13 +60,14 @@ def _encode_fused(
         The last block's tokens (B, 1 + N, dim), or (B, 1, dim) with `class_token_only`; every block's class token
         (B, len(blocks), dim).
     """
-    if torch.is_grad_enabled() or not is_eager(x) or not all(is_exactly(block, Block) for block in blocks):
+    ours = [block for block in blocks if is_exactly(block, Block)]
+    if torch.is_grad_enabled() or not is_eager(x) or len(ours) < len(blocks):
         return None
-    found = encoder_inference(x, blocks, encoder_parts, grid_size, class_token_only)
-    if found is None and class_token_only and len(blocks) > 1 and blocks[-1].class_token_suffices():
-        found = encoder_inference(x, blocks[:-1], encoder_parts, grid_size)
+    found = encoder_inference(x, ours, encoder_parts, grid_size, class_token_only)
+    if found is None and class_token_only and len(ours) > 1 and ours[-1].class_token_suffices():
+        found = encoder_inference(x, ours[:-1], encoder_parts, grid_size)
         if found is not None:
-            out = blocks[-1](found[0], grid_size, True)
+            out = ours[-1](found[0], grid_size, True)
             return out, torch.cat((found[1], out), dim=1)
     return found
 
@@ -80,10 +81,12 @@ def _call_block(
     """
     if is_symbolic(x):
         return _record_block(block, x, grid_size, class_token_only), x[:, 0]
-    ours = is_exactly(block, Block)
-    short = ours and class_token_only and block.class_token_suffices()
-    passes = ours and block.passes_class_token()
-    function = block.forward_with_class_token if passes else block
+    function: Callable[..., Any] = block
+    short = passes = False
+    if is_exactly(block, Block):
+        short = class_token_only and block.class_token_suffices()
+        passes = block.passes_class_token()
+        function = block.forward_with_class_token if passes else block
     arguments = (x, grid_size, short) if passes or short else (x, grid_size)
     if recomputes and not short:
         function = partial(checkpoint_module, block, function=function)
@@ -91,13 +94,14 @@ def _call_block(
     return (out[0], out[1][:, 0]) if passes else (out, x[:, 0])
 
 
-def _record_block(block: nn.Module, x: Proxy, grid_size: tuple[int, int], class_token_only: bool) -> Proxy:
-    """Record a block in a graph of torch.fx with every token, from which features may be extracted.
+def _record_block(block: nn.Module, x: Any, grid_size: tuple[int, int], class_token_only: bool) -> Any:
+    """Record a block of a torch.fx.Proxy `x` in a graph with every token, from which features may be extracted.
 
     If timm's tracer records the block as one node, the class token gets a node of its own; the first node is dropped
     from the graph if nothing uses it.
     """
     out = block(x, grid_size)
-    whole = is_exactly(block, Block) and x.tracer.is_leaf_module(block, "")
-    short = whole and class_token_only and not block.training and block.class_token_suffices()
+    if not is_exactly(block, Block) or not x.tracer.is_leaf_module(block, ""):
+        return out
+    short = class_token_only and not block.training and block.class_token_suffices()
     return block(x, grid_size, True) if short else out

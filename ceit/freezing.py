@@ -16,24 +16,24 @@ def prepare_ceit(model: CeiT) -> WholeModel | None:
     Args:
         model: fused, in evaluation mode; its tensors must not change any more.
     """
-    ours = is_exactly(model, CeiT) and is_exactly(model.i2t, I2TEmbed) and is_exactly(model.lca, LCABlock)
-    if not ours or model.global_pool != "token" or model.dynamic_img_size:
+    embed, lca, layer_positions = model.i2t, model.lca, model.pos_layer_embed
+    if not (is_exactly(model, CeiT) and is_exactly(embed, I2TEmbed) and is_exactly(lca, LCABlock)):
         return None
-    if not all(is_exactly(block, Block) for block in model.blocks):
+    if model.global_pool != "token" or model.dynamic_img_size or layer_positions is None:
         return None
     if not all(is_exactly(module, nn.Dropout) and not module.training for module in (model.pos_drop, model.head_drop)):
         return None
-    layers = layers_parts(model.lca)
-    if layers is None:
+    blocks = [block for block in model.blocks if is_exactly(block, Block)]
+    layers = layers_parts(lca)
+    if layers is None or len(blocks) < len(model.blocks):
         return None
-    embed = model.i2t
     parts = ModelParts(
         embed.backbone,
         embed.proj,
         model.cls_token,
         model.pos_embed,
-        [encoder_parts(block) for block in model.blocks],
-        model.pos_layer_embed,
+        [encoder_parts(block) for block in blocks],
+        layer_positions,
         layers,
         model.norm,
         model.head,

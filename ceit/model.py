@@ -268,7 +268,7 @@ class CeiT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
-        taken, last = feature_take_indices(len(self.blocks), indices)
+        taken, last = _taken(len(self.blocks), indices)
         num_blocks = last + 1 if stop_early else len(self.blocks)
         x, grid_size = self._embed(x)
         blocks = list(self.blocks)[:num_blocks]
@@ -296,7 +296,7 @@ class CeiT(nn.Module):
         Returns:
             The kept blocks' indices, none negative.
         """
-        taken, last = feature_take_indices(len(self.blocks), indices)
+        taken, last = _taken(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
@@ -345,7 +345,7 @@ class CeiT(nn.Module):
 
     def _class_feature(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:
         """The normalised output of LCA (B, 1, C), or of the last block if LCA was pruned."""
-        if self.lca is None:
+        if self.lca is None or self.pos_layer_embed is None:
             return self.norm(tokens[:, :1])
         layers = class_tokens + self.pos_layer_embed[:, : class_tokens.shape[1]]
         return self.norm(self.lca(layers))
@@ -353,6 +353,11 @@ class CeiT(nn.Module):
     def _features(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:
         """Normalised tokens (B, 1 + N, C), the output of LCA first."""
         return torch.cat((self._class_feature(tokens, class_tokens), self.norm(tokens[:, 1:])), dim=1)
+
+
+def _taken(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """The blocks that `indices` name, as numbers that are not negative, and the last of them."""
+    return feature_take_indices(depth, indices if isinstance(indices, int | None) else list(indices))
 
 
 def _checked_pool(global_pool: str) -> str:

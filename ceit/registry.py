@@ -15,7 +15,9 @@ from torch import nn
 from ceit_kernels import FusedLinear, fast_operators, fuse
 from ceit_kernels.backends import OPERATORS
 
+from .blocks import Block, LCABlock
 from .checkpoint import checkpoint_filter_fn, load_checkpoint
+from .embed import I2TEmbed
 from .model import CeiT
 
 
@@ -47,8 +49,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# A node of its own in the graphs of timm, as the blocks are.
-register_notrace_module(FusedLinear)
+# Each of these is one node in timm's graphs.
+for _layer in (I2TEmbed, Block, LCABlock, FusedLinear):
+    register_notrace_module(_layer)
 
 
 def list_models() -> list[str]:

@@ -1,5 +1,7 @@
 """When a part of the model may be computed without calling its module."""
 
+from typing import TypeGuard, TypeVar
+
 from torch import Tensor, compiler, jit, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
@@ -8,18 +10,20 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .layers import has_hooks
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 def is_left_alone(module: nn.Module) -> bool:
     """Whether calling a module runs the `forward` of its class and nothing else (no hook, not compiled)."""
     return "forward" not in module.__dict__ and module._compiled_call_impl is None and not has_hooks(module)
 
 
-def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_exactly(module: nn.Module | None, kind: type[Module]) -> TypeGuard[Module]:
     """Whether calling a module runs the `forward` of `kind` and no hook.
 
     Subclasses, among them those that FSDP2 and parametrizations make, and wrappers may do more.
     """
-    return type(module) is kind and is_left_alone(module) and not _has_any_global_hook()
+    return module is not None and type(module) is kind and is_left_alone(module) and not _has_any_global_hook()
 
 
 def is_symbolic(x: Tensor) -> bool:

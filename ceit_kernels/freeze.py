@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,11 @@ class Whole(Protocol):
     def __call__(self, x: Tensor) -> Tensor | None: ...
 
 
-_whole: dict[type[nn.Module], Callable[[nn.Module], Whole | None]] = {}
+Model = TypeVar("Model", bound=nn.Module)
+_whole: dict[type[nn.Module], Callable[[Any], Whole | None]] = {}
 
 
-def register_freezing(model_class: type[nn.Module], prepare: Callable[[nn.Module], Whole | None]) -> None:
+def register_freezing(model_class: type[Model], prepare: Callable[[Model], Whole | None]) -> None:
     """Tell ``freeze`` how a whole model of a class is computed in one call.
 
     Args:
