@@ -21,10 +21,9 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) tests/run.py
 
+# Style and formatting of Python and C++, imports between packages, types.
 lint: $(READY)
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(RUN) tests/run.py lint
 
 # Two test processes share two cores: a thread each.
 prove: export OMP_NUM_THREADS = 1

@@ -96,7 +96,7 @@ def prepare(name: str, python: str, constraints: Path | None) -> str:
         "--upgrade",
         *(["-c", str(constraints)] if constraints else []),
     ]
-    subprocess.run([inside, "-m", "pip", "install", *options, *requirements("dev")], check=True)
+    subprocess.run([inside, "-m", "pip", "install", *options, *requirements("test")], check=True)
     versions = "import platform as p, torch, timm; print(p.python_version(), torch.__version__, timm.__version__)"
     print(f"{name}: Python, torch and timm are", end=" ", flush=True)
     subprocess.run([inside, "-c", versions], check=True)
@@ -108,7 +108,7 @@ def main() -> int:
     parts = []
     for name, (versions, constraints) in ENVIRONMENTS.items():
         python = prepare(name, choose_python(name, versions), constraints)
-        parts.append(Part(f"quick, {name} versions", (*PYTEST, *QUICK), python=python))
+        parts.append(Part(f"quick, {name} versions", (*PYTEST, *QUICK), program=python))
     return report(parts)
 
 

@@ -1,7 +1,7 @@
 """Runs the parts of the tests, as many at a time as there are cores, and says at the end how to run again what failed.
 
-`python tests/run.py` is `make test`. `python tests/run.py kinds` runs the operators' native tests with each kind of
-compiled code that this processor has beside its best.
+`python tests/run.py` is `make test`, `python tests/run.py lint` is `make lint`. `python tests/run.py kinds` runs the
+operators' native tests with each kind of compiled code that this processor has beside its best.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ class Part:
 
     Attributes:
         name: for the user.
-        arguments: of the interpreter.
+        arguments: of the program.
         environment: what it has beside this process's variables.
-        python: the interpreter.
+        program: an interpreter, or a tool beside it.
     """
 
     name: str
     arguments: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
-    python: str = sys.executable
+    program: str = sys.executable
 
     @property
     def command(self) -> str:
         """What a user types in the root of the project to run it alone."""
-        python = os.path.relpath(self.python, ROOT) if self.python.startswith(f"{ROOT}{os.sep}") else self.python
-        return " ".join([*(f"{k}={v}" for k, v in self.environment.items()), shlex.join([python, *self.arguments])])
+        inside = self.program.startswith(f"{ROOT}{os.sep}")
+        program = os.path.relpath(self.program, ROOT) if inside else self.program
+        return " ".join([*(f"{k}={v}" for k, v in self.environment.items()), shlex.join([program, *self.arguments])])
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,20 @@ def parts_of_make_test() -> list[Part]:
         Part("ttsem, the rest", (*TTSEM, KERNELS, "tests/benchmarks", without_leff)),
         Part("ttsem, LeFF", (*TTSEM, leff)),
     ]
-    lint = [Part("lint", ("-m", "ruff", "check", ".")), Part("format", ("-m", "ruff", "format", "--check", "."))]
-    return lint + tests
+    return parts_of_make_lint() + tests
+
+
+def parts_of_make_lint() -> list[Part]:
+    """What `make lint` runs: style and formatting of Python and C++, imports between packages, types."""
+    cpp = sorted(str(path.relative_to(ROOT)) for kind in ("h", "cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{kind}"))
+    tools = Path(sys.executable).parent
+    return [
+        Part("types", ("tests/typecheck.py",)),
+        Part("ruff", ("-m", "ruff", "check", ".")),
+        Part("ruff format", ("-m", "ruff", "format", "--check", ".")),
+        Part("clang-format", ("--dry-run", "-Werror", *cpp), program=str(tools / "clang-format")),
+        Part("imports", ("--no-logo",), program=str(tools / "lint-imports")),
+    ]
 
 
 def parts_by_kind() -> list[Part]:
@@ -142,7 +155,7 @@ class Runner:
                 return Result(part, 130, "", 0.0)
             self._say(part, "starts")
             process = subprocess.Popen(
-                [part.python, *part.arguments], cwd=ROOT, env=environment, start_new_session=True, text=True,
+                [part.program, *part.arguments], cwd=ROOT, env=environment, start_new_session=True, text=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
             )  # fmt: skip
             self._processes.add(process)
@@ -214,7 +227,7 @@ def report(parts: Sequence[Part]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Run what the arguments name; returns the exit status."""
-    choices = {"test": parts_of_make_test, "kinds": parts_by_kind}
+    choices = {"test": parts_of_make_test, "lint": parts_of_make_lint, "kinds": parts_by_kind}
     name = arguments[0] if arguments else "test"
     if name not in choices or len(arguments) > 1:
         print(f"usage: python tests/run.py [{'|'.join(choices)}]", file=sys.stderr)
