@@ -8,7 +8,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..common.children import child_reason, children_reason
-from ..common.module import Fusion
+from ..common.module import Fusion, attributes_of
 from ..common.registration import foreign_reason, unsupported_reason
 from .op import add_layer_norm
 
@@ -45,7 +45,7 @@ class AddNorm(nn.Module):
         return (x, norm(x)) if num_prefix_tokens is None else (x, norm(x), x[:, :num_prefix_tokens])
 
 
-class AddNormFusion(Fusion):
+class AddNormFusion(Fusion, attributes_of(AddNorm)):
     """``forward`` of a residual connection with a ``torch.nn.LayerNorm`` over the channels behind it.
 
     Another norm, or one that someone watches with a hook, is called as it is.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..common.children import ANY, children_reason
-from ..common.module import Fusion
+from ..common.module import Fusion, attributes_of
 from ..common.registration import unsupported_reason
 from .op import self_attention
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return f"num_heads={self.num_heads}, scale={self.scale:.4g}"
 
 
-class AttentionFusion(Fusion):
+class AttentionFusion(Fusion, attributes_of(Attention)):
     """``forward`` of multi-head self-attention, fused on the CPU. The projections are called, whatever they are."""
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:

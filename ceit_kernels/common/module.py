@@ -7,11 +7,18 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import nn
 
-__all__ = ["Fusion", "stand_in"]
+__all__ = ["Fusion", "attributes_of", "stand_in"]
+
+Plain = TypeVar("Plain", bound=nn.Module)
+
+
+def attributes_of(plain_class: type[Plain]) -> type[Plain]:
+    """A second base of a fusion: the plain class for type checkers, which it is put before; ``object`` at run time."""
+    return cast("type[Plain]", object)
 
 
 class Fusion:

@@ -9,7 +9,7 @@ from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_input, norm_dtype_reason
 from ..common.children import children_reason, convolution_reason
-from ..common.module import Fusion
+from ..common.module import Fusion, attributes_of
 from ..common.registration import foreign_reason, unsupported_reason
 from .cpu import stem_arguments
 from .op import size_limit
@@ -46,7 +46,7 @@ class Image2Tokens(nn.Module):
         return self.maxpool(self.bn(self.conv(x)))
 
 
-class Image2TokensFusion(Fusion):
+class Image2TokensFusion(Fusion, attributes_of(Image2Tokens)):
     """``forward`` of the image-to-tokens stem, fused."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import backends
 from ..attention import Attention
 from ..common.children import ANY, child_reason, children_reason
-from ..common.module import Fusion
+from ..common.module import Fusion, attributes_of
 from ..common.registration import foreign_reason, unsupported_reason
 from ..linear.module import LINEAR
 from .op import lca_attention
@@ -50,7 +50,7 @@ class LCAAttention(Attention):
         return q, k, v
 
 
-class LCAAttentionFusion(Fusion):
+class LCAAttentionFusion(Fusion, attributes_of(LCAAttention)):
     """``forward`` of class-token attention across layers, fused."""
 
     def forward(self, x: Tensor) -> Tensor:

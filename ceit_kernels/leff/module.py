@@ -13,7 +13,7 @@ from .. import backends
 from ..common.checks import check_input, norm_dtype_reason
 from ..common.children import children_reason, convolution_reason, held
 from ..common.freezing import is_freezable, is_frozen_call
-from ..common.module import Fusion
+from ..common.module import Fusion, attributes_of
 from ..common.registration import foreign_reason, unsupported_reason
 from .arguments import kernel_size_limit
 from .functional import leff_fused, make_settings, pack, phase_of
@@ -141,7 +141,7 @@ class LocallyEnhancedFeedForward(nn.Module):
         return z if residual is None else residual + z
 
 
-class LeFFFusion(Fusion):
+class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
     """``forward`` of the locally-enhanced feed-forward block, fused."""
 
     # What a plain class that lacks these does.

@@ -14,7 +14,7 @@ from ..common.checks import check_input
 from ..common.children import children_reason
 from ..common.freezing import is_freezable, is_frozen_call
 from ..common.matmul import linear, prepack_linear
-from ..common.module import Fusion
+from ..common.module import Fusion, attributes_of
 from ..common.registration import foreign_reason, is_eager, unsupported_reason
 from .op import linear_eagerly
 
@@ -24,7 +24,7 @@ __all__ = ["LINEAR", "FrozenLinear", "FusedLinear", "LinearFusion", "linear_laye
 _FEW = 2 << 20
 
 
-class LinearFusion(Fusion):
+class LinearFusion(Fusion, attributes_of(nn.Linear)):
     """``forward`` of a linear layer, by our own GEMM on the CPU. Differentiable once, by the reference more often."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.checks import check_input
 from ..common.children import children_reason, convolution_reason
-from ..common.module import Fusion
+from ..common.module import Fusion, attributes_of
 from ..common.registration import foreign_reason, unsupported_reason
 from .module import linear_layer
 
@@ -20,7 +20,7 @@ class PatchProjection(nn.Conv2d):
     """Linear projection of patches that lie side by side: a convolution with a stride of the kernel's size."""
 
 
-class PatchProjectionFusion(Fusion):
+class PatchProjectionFusion(Fusion, attributes_of(PatchProjection)):
     """``forward`` of a convolution whose patches do not overlap, as a linear layer of patches on the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
