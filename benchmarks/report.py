@@ -151,8 +151,8 @@ def _environment(data: Report) -> str:
     )
     backends = format_table(
         [
-            ["fused operator", "phase", "runs by", "why"],
-            *([b["operator"], b["phase"], b["backend"] or "none", b["reason"]] for b in environment["backends"]),
+            ["fused operator", "runs by", "why"],
+            *([b["operator"], b["backend"] or "none", b["reason"]] for b in environment["backends"]),
         ],
         markdown=True,
     )

@@ -86,7 +86,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
         with usage_errors("--checkpoint"):
             load_checkpoint(model, options.checkpoint, use_ema=options.ema)
         model = model.to(place.device)
-        operators = fused_operators(model, place.device, AMP_DTYPES[options.amp], "inference")
+        operators = fused_operators(model, place.device, AMP_DTYPES[options.amp])
         _logger.info("fused operators: %s", {name: by["backend"] for name, by in operators.items()} or "none")
         config = resolve_model_data_config(model, args={"img_size": options.img_size})
         if operators:

@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from ceit_kernels import FusedLinear, fast_operators, fuse
-from ceit_kernels.backends import OPERATORS
+from ceit_kernels.operators import OPERATORS
 
 from .blocks import Block, LCABlock
 from .checkpoint import checkpoint_filter_fn, load_checkpoint

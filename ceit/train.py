@@ -107,7 +107,7 @@ def train(options: TrainOptions) -> Result:
 
         random_seed(options.seed)
         model = _prepare_model(options, place)
-        operators = fused_operators(model, place.device, AMP_DTYPES[options.amp], "training")
+        operators = fused_operators(model, place.device, AMP_DTYPES[options.amp])
         config = resolve_model_data_config(model, args={"img_size": options.img_size})
         train_loader = create_train_loader(train_split, options, config, place)
         test_loader = create_test_loader(test_split, options, config, place)

@@ -9,15 +9,14 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backends import OPERATORS, current_backend
-from .common.registration import is_eager
+from .backends import current_backend
+from .common.calls import is_eager
 from .fuse import fuse
-from .leff import FrozenLeFF
-from .linear import FrozenLinear
+from .operators import OPERATORS
 
 __all__ = ["Frozen", "freeze", "register_freezing"]
 
-_FROZEN = (FrozenLeFF, FrozenLinear)
+_FROZEN = [spec.frozen_class() for spec in OPERATORS.values() if spec.frozen]
 
 
 class Whole(Protocol):

@@ -7,27 +7,18 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .add_norm import AddNorm, FusedAddNorm
-from .attention import Attention, FusedAttention
-from .backends import OPERATORS
 from .common.module import Fusion, stand_in
-from .i2t import FusedImage2Tokens, Image2Tokens
-from .lca import FusedLCAAttention, LCAAttention
-from .leff import FusedLeFF, LocallyEnhancedFeedForward
-from .linear import FusedLinear, FusedPatchProjection, PatchProjection
+from .operators import OPERATORS
 
 __all__ = ["fuse", "register_fusion", "unfuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# By the plain class.
 _fusions: dict[type[nn.Module], tuple[str, type[Fusion]]] = {
-    LocallyEnhancedFeedForward: ("leff", FusedLeFF),
-    LCAAttention: ("lca", FusedLCAAttention),
-    Image2Tokens: ("i2t", FusedImage2Tokens),
-    AddNorm: ("add_norm", FusedAddNorm),
-    nn.Linear: ("linear", FusedLinear),
-    PatchProjection: ("linear", FusedPatchProjection),
-    Attention: ("attention", FusedAttention),
+    fused_class.plain_class: (name, fused_class)
+    for name, spec in OPERATORS.items()
+    for fused_class in spec.fused_classes()
 }
 
 
@@ -50,19 +41,11 @@ def register_fusion(operator: str, plain_class: type[nn.Module], fused_class: ty
         TypeError: ``fused_class`` is no fused class.
     """
     if operator not in OPERATORS:
-        raise ValueError(f"operator: expected one of {OPERATORS}, got {operator!r}")
+        raise ValueError(f"operator: expected one of {tuple(OPERATORS)}, got {operator!r}")
     _fusions[plain_class] = (operator, stand_in(plain_class, fused_class))
 
 
-def fuse(
-    model: Model,
-    leff: bool = True,
-    lca: bool = True,
-    i2t: bool = True,
-    add_norm: bool = True,
-    linear: bool = True,
-    attention: bool = True,
-) -> Model:
+def fuse(model: Model, **operators: bool) -> Model:
     """Turn the plain modules of a model into fused ones, in place, by their class alone.
 
     Every module stays the object that it is, with its parameters, hooks and attributes, and an instance of its plain
@@ -72,21 +55,21 @@ def fuse(
 
     Args:
         model: any module; plain classes of this package and of ``register_fusion`` are found at any depth.
-        leff: fuse the locally-enhanced feed-forward blocks.
-        lca: fuse the class-token attention across layers.
-        i2t: fuse the image-to-tokens stem.
-        add_norm: fuse the residual connections with the norms behind them.
-        linear: let the linear layers take their products from this package's GEMM on the CPU.
-        attention: fuse the self-attention of the encoder.
+        operators: False by the name of an operator leaves its modules plain: ``leff``, ``lca``, ``i2t``, ``add_norm``,
+            ``linear`` (with the projection of patches) or ``attention``.
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: unknown operator.
     """
-    flags = (leff, lca, i2t, add_norm, linear, attention)
-    wanted = {name for name, flag in zip(OPERATORS, flags, strict=True) if flag}
+    unknown = operators.keys() - OPERATORS.keys()
+    if unknown:
+        raise TypeError(f"fuse: expected operators of {tuple(OPERATORS)}, got {sorted(unknown)}")
     for module in model.modules():
         operator, fused_class = _fusions.get(type(module), (None, None))
-        if operator in wanted and "forward" not in module.__dict__:
+        if fused_class is not None and operators.get(operator, True) and "forward" not in module.__dict__:
             module.__class__ = fused_class
     return model
 

@@ -26,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions, chip, threads, commit and the backends of the fused operators, as JSON has them."""
     packages = {name: _version(name) for name in EXPORTERS}
     status = [
-        {"operator": row.operator, "phase": row.phase, "backend": row.backend, "reason": row.reason}
+        {"operator": row.operator, "backend": row.backend, "reason": row.reason}
         for row in ceit_kernels.status()
         if row.device == device.type
     ]

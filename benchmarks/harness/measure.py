@@ -239,7 +239,7 @@ def _build_checked(
         return Entry(name, "refused", wrong), None
     entry = Entry(name, "timed")
     if name in OURS:
-        entry.backends = fused_operators(step.module, x.device, workload.torch_dtype, workload.phase)
+        entry.backends = fused_operators(step.module, x.device, workload.torch_dtype)
     return entry, step
 
 

@@ -27,7 +27,7 @@ class Case:
     """A call of an operator's module.
 
     Attributes:
-        operator: as in ``backends.OPERATORS``.
+        operator: of ``ceit_kernels.operators.OPERATORS``.
         make_fused: makes the fused module.
         make_plain: makes what ``torch.compile`` is given.
         shape: of the input.

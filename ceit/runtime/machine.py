@@ -10,19 +10,11 @@ import torch
 from torch import nn
 
 import ceit_kernels
+from ceit_kernels.operators import OPERATORS
 
 from .options import UsageError, usage_errors
 
 AMP_DTYPES = {"none": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_FUSED_CLASSES = {
-    "leff": ceit_kernels.FusedLeFF,
-    "lca": ceit_kernels.FusedLCAAttention,
-    "i2t": ceit_kernels.FusedImage2Tokens,
-    "add_norm": ceit_kernels.FusedAddNorm,
-    "linear": ceit_kernels.FusedLinear,
-    "attention": ceit_kernels.FusedAttention,
-}
 
 
 def versions() -> dict[str, str]:
@@ -46,26 +38,20 @@ def devices() -> list[str]:
     return [f"cpu {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", *gpus]
 
 
-def fused_operators(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, phase: str
-) -> dict[str, dict[str, str]]:
+def fused_operators(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, str]]:
     """What runs every fused operator of `model`, by operator: {"backend": ..., "reason": ...}; empty for a plain model.
 
     Args:
         model: a model, fused or not.
         device: where it runs.
         dtype: what it computes in.
-        phase: "inference" or "training".
 
     Raises:
         UsageError: the backend that was asked for cannot run one of them.
     """
-    present = {name for name, cls in _FUSED_CLASSES.items() if any(isinstance(m, cls) for m in model.modules())}
-    rows = [
-        row
-        for row in ceit_kernels.status(dtype)
-        if row.operator in present and (row.device, row.phase) == (device.type, phase)
-    ]
+    modules = list(model.modules())
+    present = {name for name, spec in OPERATORS.items() if any(isinstance(m, spec.fused_classes()) for m in modules)}
+    rows = [row for row in ceit_kernels.status(dtype) if row.operator in present and row.device == device.type]
     for row in rows:
         if row.backend is None:
             raise UsageError(row.reason)

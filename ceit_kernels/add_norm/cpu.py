@@ -23,11 +23,6 @@ _forward, _backward = torch.ops.ceit._add_norm_forward.default, torch.ops.ceit._
 _ROWS = 32  # that are added up to one partial sum of the parameters' gradients, as in csrc/cpu/add_norm/calls.h
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What parameters, statistics and sums are kept in."""
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
         return tensor
@@ -41,29 +36,24 @@ def add_norm_forward_cpu(
     bias: Tensor | None,
     eps: float,
     num_prefix_tokens: int,
-    total_dtype: torch.dtype,
+    need_statistics: bool,
     out_dtype: torch.dtype,
-    with_statistics: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Arguments as of ``add_layer_norm``, checked and not empty; ``total_dtype`` is that of the sum.
-
-    Returns:
-        ``x + branch`` (None without a branch), its LayerNorm, its prefix tokens (None without any), means and
-        reciprocal deviations of the rows (None without statistics).
-    """
-    wide = _wide(total_dtype)
-    weight, bias = _as(weight, wide), _as(bias, wide)
+) -> tuple[Tensor | None, ...]:
+    """The results of ``ceit::add_norm``, its arguments checked and not empty."""
+    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = _as(weight, acc_dtype), _as(bias, acc_dtype)
     total = mean = rstd = None
-    if with_statistics:
-        mean, rstd = x.new_empty(x.shape[:-1], dtype=wide), x.new_empty(x.shape[:-1], dtype=wide)
-    if out_dtype == total_dtype:
-        x, branch = _as(x, total_dtype), _as(branch, total_dtype)
+    if need_statistics:
+        mean, rstd = x.new_empty(x.shape[:-1], dtype=acc_dtype), x.new_empty(x.shape[:-1], dtype=acc_dtype)
+    if out_dtype == dtype:
+        x, branch = _as(x, dtype), _as(branch, dtype)
         total = None if branch is None else torch.empty_like(x)
         out = torch.empty_like(x)
         _forward(x, branch, weight, bias, eps, total, out, mean, rstd)
     else:
         total = None if branch is None else x + branch
-        source = _as(x if total is None else total, wide)
+        source = _as(x if total is None else total, acc_dtype)
         out = torch.empty_like(source)
         _forward(source, None, weight, bias, eps, None, out, mean, rstd)
         out = out.to(out_dtype)
@@ -85,22 +75,16 @@ def add_norm_backward_cpu(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the sum, the weight and the bias, None for those that are not needed."""
-    wide, dtype = mean.dtype, total.dtype
-    compute = dtype if grad_out.dtype == dtype else wide
+    acc_dtype, dtype = mean.dtype, total.dtype
+    compute = dtype if grad_out.dtype == dtype else acc_dtype
     tensors = [_as(tensor, compute) for tensor in (grad_out, grad_total, grad_prefix, total)]
     grad = torch.empty_like(tensors[3]) if need_input else None
     partial = None
     if need_weight or need_bias:
-        partial = total.new_empty(((mean.numel() + _ROWS - 1) // _ROWS, 2, total.shape[-1]), dtype=wide)
-    _backward(*tensors, _as(weight, wide), mean, rstd, grad, partial)
-    if grad is not None:
-        grad = grad.to(dtype)
-    if partial is None:
-        return grad, None, None
-    grad_weight, grad_bias = partial.sum(0)
+        partial = total.new_empty(((mean.numel() + _ROWS - 1) // _ROWS, 2, total.shape[-1]), dtype=acc_dtype)
+    _backward(*tensors, _as(weight, acc_dtype), mean, rstd, grad, partial)
+    grad = None if grad is None else grad.to(dtype)
     # Copied, as views of one tensor would be of a registered operator's results.
-    return (
-        grad,
-        grad_weight.to(weight.dtype, copy=True) if need_weight else None,
-        grad_bias.to(bias.dtype, copy=True) if need_bias else None,
-    )
+    sums = (None, None) if partial is None else partial.sum(0)
+    grad_weight = sums[0].to(weight.dtype, copy=True) if need_weight else None
+    return grad, grad_weight, sums[1].to(bias.dtype, copy=True) if need_bias else None

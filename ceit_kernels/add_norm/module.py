@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
+from ..common.calls import foreign_reason, unsupported_reason
 from ..common.children import child_reason, children_reason
 from ..common.module import Fusion, attributes_of
-from ..common.registration import foreign_reason, unsupported_reason
-from .op import add_layer_norm
+from .functional import add_norm
 
 __all__ = ["AddNorm", "FusedAddNorm", "is_plain_layer_norm"]
 
@@ -64,11 +64,11 @@ class AddNormFusion(Fusion, attributes_of(AddNorm)):
             num_prefix_tokens: return the first tokens of the sum as well, for x of shape (B, N, C).
 
         Returns:
-            As ``add_layer_norm``: the sum, to be used in the place of x, and its norm, (..., C); with
+            As ``add_norm``: the sum, to be used in the place of x, and its norm, (..., C); with
             ``num_prefix_tokens`` also the sum's first tokens (B, P, C).
 
         Raises:
-            ValueError, TypeError, BackendError: as ``add_layer_norm``.
+            ValueError, TypeError, BackendError: as ``add_norm``.
         """
         reason = unsupported_reason(x, branch) or self.plain_reason() or _norm_reason(norm)
         if reason is None:
@@ -77,7 +77,7 @@ class AddNormFusion(Fusion, attributes_of(AddNorm)):
         if reason is not None:
             backends.leave_to_reference("add_norm", reason)
             return super().forward(x, branch, norm, num_prefix_tokens)
-        return add_layer_norm(x, branch, weight, bias, norm.eps, num_prefix_tokens=num_prefix_tokens)
+        return add_norm(x, branch, weight, bias, norm.eps, num_prefix_tokens=num_prefix_tokens)
 
     def plain_reason(self) -> str | None:
         """As of ``Fusion``."""

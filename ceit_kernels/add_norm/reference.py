@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_layer_norm_reference"]
+__all__ = ["add_norm_reference"]
 
 
-def add_layer_norm_reference(
+def add_norm_reference(
     x: Tensor,  # (..., C)
     branch: Tensor | None,  # (..., C)
     weight: Tensor | None,  # (C,)

@@ -1,16 +1,44 @@
-"""The schemas of ``csrc/cpu/attention``: self-attention on the CPU, a block of queries at a time."""
+"""Self-attention on the CPU, a tile of queries at a time: the schemas of ``csrc/cpu/attention``, and its buffers."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["kernels"]
+__all__ = ["attention_backward_cpu", "attention_forward_cpu", "empty_results"]
 
-for _schema in (
-    "_attention(Tensor qkv, int num_heads, float scale, Tensor(a!) out, Tensor(b!)? statistics) -> ()",
-    "_attention_backward(Tensor grad_out, Tensor qkv, Tensor statistics, int num_heads, float scale, "
-    "Tensor(a!) grad_qkv) -> ()",
-):
-    torch.library.define(f"ceit::{_schema.partition('(')[0]}", f"({_schema.partition('(')[2]}")
+torch.library.define(
+    "ceit::_attention", "(Tensor qkv, int num_heads, float scale, Tensor(a!) out, Tensor(b!)? statistics) -> ()"
+)
+torch.library.define(
+    "ceit::_attention_backward",
+    "(Tensor grad_out, Tensor qkv, Tensor statistics, int num_heads, float scale, Tensor(a!) grad_qkv) -> ()",
+)
 
-kernels = torch.ops.ceit
+_forward, _backward = torch.ops.ceit._attention.default, torch.ops.ceit._attention_backward.default
+
+
+def empty_results(qkv: Tensor, num_heads: int, num_queries: int, need_statistics: bool) -> tuple[Tensor, Tensor | None]:
+    """Tensors for the results of ``ceit::attention``."""
+    batch, _, width = qkv.shape
+    statistics = None
+    if need_statistics:
+        acc_dtype = torch.promote_types(qkv.dtype, torch.float32)
+        statistics = qkv.new_empty((batch, num_heads, num_queries, 2), dtype=acc_dtype)
+    return qkv.new_empty((batch, num_queries, width // 3)), statistics
+
+
+def attention_forward_cpu(
+    qkv: Tensor, num_heads: int, scale: float, num_queries: int, need_statistics: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The results of ``ceit::attention``, its arguments checked."""
+    out, statistics = empty_results(qkv, num_heads, num_queries, need_statistics)
+    _forward(qkv.contiguous(), num_heads, scale, out, statistics)
+    return out, statistics
+
+
+def attention_backward_cpu(grad_out: Tensor, qkv: Tensor, statistics: Tensor, num_heads: int, scale: float) -> Tensor:
+    """The gradient of qkv, its arguments checked."""
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _backward(grad_out.contiguous(), qkv.contiguous(), statistics.contiguous(), num_heads, scale, grad_qkv)
+    return grad_qkv

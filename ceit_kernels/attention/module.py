@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..common.calls import unsupported_reason
 from ..common.children import ANY, children_reason
 from ..common.module import Fusion, attributes_of
-from ..common.registration import unsupported_reason
-from .op import self_attention
+from .functional import self_attention
 
 __all__ = ["Attention", "FusedAttention"]
 

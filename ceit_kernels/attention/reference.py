@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["self_attention_reference"]
+__all__ = ["attention_reference"]
 
 
-def self_attention_reference(
+def attention_reference(
     qkv: Tensor,  # (B, N, 3 * H * D)
     num_heads: int,  # H
     scale: float,

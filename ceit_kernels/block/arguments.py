@@ -12,8 +12,8 @@ from .. import backends
 from ..add_norm.module import is_plain_layer_norm
 from ..attention import FusedAttention
 from ..common.autocast import autocast_dtype
+from ..common.calls import is_eager, unsupported_reason
 from ..common.children import child_reason
-from ..common.registration import is_eager, unsupported_reason
 from ..lca import FusedLCAAttention
 from ..linear.module import LINEAR
 

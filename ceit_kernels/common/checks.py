@@ -7,7 +7,15 @@ from torch import Tensor
 
 from .autocast import autocast_dtype
 
-__all__ = ["check_device", "check_dtype", "check_floating", "check_input", "check_shape", "norm_dtype_reason"]
+__all__ = [
+    "check_device",
+    "check_dtype",
+    "check_floating",
+    "check_input",
+    "check_parameters",
+    "check_shape",
+    "norm_dtype_reason",
+]
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
@@ -39,6 +47,16 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
     """Two arguments are on one device."""
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} like {like_name}, got {tensor.device}")
+
+
+def check_parameters(x: Tensor, compute_dtype: torch.dtype | None, **parameters: Tensor | None) -> None:
+    """Parameters are on the device of x and, unless ``compute_dtype`` is given, of its dtype."""
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            check_device(name, parameter, x, "x")
+            check_floating(name, parameter)
+            if compute_dtype is None:
+                check_dtype(name, parameter, x.dtype, "x")
 
 
 def check_input(name: str, tensor: Tensor, like: Tensor, like_name: str, *expected: int | str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .launch import is_recording
+
 __all__ = ["cpu_code", "describe_extension", "extension_problem", "has_kernel"]
 
 torch.library.define("ceit::_cpu_code", "() -> str")
@@ -36,7 +38,9 @@ def _load() -> str | None:
 
 @torch.compiler.assume_constant_result
 def has_kernel(operator: str, device_type: str) -> bool:
-    """Whether compiled code serves ``ceit::<operator>`` on a kind of device."""
+    """Whether compiled code serves ``ceit::<operator>`` on a kind of device, as it does where launches are recorded."""
+    if is_recording():
+        return True
     _load()
     try:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"ceit::{operator}", device_type.upper())

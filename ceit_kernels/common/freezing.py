@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from .autocast import autocast_dtype
+from .calls import is_eager, unsupported_reason
 from .module import Fusion
-from .registration import is_eager, unsupported_reason
 
 __all__ = ["is_freezable", "is_frozen_call"]
 

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "is_recording", "launch", "nvidia_options", "record_launches", "target_chip"]
+__all__ = [
+    "Launch",
+    "compute_capability",
+    "is_recording",
+    "launch",
+    "nvidia_options",
+    "record_launches",
+    "target_chip",
+    "target_device",
+]
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,24 @@ def is_recording() -> bool:
     return _recorder is not None
 
 
+def target_device(x: Tensor) -> tuple[str, int | None]:
+    """Kind and index of the device that a call on ``x`` is for, a GPU's where launches are recorded."""
+    if _recorder is not None:
+        return "cuda", None
+    return "cuda" if x.is_cuda else x.device.type, x.device.index
+
+
+def compute_capability(device_index: int | None) -> int:
+    """Compute capability, times ten, of a GPU, the recorded one's where launches are recorded."""
+    if _recorder is not None or torch.version.hip is not None:
+        return _recorded_chip
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
 def target_chip(x: Tensor) -> int:
     """Compute capability, times ten, of the GPU that launches on the device of ``x`` are for; 90 without a GPU."""
-    if is_recording() or not x.is_cuda or torch.version.hip is not None:
-        return _recorded_chip
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
+    return compute_capability(x.device.index) if x.is_cuda else _recorded_chip
 
 
 def launch(

@@ -6,24 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
+from torch import Tensor
 
-__all__ = [
-    "foreign_reason",
-    "is_eager",
-    "loop_over_batch",
-    "refuse_gradient",
-    "register_autocast",
-    "unsupported_reason",
-]
+__all__ = ["loop_over_batch", "refuse_gradient", "register_autocast"]
 
 _LIBRARY = torch.library.Library("ceit", "FRAGMENT")
-
-# PyTorch's own, and what compilers and dispatch modes put in their place.
-_KNOWN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 
 
 def refuse_gradient(operator: str, message: str) -> None:
@@ -79,50 +66,3 @@ def loop_over_batch(operator: str) -> None:
         return stacked, (0,) * len(stacked)
 
     torch.library.register_vmap(operator, rule)
-
-
-def is_eager(x: Tensor) -> bool:
-    """Whether a call runs in plain eager mode: no compiler, dispatch mode, function transform or tensor subclass.
-
-    Then an operator's functions may run without the dispatcher, which costs a fraction of a millisecond on the CPU.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._functorch.is_legacy_batchedtensor(x)
-    )
-
-
-def unsupported_reason(*tensors: Tensor | None) -> str | None:
-    """Why only plain PyTorch can compute with these tensors here and now; None if operators of this package may.
-
-    They have no formulas for the transforms of ``torch.func`` and for derivatives in forward mode, other runtimes do
-    not know them, and what a subclass of tensors means by its data is its own business. Compilers and dispatch modes
-    see registered operators.
-    """
-    if torch.compiler.is_compiling():
-        if torch.onnx.is_in_onnx_export():
-            return "a model is exported to ONNX, which does not know the kernels"
-    elif torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func is active, which the kernels do not have"
-    elif forward_ad._current_level >= 0:
-        return "derivatives are taken in forward mode, which the kernels do not have"
-    elif torch._C._get_tracing_state() is not None:
-        return "torch.jit traces the call, whose result other programs are to run"
-    return foreign_reason(*tensors)
-
-
-def foreign_reason(*tensors: Tensor | None) -> str | None:
-    """Why operators of this package cannot read some tensors; None if they can."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _KNOWN_TENSORS:
-            return f"the kernels do not know {type(tensor).__name__}"
-        if tensor.layout is not torch.strided:
-            return f"the kernels do not take tensors of layout {tensor.layout}"
-        if tensor.dtype.is_complex:
-            return f"the kernels do not compute in {tensor.dtype}"
-    return None

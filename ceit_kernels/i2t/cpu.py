@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sizes import conv_size
+
 __all__ = ["i2t_backward_cpu", "i2t_forward_cpu", "stem_arguments"]
 
 for _schema in (
@@ -20,10 +22,6 @@ for _schema in (
 
 _BLOCK = 32  # output channels that packed weights have side by side
 _PARTS = 64  # of a backward pass, each with sums of its own, so that they do not depend on the number of threads
-
-
-def _conv_size(size: int) -> int:
-    return (size - 1) // 2 + 1
 
 
 def _packed(weight: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
@@ -77,27 +75,26 @@ def i2t_forward_cpu(
     eps: float,
     need_indices: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """The registered operator's results, its arguments checked, B at least 1; training if ``mean`` is None."""
     training, wide = mean is None, torch.promote_types(dtype, torch.float32)
-    channels, conv_sizes = weight.shape[0], [_conv_size(size) for size in x.shape[2:]]
+    channels, conv_sizes = weight.shape[0], [conv_size(size) for size in x.shape[2:]]
     gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in (gamma, beta, mean, variance))
     result = torch.empty(
-        (x.shape[0], channels, *map(_conv_size, conv_sizes)), dtype=dtype, memory_format=torch.channels_last
+        (x.shape[0], channels, *map(conv_size, conv_sizes)), dtype=dtype, memory_format=torch.channels_last
     )
     out = result.permute(0, 2, 3, 1)
-    keep = training or need_indices
-    indices = torch.empty(out.shape if keep else (0, 0, 0, 0), dtype=torch.uint8)
+    indices = torch.empty(out.shape, dtype=torch.uint8) if training or need_indices else None
     # Backward takes it in training as it is before the norm: the result is its user's, who may write to it.
     pooled = torch.empty_like(out) if training and need_indices else None
     target = out if pooled is None else pooled
     moments = torch.empty((x.shape[0], conv_sizes[0], 2, channels), dtype=wide) if training else None
     packed, sign, norm = stem_arguments(weight, gamma, beta, mean, variance, eps, dtype)
-    torch.ops.ceit._i2t_forward_cpu(x.to(dtype), packed, sign, norm, target, indices if keep else None, moments)
+    torch.ops.ceit._i2t_forward_cpu(x.to(dtype), packed, sign, norm, target, indices, moments)
     if training:
         mean, variance = _merged(moments, conv_sizes[1])
         torch.ops.ceit._i2t_normalise_cpu(target, _norm(gamma, beta, mean, variance, eps), out)
-    return result, indices.permute(0, 3, 1, 2) if keep else indices.view(0), mean, variance, pooled
+    return result, None if indices is None else indices.permute(0, 3, 1, 2), mean, variance, pooled
 
 
 def i2t_backward_cpu(
@@ -116,7 +113,7 @@ def i2t_backward_cpu(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of x (None unless needed), the weight, gamma and beta; ``pooled`` is the forward's in training."""
     wide = torch.promote_types(dtype, torch.float32)
-    channels, conv_sizes = weight.shape[0], [_conv_size(size) for size in x.shape[2:]]
+    channels, conv_sizes = weight.shape[0], [conv_size(size) for size in x.shape[2:]]
     gamma, mean, variance = (None if t is None else t.to(wide) for t in (gamma, mean, variance))
     grad_out, indices = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_out.to(dtype), indices))
     scale, zeros = _scale(variance, gamma, eps), torch.zeros_like(mean)

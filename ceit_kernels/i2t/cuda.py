@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..common.launch import is_recording
+from .sizes import conv_size, pooled_size
 
-__all__ = ["OUT_CHANNELS", "i2t_backward_cuda", "i2t_forward_cuda", "pooled_size"]
+__all__ = ["OUT_CHANNELS", "i2t_backward_cuda", "i2t_forward_cuda"]
 
 OUT_CHANNELS = (32, 64, 96)
 
@@ -29,15 +30,6 @@ _POOLED_COLUMNS_PER_BLOCK, _WARPS_ACROSS, _BAND_ROWS = 14, 2, 4
 _TILE = (14, 16)  # of the convolution, in backward
 _CHANNELS_PER_BLOCK = 32  # in backward
 _MULTIPROCESSORS_ON_HOST, _MULTIPROCESSORS_RECORDED = 4, 132  # the latter an H100's
-
-
-def _conv_size(size: int) -> int:
-    return (size - 1) // 2 + 1
-
-
-def pooled_size(size: int) -> int:
-    """Side of the result for a side of the image."""
-    return _conv_size(_conv_size(size))
 
 
 def _multiprocessors(x: Tensor) -> int:
@@ -84,7 +76,7 @@ def i2t_forward_cuda(
     eps: float,
     need_indices: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
     """The registered operator's result, its arguments checked; training if ``mean`` is None."""
     training, parameter = mean is None, _parameter_dtype(dtype)
     channels, height, width = weight.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3])
@@ -106,11 +98,7 @@ def i2t_forward_cuda(
         _image_for(x, dtype), weight, gamma, beta, mean, variance, packed, moments, out, indices,
         eps, training, _tensor_cores(dtype), rows,
     )  # fmt: skip
-    return result, _as_image(indices, out), mean, variance, None
-
-
-def _as_image(indices: Tensor | None, out: Tensor) -> Tensor:
-    return out.new_empty(0, dtype=torch.uint8) if indices is None else indices.permute(0, 3, 1, 2)
+    return result, None if indices is None else indices.permute(0, 3, 1, 2), mean, variance, None
 
 
 def i2t_backward_cuda(
@@ -130,7 +118,7 @@ def i2t_backward_cuda(
     parameter = _parameter_dtype(dtype)
     weight, gamma, mean, variance = _as_parameters(dtype, weight, gamma, mean, variance)
     channels, fan_in = weight.shape[0], weight.shape[1] * 49
-    tiles = x.shape[0] * -(-_conv_size(x.shape[2]) // _TILE[0]) * -(-_conv_size(x.shape[3]) // _TILE[1])
+    tiles = x.shape[0] * -(-conv_size(x.shape[2]) // _TILE[0]) * -(-conv_size(x.shape[3]) // _TILE[1])
     blocks = min(tiles, max(1, 2 * _multiprocessors(x) * _CHANNELS_PER_BLOCK // channels))
     sums = torch.empty(blocks * (2 * fan_in * channels + fan_in + channels), dtype=parameter, device=x.device)
     packed = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)

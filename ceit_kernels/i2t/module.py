@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..common.autocast import autocast_dtype
-from ..common.checks import check_input, norm_dtype_reason
+from ..common.calls import foreign_reason, unsupported_reason
+from ..common.checks import check_input
 from ..common.children import children_reason, convolution_reason
 from ..common.module import Fusion, attributes_of
-from ..common.registration import foreign_reason, unsupported_reason
 from .cpu import stem_arguments
-from .op import size_limit
+from .functional import image_to_tokens
+from .op import size_unsupported_reason
 
 __all__ = ["FusedImage2Tokens", "Image2Tokens"]
 
@@ -67,31 +67,13 @@ class Image2TokensFusion(Fusion, attributes_of(Image2Tokens)):
         reason = unsupported_reason(x) or self.plain_reason()
         if reason is None:
             weight, bn = self.conv.weight, self.bn
-            parameters = (x, weight, bn.weight, bn.bias)
-            reason = foreign_reason(*parameters, bn.running_mean, bn.running_var)
+            reason = foreign_reason(weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
         if reason is not None:
             backends.leave_to_reference("i2t", reason)
             return super().forward(x)
         check_input("x", x, weight, "conv.weight", "B", weight.shape[1], "H", "W")
-        batch_statistics = bn.training or bn.running_mean is None
-        needs_gradient = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
-        phase = "training" if batch_statistics or needs_gradient else "inference"
-        dtype = autocast_dtype(x) or x.dtype
-        norm_tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        limit = size_limit(x, weight.shape[0]) or norm_dtype_reason("bn", dtype, *norm_tensors)
-        choice = backends.choose("i2t", x, dtype, limit, phase)
-        if choice.backend == "reference":
-            return super().forward(x)
-        values_per_channel = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
-        if bn.training and values_per_channel == 1:
-            raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
-        statistics = (None, None) if batch_statistics else (bn.running_mean, bn.running_var)
-        out, _, mean, variance, _ = torch.ops.ceit.i2t(
-            *parameters, *statistics, bn.eps, needs_gradient, None, choice.backend
-        )
-        if bn.training and bn.track_running_stats and bn.running_mean is not None:
-            _update_running_statistics(bn, mean, variance, values_per_channel)
-        return out
+        out = image_to_tokens(x, weight, bn)
+        return super().forward(x) if out is None else out
 
     def plain_reason(self) -> str | None:
         """As of ``Fusion``."""
@@ -114,7 +96,7 @@ class Image2TokensFusion(Fusion, attributes_of(Image2Tokens)):
         if self.plain_reason() is not None or bn.training or bn.running_mean is None:
             return None
         weight = self.conv.weight
-        if size_limit(x, weight.shape[0]) is not None:
+        if size_unsupported_reason(x, weight.shape[0]) is not None:
             return None
         return stem_arguments(weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, x.dtype)
 
@@ -129,12 +111,3 @@ class FusedImage2Tokens(Image2TokensFusion, Image2Tokens):
 def _in_process_group() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-@torch.no_grad()
-def _update_running_statistics(bn: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, variance: Tensor, n: int) -> None:
-    """As ``BatchNorm2d`` does it: the unbiased variance, and a plain average where momentum is None."""
-    bn.num_batches_tracked.add_(1)
-    momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
-    for running, new in ((bn.running_mean, mean), (bn.running_var, variance * (n / (n - 1)))):
-        running.copy_(running * (1 - momentum) + new * momentum)

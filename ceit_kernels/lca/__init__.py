@@ -1,6 +1,6 @@
 """The layer-wise class-token attention (LCA)."""
 
+from .functional import lca_attention
 from .module import FusedLCAAttention, LCAAttention
-from .op import lca_attention
 
 __all__ = ["FusedLCAAttention", "LCAAttention", "lca_attention"]

@@ -9,11 +9,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..attention import Attention
+from ..common.calls import foreign_reason, unsupported_reason
 from ..common.children import ANY, child_reason, children_reason
 from ..common.module import Fusion, attributes_of
-from ..common.registration import foreign_reason, unsupported_reason
 from ..linear.module import LINEAR
-from .op import lca_attention
+from .functional import lca_attention
 
 __all__ = ["FusedLCAAttention", "LCAAttention"]
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..common.philox import keep_mask
 
-__all__ = ["lca_attention_reference"]
+__all__ = ["lca_reference"]
 
 
-def lca_attention_reference(
+def lca_reference(
     x: Tensor,  # (B, L, C)
     qkv_weight: Tensor,  # (3C, C)
     qkv_bias: Tensor | None,  # (3C,)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.registration import is_eager, unsupported_reason
+from ..common.calls import is_eager, unsupported_reason
 from . import op, op_training
 from .arguments import Settings, check, check_weights, kernel_size_limit, parameters_per_layer
 from .grid import from_tokens, residual_to_tokens, to_tokens
@@ -91,7 +91,7 @@ def leff_block(
             raise ValueError(f"norms[{i}]: expected running statistics where it is not training, got None")
     phase = phase_of(norms, (tokens, residual, *parameters))
     limit = limit or kernel_size_limit(weights[1]) or unsupported_reason(tokens, residual, *parameters)
-    choice = backends.choose("leff", x, settings.compute_dtype or x.dtype, limit, phase)
+    choice = backends.choose("leff", x, settings.compute_dtype or x.dtype, limit)
     if choice.backend != "reference":
         out = leff_fused(tokens, parameters, norms, residual, settings._replace(backend=choice.backend), phase)
     else:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input, norm_dtype_reason
 from ..common.children import children_reason, convolution_reason, held
 from ..common.freezing import is_freezable, is_frozen_call
 from ..common.module import Fusion, attributes_of
-from ..common.registration import foreign_reason, unsupported_reason
 from .arguments import kernel_size_limit
 from .functional import leff_fused, make_settings, pack, phase_of
 from .grid import LAYOUTS, check_grid_size, from_tokens, residual_to_tokens, to_tokens, token_grid
@@ -190,7 +190,7 @@ class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
                 tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
                 limit = limit or norm_dtype_reason(name, dtype, *tensors)
         phase = phase_of(norms, (tokens, added, *parameters))
-        choice = backends.choose("leff", tokens, dtype, limit, phase)
+        choice = backends.choose("leff", tokens, dtype, limit)
         if choice.backend == "reference":
             return super().forward(x, grid_size, residual)
         out = leff_fused(tokens, parameters, norms, added, settings._replace(backend=choice.backend), phase)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.calls import is_eager
 from ..common.checks import check_device, check_shape
 from ..common.flops import conv_backward_flops, conv_flops, register_flops
-from ..common.registration import is_eager, loop_over_batch, refuse_gradient, register_autocast
+from ..common.registration import loop_over_batch, refuse_gradient, register_autocast
 from .arguments import (
     PARAMETER_NAMES,
     PARAMETER_SCHEMA,

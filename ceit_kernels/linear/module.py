@@ -5,23 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from ..common.autocast import autocast_dtype
+from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input
 from ..common.children import children_reason
 from ..common.freezing import is_freezable, is_frozen_call
 from ..common.matmul import linear, prepack_linear
 from ..common.module import Fusion, attributes_of
-from ..common.registration import foreign_reason, is_eager, unsupported_reason
-from .op import linear_eagerly
+from .functional import linear_layer
 
-__all__ = ["LINEAR", "FrozenLinear", "FusedLinear", "LinearFusion", "linear_layer"]
-
-# Multiply-adds of a product below which PyTorch's own is as fast, for its calls cost less.
-_FEW = 2 << 20
+__all__ = ["LINEAR", "FrozenLinear", "FusedLinear", "LinearFusion"]
 
 
 class LinearFusion(Fusion, attributes_of(nn.Linear)):
@@ -96,30 +91,3 @@ class FrozenLinear(FusedLinear):
 
 
 LINEAR = (nn.Linear, FusedLinear, FrozenLinear)
-
-
-def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b``, its arguments checked.
-
-    Args:
-        x: (..., K).
-        weight: (N, K).
-        bias: (N,).
-
-    Raises:
-        BackendError: the backend that was asked for cannot serve the call.
-    """
-    # In a graph the number of rows may be any.
-    few = not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < _FEW
-    if few and backends.current_backend("linear") == "auto":
-        return F.linear(x, weight, bias)
-    dtype = autocast_dtype(x) or x.dtype
-    training = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    backend = backends.choose("linear", x, dtype, phase="training" if training else "inference").backend
-    if backend == "reference":
-        return F.linear(x, weight, bias)
-    if is_eager(x):
-        return linear_eagerly(x, weight, bias, dtype, backend, training)
-    return torch.ops.ceit.linear(x, weight, bias, None, backend)

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..common.autocast import autocast_dtype
+from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input
 from ..common.children import children_reason, convolution_reason
 from ..common.module import Fusion, attributes_of
-from ..common.registration import foreign_reason, unsupported_reason
-from .module import linear_layer
+from .functional import linear_layer
 
 __all__ = ["FusedPatchProjection", "PatchProjection"]
 

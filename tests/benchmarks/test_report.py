@@ -12,7 +12,7 @@ from benchmarks.harness.machine import environment, measure_ceilings
 from benchmarks.harness.workloads import plan
 from benchmarks.pictures import ratio_bars
 from benchmarks.report import again, write_report
-from ceit_kernels.backends import OPERATORS
+from ceit_kernels.operators import OPERATORS
 
 
 @pytest.fixture

@@ -1,32 +1,22 @@
+import dataclasses
 import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch import nn
+from support.fused_modules import MODULES
 
 import ceit_kernels
-from ceit_kernels import (
-    BackendError,
-    FusedAddNorm,
-    FusedAttention,
-    FusedImage2Tokens,
-    FusedLCAAttention,
-    FusedLeFF,
-    FusedLinear,
-    backends,
-    use_backend,
-)
+from ceit_kernels import BackendError, FusedLeFF, backends, fuse, use_backend
+from ceit_kernels.operators import OPERATORS
 
-CALLS = {
-    "leff": lambda: FusedLeFF(16).eval().requires_grad_(False)(torch.randn(1, 5, 16)),
-    "lca": lambda: FusedLCAAttention(16)(torch.randn(1, 5, 16)),
-    "i2t": lambda: FusedImage2Tokens()(torch.randn(1, 3, 16, 16)),
-    "linear": lambda: FusedLinear(16, 8)(torch.randn(5, 16)),
-    "attention": lambda: FusedAttention(16)(torch.randn(1, 5, 16)),
-    "add_norm": lambda: FusedAddNorm()(torch.randn(1, 5, 16), None, nn.LayerNorm(16)),
-}
+CALLS = {name: lambda name=name: fused_call(name) for name in OPERATORS}
+
+
+def fused_call(name):
+    make, shape = MODULES[name]
+    return fuse(make())(torch.randn(shape))
 
 
 def test_a_setting_lasts_as_long_as_its_block_even_when_that_fails():
@@ -65,11 +55,10 @@ def test_a_backend_that_cannot_run_is_an_error_with_the_reason(monkeypatch, oper
     # Other tests give the stem kernels for CPU tensors.
     monkeypatch.setattr(backends, "has_kernel", lambda operator, device_type: False)
     reason = f"{operator} has no {backend} implementation"
-    if backend in backends.IMPLEMENTED[operator]:
-        on_cpu = backend == "native" and "cpu" in backends._NATIVE[operator]
-        reason = "the compiled extension" if on_cpu else "the tensor is on the CPU"
+    if backend in OPERATORS[operator].implementations:
+        reason = "the compiled extension" if backend == "native" else "the tensor is on the CPU"
     message = f"{operator}: backend '{backend}' was asked for but cannot run: {reason}"
-    with use_backend(backend), pytest.raises(BackendError, match=message):
+    with use_backend(f"{operator}={backend}"), pytest.raises(BackendError, match=message):
         CALLS[operator]()
 
 
@@ -94,7 +83,9 @@ def test_auto_takes_triton_on_a_gpu_that_is_new_enough(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     assert backends.choose("lca", OnGPU(), torch.bfloat16) == ("triton", "the fastest that can run")
-    assert backends.choose("lca", OnGPU(), torch.bfloat16, limit="too large").reason.startswith("triton: too large")
+    assert backends.choose("lca", OnGPU(), torch.bfloat16, unsupported="too large").reason.startswith(
+        "triton: too large"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     with use_backend("auto"):
         choice = backends.choose("lca", OnGPU(), torch.bfloat16)
@@ -109,19 +100,26 @@ def test_a_setting_decides_once_for_calls_that_are_alike(monkeypatch):
     first = backends.choose("add_norm", x, x.dtype)
     monkeypatch.setattr(backends, "has_kernel", lambda operator, device_type: False)
     assert backends.choose("add_norm", x, x.dtype) is first
-    assert backends.choose("add_norm", x, x.dtype, limit="too large").backend == "reference"
+    assert backends.choose("add_norm", x, x.dtype, unsupported="too large").backend == "reference"
     with use_backend("auto"):
         assert backends.choose("add_norm", x, x.dtype).backend == "reference"
 
 
-def test_a_phase_that_is_not_implemented_is_refused_and_left_to_plain_pytorch(monkeypatch):
-    monkeypatch.setitem(backends.IMPLEMENTED, "leff", {"triton": ("inference",)})
+def test_an_operator_without_an_implementation_is_left_to_plain_pytorch(monkeypatch):
+    monkeypatch.setitem(OPERATORS, "leff", dataclasses.replace(OPERATORS["leff"], implementations={}))
     leff = FusedLeFF(16)
-    with use_backend("leff=triton"), pytest.raises(BackendError, match="leff has no triton implementation of training"):
+    with use_backend("leff=triton"), pytest.raises(BackendError, match="leff has no triton implementation"):
         leff(torch.randn(1, 5, 16))
-    with use_backend("leff=triton"), pytest.raises(BackendError, match="implementation of training"):
-        leff.eval()(torch.randn(1, 5, 16))
-    assert leff(torch.randn(1, 5, 16)).requires_grad
+    with use_backend("auto"):
+        assert leff(torch.randn(1, 5, 16)).requires_grad
+
+
+def test_every_operator_of_the_list_has_its_modules():
+    assert set(OPERATORS) <= set(MODULES)
+    for name, spec in OPERATORS.items():
+        assert spec.name == name
+        assert all(issubclass(fused, fused.plain_class) for fused in spec.fused_classes())
+        assert spec.frozen is None or issubclass(spec.frozen_class(), spec.fused_classes()[0])
 
 
 def test_a_dtype_that_the_kernels_lack_is_refused():
@@ -131,14 +129,13 @@ def test_a_dtype_that_the_kernels_lack_is_refused():
 
 def test_status_has_a_row_for_every_operator_and_device_and_reads_as_a_table():
     rows = ceit_kernels.status()
-    cells = {(row.operator, row.phase, row.device) for row in rows}
-    assert cells == set(itertools.product(CALLS, ("inference", "training"), ("cpu", "cuda")))
+    assert [(row.operator, row.device) for row in rows] == list(itertools.product(OPERATORS, ("cpu", "cuda")))
     assert all(row.reason for row in rows)
     assert {row.backend for row in rows if row.device == "cpu"} <= {"reference", "native"}
     lines = str(rows).splitlines()
     assert len(lines) == 2 + len(rows)
     assert lines[-1].startswith("the compiled extension")
-    assert lines[0].split() == ["operator", "phase", "device", "backend", "why"]
+    assert lines[0].split() == ["operator", "device", "backend", "why"]
 
 
 def test_status_reports_a_setting_that_cannot_run():

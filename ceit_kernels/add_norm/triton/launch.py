@@ -45,14 +45,10 @@ def add_norm_forward_triton(
     bias: Tensor | None,
     eps: float,
     num_prefix_tokens: int,
+    need_statistics: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor]:
-    """One launch. Arguments as of ``add_layer_norm``, contiguous and not empty.
-
-    Returns:
-        ``x + branch`` (None without a branch), its LayerNorm, its prefix tokens (None without any), means and
-        reciprocal deviations of the rows.
-    """
+) -> tuple[Tensor | None, ...]:
+    """The results of ``ceit::add_norm`` in one launch, its arguments checked, contiguous and not empty."""
     total = None
     if branch is not None:
         total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
@@ -84,7 +80,7 @@ def add_norm_forward_triton(
         },
         num_warps=num_warps,
     )
-    return total, out, prefix, mean, rstd
+    return total, out, prefix, *((mean, rstd) if need_statistics else (None, None))
 
 
 def add_norm_backward_triton(

@@ -169,7 +169,7 @@ def test_autocast_leaves_the_dtype_of_the_sum():
 def test_the_operator_gives_the_norm_in_the_dtype_that_it_is_asked_for():
     inputs, (grad_out, *_) = make((3, 5, 48), torch.bfloat16)
     leaves = [t.requires_grad_() for t in inputs]
-    total, out, *_ = torch.ops.ceit.add_norm(*leaves, EPS, 0, torch.float32, "native")
+    total, out, *_ = torch.ops.ceit.add_norm(*leaves, EPS, 0, True, torch.float32, "native")
     assert (total.dtype, out.dtype) == (torch.bfloat16, torch.float32)
     expected = nn.functional.layer_norm(total.float(), (48,), *(t.float() for t in leaves[2:]), EPS)
     torch.testing.assert_close(out, expected)
@@ -184,7 +184,7 @@ def test_the_operator_gives_the_norm_in_the_dtype_that_it_is_asked_for():
 def test_registration_passes_pytorchs_own_checks(branch, out_dtype):
     inputs, _ = make((2, 5, 24), torch.float32 if out_dtype is None else torch.bfloat16, branch)
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
-    torch.library.opcheck(torch.ops.ceit.add_norm, (*leaves, EPS, 2, out_dtype, "native"))
+    torch.library.opcheck(torch.ops.ceit.add_norm, (*leaves, EPS, 2, True, out_dtype, "native"))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)], ids=str)

@@ -64,7 +64,7 @@ def test_a_bad_argument_is_named_with_what_was_given_and_expected(changes, error
         add_layer_norm(**arguments)
     tensors = [arguments[name] for name in ("x", "branch", "weight", "bias")]
     with pytest.raises(error, match=message):
-        torch.ops.ceit.add_norm(*tensors, 1e-5, arguments["num_prefix_tokens"], None, "triton")
+        torch.ops.ceit.add_norm(*tensors, 1e-5, arguments["num_prefix_tokens"], True, None, "triton")
 
 
 def test_the_operator_itself_refuses_a_backend_that_cannot_run(monkeypatch):
@@ -76,7 +76,7 @@ def test_the_operator_itself_refuses_a_backend_that_cannot_run(monkeypatch):
         ("reference", "plain"),
     ):
         with pytest.raises(BackendError, match=f"ceit::add_norm: backend '{backend}' cannot run: .*{reason}"):
-            torch.ops.ceit.add_norm(*tensors, 1e-5, 0, None, backend)
+            torch.ops.ceit.add_norm(*tensors, 1e-5, 0, True, None, backend)
 
 
 def test_rows_beyond_the_kernels_run_by_the_reference_or_say_why_not():

@@ -48,7 +48,7 @@ def loss_of(results):
 @pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=str)
 def test_opcheck_of_the_forward_operator(branch, prefix, out_dtype):
     dtype = torch.float32 if out_dtype is None else torch.float16
-    arguments = (*make_tensors(dtype, branch), 1e-6, prefix, out_dtype, "triton")
+    arguments = (*make_tensors(dtype, branch), 1e-6, prefix, True, out_dtype, "triton")
     torch.library.opcheck(torch.ops.ceit.add_norm.default, arguments)
 
 

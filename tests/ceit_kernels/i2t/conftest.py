@@ -2,7 +2,8 @@ import pytest
 import torch
 from support.where import ON_GPU
 
-from ceit_kernels import backends, use_backend
+from ceit_kernels import use_backend
+from ceit_kernels.operators import OPERATORS
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +19,9 @@ def stem_kernels():
 @pytest.fixture(autouse=True)
 def host_code(monkeypatch):
     """Let the GPU's code, where it runs on the host, serve CPU tensors in the place of the code for the CPU."""
-    code = backends._NATIVE["i2t"]["cuda"]
-    monkeypatch.setitem(backends._NATIVE["i2t"], "cpu", code._replace(dtypes=(*code.dtypes, torch.float64)))
+    native = OPERATORS["i2t"].implementations["native"]
+    code = native["cuda"]
+    monkeypatch.setitem(native, "cpu", code._replace(dtypes=(*code.dtypes, torch.float64)))
 
 
 @pytest.fixture

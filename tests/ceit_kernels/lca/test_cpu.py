@@ -48,12 +48,40 @@ def test_the_key_bias_gets_a_gradient_of_exactly_zero():
     assert not run("native", inputs, grad_out, num_heads=3)[3][48:96].any()
 
 
-def test_second_derivatives_are_those_of_finite_differences():
-    (x, weight, bias), _ = make(2, 3, 4, 2, torch.float64)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    call = lambda *args: lca_attention(*args, num_heads=2)  # noqa: E731
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("registered", [True, False])
+def test_gradients_are_those_of_finite_differences(registered, dropout_p):
+    inputs, _ = make(2, 3, 4, 2, torch.float64)
+    leaves = [t.requires_grad_() for t in inputs]
+    seed = torch.tensor([5])
+
+    def call(x, weight, bias):
+        if registered:
+            return torch.ops.ceit.lca(x, weight, bias, seed, 2, 0.7, dropout_p, None, "native")
+        return lca_attention(x, weight, bias, num_heads=2, scale=0.7, dropout_p=dropout_p, seed=seed)
+
     assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_a_second_derivative_is_an_error_and_the_reference_has_it():
+    inputs, _ = make(2, 3, 4, 2, torch.float64)
+    leaves = [t.requires_grad_() for t in inputs]
+    call = lambda *args: lca_attention(*args, num_heads=2)  # noqa: E731
+    (grad,) = torch.autograd.grad(call(*leaves).square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"lca_attention is differentiable once.*reference"):
+        grad.sum().backward()
+    with use_backend("lca=reference"):
+        assert torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+def test_registration_passes_pytorchs_own_checks(needs, bias):
+    inputs, grad_out = make(2, 3, 8, 2, torch.float32, bias)
+    settings = (None, 2, 0.7, 0.0, None)
+    torch.library.opcheck(torch.ops.ceit.lca_backward, (grad_out, *inputs, *settings, *needs, "native"))
+    leaves = [None if t is None else t.requires_grad_() for t in inputs]
+    torch.library.opcheck(torch.ops.ceit.lca, (*leaves, *settings, "native"))
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_the_gradients_dtypes():
@@ -75,8 +103,10 @@ def test_takes_a_sixth_of_the_multiply_adds_at_twelve_layers():
     assert 6 * counts[0] < counts[1]
 
 
-def test_compiles_and_exports_without_a_break():
+def test_compiles_and_exports_as_one_operator():
     module, x = FusedLCAAttention(24, 2).eval(), torch.randn(2, 5, 24)
     expected = module(x)
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
-    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), expected)
+    exported = torch.export.export(module, (x,))
+    assert str(exported.graph).count("ceit.lca") == 1
+    torch.testing.assert_close(exported.module()(x), expected)

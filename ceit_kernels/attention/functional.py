@@ -1,0 +1,54 @@
+"""Self-attention as a function of its tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends
+from ..common.autocast import autocast_dtype
+from ..common.calls import needs_gradient, unsupported_reason
+from .op import attention_operator
+from .reference import attention_reference
+
+__all__ = ["self_attention"]
+
+
+def self_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    num_queries: int | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Multi-head self-attention over queries, keys and values as one projection writes them.
+
+    Computes ``softmax(scale * q k^T) v`` for every head, reading the heads where they lie. By the backend that
+    ``use_backend`` set. Differentiable once (any number of times by the reference with PyTorch's ``SDPBackend.MATH``).
+
+    Args:
+        qkv: (B, N, 3 * H * D), of each token the queries of all heads, then the keys, then the values.
+        num_heads: heads H; the last dimension must be a multiple of 3 H.
+        scale: factor of the scores, by default ``D ** -0.5``.
+        num_queries: let only the first tokens attend, to all N; every token if None.
+        dropout_p: probability of dropping an attention weight, in [0, 1); above 0 only the reference serves the call.
+
+    Returns:
+        (B, num_queries, H * D), the heads side by side; under autocast in autocast's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or value is wrong.
+        BackendError: the backend that was asked for cannot serve the call.
+    """
+    num_queries = qkv.shape[1] if num_queries is None and qkv.dim() == 3 else num_queries
+    training = needs_gradient(qkv)
+    attention_operator.check(qkv, num_heads, scale, num_queries, training)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5 if scale is None else scale
+    unsupported = "the kernels have no attention dropout" if dropout_p > 0.0 else unsupported_reason(qkv)
+    dtype = autocast_dtype(qkv) or qkv.dtype
+    backend = backends.choose("attention", qkv, dtype, unsupported).backend
+    if backend == "reference":
+        return attention_reference(qkv, num_heads, scale, num_queries, dropout_p)
+    return attention_operator(qkv.to(dtype), num_heads, scale, num_queries, training, backend)[0]

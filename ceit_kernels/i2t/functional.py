@@ -1,0 +1,59 @@
+"""The stem as a function of its tensors and its BatchNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..common.autocast import autocast_dtype
+from ..common.calls import needs_gradient
+from ..common.checks import norm_dtype_reason
+from .op import i2t_operator, size_unsupported_reason
+
+__all__ = ["image_to_tokens"]
+
+
+def image_to_tokens(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Tensor | None:
+    """Convolution of stride 2, BatchNorm, 3x3 maximum pool of stride 2; None where that is left to plain PyTorch.
+
+    Args:
+        x: (B, I, H, W), checked, contiguous or channels-last.
+        weight: (O, I, 7, 7).
+        bn: over O channels; its running statistics are updated in training.
+
+    Returns:
+        (B, O, H', W') in channels-last memory.
+
+    Raises:
+        ValueError: a channel has a single value to take statistics of.
+        BackendError: the backend that was asked for cannot serve the call.
+    """
+    tensors = x, weight, bn.weight, bn.bias
+    compute_dtype = autocast_dtype(x)
+    dtype = compute_dtype or x.dtype
+    unsupported = size_unsupported_reason(x, weight.shape[0]) or norm_dtype_reason(
+        "bn", dtype, bn.weight, bn.bias, bn.running_mean, bn.running_var
+    )
+    backend = backends.choose("i2t", x, dtype, unsupported).backend
+    if backend == "reference":
+        return None
+    values_per_channel = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+    if bn.training and values_per_channel == 1:
+        raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
+    batch_statistics = bn.training or bn.running_mean is None
+    statistics = (None, None) if batch_statistics else (bn.running_mean, bn.running_var)
+    settings = bn.eps, needs_gradient(*tensors), compute_dtype, backend
+    out, _, mean, variance, _ = i2t_operator(*tensors, *statistics, *settings)
+    if bn.training and bn.track_running_stats and bn.running_mean is not None:
+        _update_running_statistics(bn, mean, variance, values_per_channel)
+    return out
+
+
+@torch.no_grad()
+def _update_running_statistics(bn: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, variance: Tensor, n: int) -> None:
+    """As ``BatchNorm2d`` does it: the unbiased variance, and a plain average where momentum is None."""
+    bn.num_batches_tracked.add_(1)
+    momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
+    for running, new in ((bn.running_mean, mean), (bn.running_var, variance * (n / (n - 1)))):
+        running.copy_(running * (1 - momentum) + new * momentum)
