@@ -78,7 +78,7 @@ _SPECS = (
     OperatorSpec("add_norm", {"triton": _TRITON, "native": _cpu("_add_norm_forward")}, ("add_norm:FusedAddNorm",)),
     OperatorSpec(
         "linear",
-        {"native": _cpu("_transpose")},
+        {"native": _cpu("_linear")},
         ("linear:FusedLinear", "linear:FusedPatchProjection"),
         frozen="linear:FrozenLinear",
     ),

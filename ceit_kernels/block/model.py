@@ -17,7 +17,7 @@ from .layers import LayersParts, layers_arguments
 __all__ = ["ModelParts", "WholeModel", "prepare_model"]
 
 torch.library.define(
-    "ceit::_model_pack",
+    "ceit::_model_prepack",
     "(Tensor image, int map_channels, Tensor?[] parameters, float[] scalars, int[] sizes) -> Tensor",
 )
 torch.library.define(
@@ -92,5 +92,5 @@ def prepare_model(parts: ModelParts, image_size: tuple[int, int]) -> WholeModel 
     scalars = [*encoder.scalars, *layers.scalars, parts.norm.eps]
     sizes = [embedding.height, embedding.width, *encoder.sizes, *layers.sizes, head[0].shape[0]]
     map_channels = embedding.sign.shape[0]
-    packed = torch.ops.ceit._model_pack(image, map_channels, parameters, scalars, sizes)
+    packed = torch.ops.ceit._model_prepack(image, map_channels, parameters, scalars, sizes)
     return WholeModel(image, (embedding.stem, embedding.sign, embedding.norm), packed, scalars, sizes)

@@ -8,11 +8,10 @@ from torch import Tensor
 
 __all__ = ["linear", "matmul", "prepack_linear", "weight_gradient"]
 
-torch.library.define("ceit::_transpose", "(Tensor x, Tensor(a!) out) -> ()")
 torch.library.define(
     "ceit::_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int out_features) -> Tensor"
 )
-torch.library.define("ceit::_linear_pack", "(Tensor weight, Tensor? bias) -> Tensor")
+torch.library.define("ceit::_linear_prepack", "(Tensor weight, Tensor? bias) -> Tensor")
 torch.library.define("ceit::_matmul", "(Tensor a, Tensor b) -> Tensor")
 torch.library.define("ceit::_weight_gradient", "(Tensor grad, Tensor x) -> Tensor")
 
@@ -31,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
 
 def prepack_linear(weight: Tensor, bias: Tensor | None) -> Tensor:
     """A weight (N, K) and a bias as this processor's GEMM reads them, in a copy; for ``linear``."""
-    return torch.ops.ceit._linear_pack(weight, bias)
+    return torch.ops.ceit._linear_prepack(weight, bias)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

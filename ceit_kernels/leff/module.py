@@ -265,7 +265,7 @@ class FrozenLeFF(FusedLeFF):
         parameters, eps, activations = self.inference_parts()
         parameters = in_compute_dtype(parameters, self.conv1.weight.dtype)
         sizes = leff_sizes(parameters, activations, (1, 1))  # what is packed does not depend on the grid
-        packed = stages._leff_pack(self.conv1.weight, parameters, eps, sizes)
+        packed = stages._leff_prepack(self.conv1.weight, parameters, eps, sizes)
         self.__dict__["_packed"] = packed, eps, sizes[:-2]
 
     def __getstate__(self) -> dict[str, Any]:

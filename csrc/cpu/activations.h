@@ -1,15 +1,14 @@
 // Activations of vectors, with the names of torch.nn's.
 #pragma once
 
-#include "activation.h"
 #include "vector.h"
 
 namespace ceit {
 namespace CEIT_CAPABILITY {
 
-template <class Real>
+template <class Acc>
 struct WithSlope {
-  Vec<Real> value, slope;
+  Vec<Acc> value, slope;
 };
 
 // The normal distribution's density, and its tail beyond |x|.
@@ -69,40 +68,40 @@ CEIT_INLINE WithSlope<double> gelu(Vec<double> x) {
   return result;
 }
 
-template <class Real>
-CEIT_INLINE Vec<Real> sigmoid(Vec<Real> x) {
-  return reciprocal<Real>(Real(1) + exponential(-x));
+template <class Acc>
+CEIT_INLINE Vec<Acc> sigmoid(Vec<Acc> x) {
+  return reciprocal<Acc>(Acc(1) + exponential(-x));
 }
 
-template <Activation kind, class Real>
-CEIT_INLINE WithSlope<Real> activate_with_slope(Vec<Real> x) {
+template <Activation kind, class Acc>
+CEIT_INLINE WithSlope<Acc> activate_with_slope(Vec<Acc> x) {
   if constexpr (kind == Activation::gelu) {
     return gelu(x);
   } else if constexpr (kind == Activation::gelu_tanh) {
-    constexpr Real a = Real(1.5957691216057308), b = Real(0.07135481627159521);
-    const auto s = sigmoid<Real>(x * (a + b * x * x));
-    return {x * s, s + s * (Real(1) - s) * x * (a + Real(3) * b * x * x)};
+    constexpr Acc a = Acc(1.5957691216057308), b = Acc(0.07135481627159521);
+    const auto s = sigmoid<Acc>(x * (a + b * x * x));
+    return {x * s, s + s * (Acc(1) - s) * x * (a + Acc(3) * b * x * x)};
   } else if constexpr (kind == Activation::silu) {
-    const auto s = sigmoid<Real>(x);
-    return {x * s, s + s * (Real(1) - s) * x};
+    const auto s = sigmoid<Acc>(x);
+    return {x * s, s + s * (Acc(1) - s) * x};
   } else if constexpr (kind == Activation::relu) {
-    return {x < Real(0) ? splat(Real(0)) : x, x > Real(0) ? splat(Real(1)) : splat(Real(0))};
+    return {x < Acc(0) ? splat(Acc(0)) : x, x > Acc(0) ? splat(Acc(1)) : splat(Acc(0))};
   } else if constexpr (kind == Activation::hardswish) {
-    const auto gate = smaller<Real>(larger<Real>(x + Real(3), splat(Real(0))), splat(Real(6))) * (Real(1) / Real(6));
+    const auto gate = smaller<Acc>(larger<Acc>(x + Acc(3), splat(Acc(0))), splat(Acc(6))) * (Acc(1) / Acc(6));
     // PyTorch's derivative is 0 at -3 and 1 at 3.
-    const auto inner = x < Real(3) ? x * (Real(1) / Real(3)) + Real(0.5) : splat(Real(1));
-    return {x * gate, x <= Real(-3) ? splat(Real(0)) : inner};
+    const auto inner = x < Acc(3) ? x * (Acc(1) / Acc(3)) + Acc(0.5) : splat(Acc(1));
+    return {x * gate, x <= Acc(-3) ? splat(Acc(0)) : inner};
   } else {
-    return {x, splat(Real(1))};
+    return {x, splat(Acc(1))};
   }
 }
 
-template <Activation kind, class Real>
-CEIT_INLINE Vec<Real> activate(Vec<Real> x) {
+template <Activation kind, class Acc>
+CEIT_INLINE Vec<Acc> activate(Vec<Acc> x) {
   if constexpr (kind == Activation::gelu)
     return gelu_value(x);
   else
-    return activate_with_slope<kind, Real>(x).value;
+    return activate_with_slope<kind, Acc>(x).value;
 }
 
 template <Activation kind>

@@ -1,25 +1,25 @@
-// Arithmetic of single elements, for code that is compiled once for all processors.
+// Arithmetic of single elements. Code for different processors shares this file: functions have internal linkage.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "types.h"
+#include "../types.h"
 
 namespace ceit {
 
-inline float value_of(float a) { return a; }
-inline double value_of(double a) { return a; }
-inline float value_of(Bf16 a) {
+static inline float value_of(float a) { return a; }
+static inline double value_of(double a) { return a; }
+static inline float value_of(Bf16 a) {
   const uint32_t word = uint32_t(a.bits) << 16;
   float result;
   std::memcpy(&result, &word, sizeof result);
   return result;
 }
 
-inline float sum_of(float a, float b) { return a + b; }
-inline double sum_of(double a, double b) { return a + b; }
-inline Bf16 sum_of(Bf16 a, Bf16 b) {
+static inline float sum_of(float a, float b) { return a + b; }
+static inline double sum_of(double a, double b) { return a + b; }
+static inline Bf16 sum_of(Bf16 a, Bf16 b) {
   const float sum = value_of(a) + value_of(b);
   uint32_t word;
   std::memcpy(&word, &sum, sizeof word);

@@ -1,4 +1,5 @@
-// Products of small matrices in cache, by tiles that stay in registers.
+// Small matrices in cache: the microkernel that multiplies them by tiles that stay in registers, and their
+// transposition.
 #pragma once
 
 #include "vector.h"
@@ -17,46 +18,44 @@ constexpr int kTileRows[] = {0, 12, 6};
 // A multiple of every tile's rows.
 constexpr int kRowMultiple = 24;
 // Terms of a sum before it is added to the result, so that long sums lose no digits and the panel of B stays in cache.
-constexpr int64_t kTerms = 128;
-
-CEIT_INLINE int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+constexpr int64_t kDepthChunk = 128;
 
 // Elements from one row to the next of a matrix whose columns are multiplied in vectors: rows that lie a power of two
 // apart would share few sets of the cache.
-template <class Real>
+template <class Acc>
 CEIT_INLINE int64_t row_stride(int64_t columns) {
-  const int64_t vectors = (columns + Lanes<Real>::count - 1) / Lanes<Real>::count;
-  return (vectors > 4 ? vectors | 1 : vectors) * Lanes<Real>::count;
+  const int64_t vectors = ceil_div(columns, Lanes<Acc>::count);
+  return (vectors > 4 ? vectors | 1 : vectors) * Lanes<Acc>::count;
 }
 
 // A matrix whose element (i, k) is at data[i * row + k * term].
-template <class Real>
+template <class Acc>
 struct Left {
-  const Real* data;
+  const Acc* data;
   int64_t row, term;
 };
 
 // A matrix of `columns` columns, padded to whole vectors.
-template <class Real>
+template <class Acc>
 struct Matrix {
-  Real* data;
+  Acc* data;
   int64_t stride;
 };
 
-template <int vectors, class Real>
-__attribute__((noinline)) void multiply_panel(Left<Real> a, Matrix<const Real> b, Matrix<Real> c, int64_t rows,
-                                              int64_t terms, bool add) {
-  constexpr int lanes = Lanes<Real>::count, height = kTileRows[vectors];
+template <int vectors, class Acc>
+__attribute__((noinline)) void multiply_panel(Left<Acc> a, Matrix<const Acc> b, Matrix<Acc> c, int64_t rows,
+                                              int64_t depth, bool add) {
+  constexpr int lanes = Lanes<Acc>::count, height = kTileRows[vectors];
   for (int64_t i = 0; i < rows; i += height) {
-    Vec<Real> sums[height][vectors];
+    Vec<Acc> sums[height][vectors];
 #pragma GCC unroll 12
     for (int r = 0; r < height; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v] = splat(Real(0));
-    const Real* left = a.data + i * a.row;
-    const Real* right = b.data;
-    for (int64_t k = 0; k < terms; ++k) {
-      Vec<Real> row[vectors];
+      for (int v = 0; v < vectors; ++v) sums[r][v] = splat(Acc(0));
+    const Acc* left = a.data + i * a.row;
+    const Acc* right = b.data;
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec<Acc> row[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) row[v] = load(right + v * lanes);
 #pragma GCC unroll 12
@@ -70,28 +69,27 @@ __attribute__((noinline)) void multiply_panel(Left<Real> a, Matrix<const Real> b
     }
 #pragma GCC unroll 12
     for (int r = 0; r < height; ++r) {
-      Real* to = c.data + (i + r) * c.stride;
+      Acc* to = c.data + (i + r) * c.stride;
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) store(to + v * lanes, add ? load(to + v * lanes) + sums[r][v] : sums[r][v]);
     }
   }
 }
 
-// C = A B, or C += A B, for A (rows, terms) and B (terms, columns). Columns are rounded up to whole vectors and rows to
+// C = A B, or C += A B, for A (rows, depth) and B (depth, columns). Columns are rounded up to whole vectors and rows to
 // a multiple of kRowMultiple at most: what lies there is read and written, and means nothing.
-template <class Real>
-void multiply(Left<Real> a, Matrix<const Real> b, Matrix<Real> c, int64_t rows, int64_t terms, int64_t columns,
-              bool add) {
-  constexpr int lanes = Lanes<Real>::count;
-  const int64_t vectors = (columns + lanes - 1) / lanes, panels = (vectors + kTileVectors - 1) / kTileVectors;
-  const int64_t parts = (terms + kTerms - 1) / kTerms;
+template <class Acc>
+void multiply(Left<Acc> a, Matrix<const Acc> b, Matrix<Acc> c, int64_t rows, int64_t depth, int64_t columns, bool add) {
+  constexpr int lanes = Lanes<Acc>::count;
+  const int64_t vectors = ceil_div(columns, lanes), panels = ceil_div(vectors, kTileVectors);
+  const int64_t parts = ceil_div(depth, kDepthChunk);
   for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = terms * part / parts, count = terms * (part + 1) / parts - first;
+    const int64_t first = depth * part / parts, count = depth * (part + 1) / parts - first;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t start = vectors * panel / panels, width = vectors * (panel + 1) / panels - start;
-      const Left<Real> left{a.data + first * a.term, a.row, a.term};
-      const Matrix<const Real> right{b.data + first * b.stride + start * lanes, b.stride};
-      const Matrix<Real> to{c.data + start * lanes, c.stride};
+      const Left<Acc> left{a.data + first * a.term, a.row, a.term};
+      const Matrix<const Acc> right{b.data + first * b.stride + start * lanes, b.stride};
+      const Matrix<Acc> to{c.data + start * lanes, c.stride};
       const bool adds = add || part > 0;
       if (width == 1) multiply_panel<1>(left, right, to, rows, count, adds);
       if (width == 2) multiply_panel<2>(left, right, to, rows, count, adds);
@@ -104,12 +102,12 @@ void multiply(Left<Real> a, Matrix<const Real> b, Matrix<Real> c, int64_t rows, 
 }
 
 // A square of vectors, transposed.
-template <class Real>
+template <class Acc>
 struct Square {
-  static constexpr int side = Lanes<Real>::count;
-  Vec<Real> rows[side];
+  static constexpr int side = Lanes<Acc>::count;
+  Vec<Acc> rows[side];
   CEIT_INLINE void transpose() {
-    Real from[side][side], to[side][side];
+    Acc from[side][side], to[side][side];
     std::memcpy(from, rows, sizeof from);
     for (int i = 0; i < side; ++i)
       for (int j = 0; j < side; ++j) to[j][i] = from[i][j];
@@ -161,28 +159,22 @@ CEIT_INLINE void Square<float>::transpose() {
 }
 #endif
 
-template <class Real>
-CEIT_INLINE Real sum_of_lanes(Vec<Real> v) {
-  Real sum = 0;
-  for (int i = 0; i < Lanes<Real>::count; ++i) sum += v[i];
-  return sum;
+// to[c * to_stride + r] = from[r * from_stride + c] for rows r and columns c.
+template <class From, class To>
+CEIT_INLINE void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
+                           int64_t to_stride) {
+  using Acc = acc_t<From>;
+  constexpr int lanes = Lanes<Acc>::count;
+  for (int64_t r = 0; r < rows; r += lanes)
+    for (int64_t c = 0; c < columns; c += lanes) {
+      const int height = int(min_of(rows - r, lanes)), width = int(min_of(columns - c, lanes));
+      Square<Acc> square;
+      for (int i = 0; i < lanes; ++i)
+        square.rows[i] = i < height ? load(from + (r + i) * from_stride + c, width) : splat(Acc(0));
+      square.transpose();
+      for (int j = 0; j < width; ++j) store(to + (c + j) * to_stride + r, square.rows[j], height);
+    }
 }
-template <class Real>
-CEIT_INLINE Real largest_lane(Vec<Real> v) {
-  Real largest = v[0];
-  for (int i = 1; i < Lanes<Real>::count; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
-}
-#if defined(__AVX512F__)
-template <>
-CEIT_INLINE float sum_of_lanes<float>(Vec<float> v) {
-  return _mm512_reduce_add_ps(__m512(v));
-}
-template <>
-CEIT_INLINE float largest_lane<float>(Vec<float> v) {
-  return _mm512_reduce_max_ps(__m512(v));
-}
-#endif
 
 }  // namespace CEIT_CAPABILITY
 }  // namespace ceit

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "types.h"
+#include "../types.h"
 
 #ifndef CEIT_CAPABILITY
 #error "compile with -DCEIT_CAPABILITY=<name>"
@@ -33,25 +33,21 @@ using ceit::Bf16;
 
 #define CEIT_INLINE inline __attribute__((always_inline))
 
-template <class Real>
+template <class Acc>
 struct Lanes {
-  static constexpr int count = kVectorBytes / int(sizeof(Real));
-  typedef Real Vector __attribute__((vector_size(kVectorBytes)));
+  static constexpr int count = kVectorBytes / int(sizeof(Acc));
+  typedef Acc Vector __attribute__((vector_size(kVectorBytes)));
   // As many lanes of 32 or 16 bits, for conversions.
   typedef int32_t Ints __attribute__((vector_size(count * 4)));
   typedef uint32_t Words __attribute__((vector_size(count * 4)));
   typedef uint16_t Halves __attribute__((vector_size(count * 2)));
 };
-template <class Real>
-using Vec = typename Lanes<Real>::Vector;
+template <class Acc>
+using Vec = typename Lanes<Acc>::Vector;
 
-// What tensors of a storage type are computed in.
-template <class T>
-using RealOf = AccOf<T>;
-
-template <class Real>
-CEIT_INLINE Vec<Real> splat(Real value) {
-  return value - Vec<Real>{};
+template <class Acc>
+CEIT_INLINE Vec<Acc> splat(Acc value) {
+  return value - Vec<Acc>{};
 }
 
 template <class V>
@@ -82,35 +78,73 @@ CEIT_INLINE void store(Bf16* to, Vec<float> v) {
 
 // The first `n` lanes; the others are zero, and are not touched in memory.
 template <class T>
-CEIT_INLINE Vec<RealOf<T>> load(const T* from, int n) {
-  constexpr int lanes = Lanes<RealOf<T>>::count;
+CEIT_INLINE Vec<acc_t<T>> load(const T* from, int n) {
+  constexpr int lanes = Lanes<acc_t<T>>::count;
   if (n >= lanes) return load(from);
   T buffer[lanes] = {};
   std::memcpy(static_cast<void*>(buffer), from, sizeof(T) * size_t(n));
   return load(buffer);
 }
 template <class T>
-CEIT_INLINE void store(T* to, Vec<RealOf<T>> v, int n) {
-  constexpr int lanes = Lanes<RealOf<T>>::count;
+CEIT_INLINE void store(T* to, Vec<acc_t<T>> v, int n) {
+  constexpr int lanes = Lanes<acc_t<T>>::count;
   if (n >= lanes) return store(to, v);
   T buffer[lanes];
   store(buffer, v);
   std::memcpy(static_cast<void*>(to), buffer, sizeof(T) * size_t(n));
 }
 
+// A number of lanes that is known when it is compiled.
+template <int kCount>
+struct Count {
+  CEIT_INLINE constexpr operator int() const { return kCount; }
+};
+
+// Calls body(at, count) for every vector of a range; the count is a `Count` but for the last, which may be short.
+template <class Acc, class Body>
+CEIT_INLINE void for_vectors(int64_t first, int64_t last, Body body) {
+  constexpr int lanes = Lanes<Acc>::count;
+  int64_t at = first;
+  for (; at + lanes <= last; at += lanes) body(at, Count<lanes>());
+  if (at < last) body(at, int(last - at));
+}
+template <class Acc, class Body>
+CEIT_INLINE void for_vectors(int64_t count, Body body) {
+  for_vectors<Acc>(0, count, body);
+}
+
+// The lanes by twos, fours and so on.
+template <class Acc, class Body>
+CEIT_INLINE Acc reduce_lanes(Vec<Acc> v, Body body) {
+  constexpr int lanes = Lanes<Acc>::count;
+  Acc values[lanes];
+  std::memcpy(values, &v, sizeof v);
+  for (int width = lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) values[i] = body(values[i], values[i + width]);
+  return values[0];
+}
+template <class Acc>
+CEIT_INLINE Acc sum_of_lanes(Vec<Acc> v) {
+  return reduce_lanes<Acc>(v, [](Acc a, Acc b) { return a + b; });
+}
+template <class Acc>
+CEIT_INLINE Acc largest_lane(Vec<Acc> v) {
+  return reduce_lanes<Acc>(v, [](Acc a, Acc b) { return b > a ? b : a; });
+}
+
 // The second where one is not a number, as the instructions have it, which compilers do not find by themselves.
-template <class Real>
-CEIT_INLINE Vec<Real> smaller(Vec<Real> a, Vec<Real> b) {
+template <class Acc>
+CEIT_INLINE Vec<Acc> smaller(Vec<Acc> a, Vec<Acc> b) {
   return a < b ? a : b;
 }
-template <class Real>
-CEIT_INLINE Vec<Real> larger(Vec<Real> a, Vec<Real> b) {
+template <class Acc>
+CEIT_INLINE Vec<Acc> larger(Vec<Acc> a, Vec<Acc> b) {
   return a > b ? a : b;
 }
 // 1 / x for an x whose reciprocal is normal, within a unit in the last place.
-template <class Real>
-CEIT_INLINE Vec<Real> reciprocal(Vec<Real> x) {
-  return Real(1) / x;
+template <class Acc>
+CEIT_INLINE Vec<Acc> reciprocal(Vec<Acc> x) {
+  return Acc(1) / x;
 }
 #if defined(__AVX512F__)
 template <>

@@ -10,12 +10,9 @@ from torch import Tensor
 from ..arguments import NORM_MODES, parameters_per_layer
 from ..problem import Forward, Needs, Problem
 from . import processes  # noqa: F401  what compiled code calls
-from .stages import activation_index, images_at_a_time, stages
+from .stages import activation_index, stages
 
 __all__ = ["leff_backward_native", "leff_forward_native"]
-
-# Of hidden tokens for each thread. They come from memory and go there, so what counts is that the products are large.
-bytes_in_cache = 4 << 20
 
 
 def _parameters(problem: Problem) -> list[Tensor | None]:
@@ -32,9 +29,7 @@ def _parameters(problem: Problem) -> list[Tensor | None]:
 
 def _settings(problem: Problem) -> tuple[list[int], list[int], str]:
     """Modes of the norms, sizes, and the name of the processes that share statistics."""
-    hidden_bytes = problem.tokens // problem.x.shape[0] * problem.hidden_features * problem.dtype.itemsize
-    images = images_at_a_time(hidden_bytes, bytes_in_cache)
-    sizes = [*map(activation_index, problem.activations), *problem.grid_size, images]
+    sizes = [*map(activation_index, problem.activations), *problem.grid_size]
     return [NORM_MODES.index(norm) for norm in problem.norms], sizes, problem.group.group_name if problem.group else ""
 
 

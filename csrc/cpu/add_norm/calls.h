@@ -4,12 +4,12 @@
 // computed in. A null pointer is an argument that is not there.
 #pragma once
 
-#include <cstdint>
+#include "../../types.h"
 
 namespace ceit::add_norm {
 
 // Rows of a task, and of one chain of additions down the rows.
-constexpr int kRows = 32;
+constexpr int kTileRows = 32;
 
 // total = x + branch, out = (total - mean) * rstd * weight + bias; without a branch x is the sum, and total is not
 // written.
@@ -31,13 +31,13 @@ struct BackwardCall {
   const void* weight;
   const void *mean, *rstd;
   void* grad;
-  void* partial;  // (blocks of kRows rows, 2, channels): what each block adds to the gradients of weight and bias
+  void* partial;  // (tiles of kTileRows rows, 2, channels): what each tile adds to the gradients of weight and bias
 };
 
 template <class Call>
 using Kernel = void (*)(const Call&, int64_t begin, int64_t end);
 
-// Each runs a range of tasks, blocks of kRows rows.
+// Each runs a range of tasks, tiles of kTileRows rows.
 struct Kernels {
   Kernel<ForwardCall> forward;
   Kernel<BackwardCall> backward;

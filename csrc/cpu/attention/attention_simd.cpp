@@ -1,4 +1,4 @@
-// Self-attention a block of queries at a time: scores, softmax and weighted sum while they are in cache.
+// Self-attention a tile of queries at a time: scores, softmax and weighted sum while they are in cache.
 #include "../scratch.h"
 #include "../tile.h"
 #include "calls.h"
@@ -23,12 +23,12 @@ struct Rows {
   CEIT_INLINE T* row(int64_t index) const { return data + index * stride; }
 };
 
-// A block of queries of one head of one image.
-struct Block {
+// A tile of queries of one head of one image.
+struct QueryTile {
   int64_t task, index, first, count;
-  Block(const Shape& shape, int64_t number) : task(number / shape.blocks()), index(number % shape.blocks()) {
+  QueryTile(const Shape& shape, int64_t number) : task(number / shape.tiles()), index(number % shape.tiles()) {
     // The first is the one that may be short: threads' shares begin with it, and the earlier have a task more.
-    const int64_t end = shape.queries - (shape.blocks() - 1 - index) * kQueries;
+    const int64_t end = shape.queries - (shape.tiles() - 1 - index) * kQueries;
     first = end > kQueries ? end - kQueries : 0;
     count = end - first;
   }
@@ -55,24 +55,24 @@ CEIT_INLINE void prefetch(const Rows<T>& rows, int64_t first, int64_t count, int
     for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(rows.row(row) + c, written, 2);
 }
 
-// Asks for a block's share of the keys and values of its head.
+// Asks for a tile's share of the keys and values of its head.
 template <class T>
-CEIT_INLINE void prefetch_share(const void* qkv, const Shape& shape, const Block& block) {
-  const int64_t first = shape.tokens * block.index / shape.blocks();
-  const int64_t count = shape.tokens * (block.index + 1) / shape.blocks() - first;
-  for (int part = 1; part < 3; ++part) prefetch(part_of<T>(qkv, shape, part, block.task), first, count, shape.channels);
+CEIT_INLINE void prefetch_share(const void* qkv, const Shape& shape, const QueryTile& tile) {
+  const int64_t first = shape.tokens * tile.index / shape.tiles();
+  const int64_t count = shape.tokens * (tile.index + 1) / shape.tiles() - first;
+  for (int part = 1; part < 3; ++part) prefetch(part_of<T>(qkv, shape, part, tile.task), first, count, shape.channels);
 }
 
 // Strides of a head's packed matrices.
-template <class Real>
+template <class Acc>
 struct Layout {
   int64_t channels, tokens;                // from row to row of matrices with so many columns
   int64_t padded_channels, padded_tokens;  // rows
   explicit Layout(const Shape& shape)
-      : channels(row_stride<Real>(shape.channels)),
-        tokens(row_stride<Real>(shape.tokens)),
-        padded_channels(round_up(shape.channels, Lanes<Real>::count)),
-        padded_tokens(round_up(shape.tokens, kRowMultiple)) {}
+      : channels(row_stride<Acc>(shape.channels)),
+        tokens(row_stride<Acc>(shape.tokens)),
+        padded_channels(ceil_div(shape.channels, Lanes<Acc>::count) * Lanes<Acc>::count),
+        padded_tokens(ceil_div(shape.tokens, kRowMultiple) * kRowMultiple) {}
   // Elements of a matrix with a row for each channel and a column for each token, and so on. Rows of scores are read
   // as columns of the last tile, so beyond their end.
   int64_t channels_by_tokens() const { return padded_channels * tokens; }
@@ -82,99 +82,90 @@ struct Layout {
 };
 
 // to = factor * rows, in the type that is computed in.
-template <class T, class Real>
-void pack(const Rows<const T>& from, int64_t first, int64_t count, int64_t channels, Real factor, Matrix<Real> to) {
+template <class T, class Acc>
+void pack(const Rows<const T>& from, int64_t first, int64_t count, int64_t channels, Acc factor, Matrix<Acc> to) {
   for (int64_t row = 0; row < count; ++row)
-    for (int64_t c = 0; c < channels; c += Lanes<Real>::count)
+    for (int64_t c = 0; c < channels; c += Lanes<Acc>::count)
       store(to.data + row * to.stride + c, factor * load(from.row(first + row) + c, int(channels - c)));
 }
 
-// The transposed rows; columns beyond `count` become zero up to a whole vector.
-template <class T, class Real>
-void pack_transposed(const Rows<const T>& from, int64_t count, int64_t channels, Matrix<Real> to) {
-  constexpr int lanes = Lanes<Real>::count;
-  for (int64_t row = 0; row < count; row += lanes)
-    for (int64_t c = 0; c < channels; c += lanes) {
-      Square<Real> square;
-      for (int i = 0; i < lanes; ++i)
-        square.rows[i] = row + i < count ? load(from.row(row + i) + c, int(channels - c)) : splat(Real(0));
-      square.transpose();
-      for (int i = 0; i < lanes; ++i) store(to.data + (c + i) * to.stride + row, square.rows[i]);
-    }
+// The transposed rows; `to` is zero beyond them.
+template <class T, class Acc>
+void pack_transposed(const Rows<const T>& from, int64_t count, int64_t channels, Acc* to, int64_t stride) {
+  transpose(from.data, from.stride, count, channels, to, stride);
 }
 
 // rows = factor * from, in the type of the tensor; the factor may differ between rows.
-template <class T, class Real, class Factor>
-void unpack(Matrix<const Real> from, const Rows<T>& to, int64_t first, int64_t count, int64_t channels, Factor factor) {
+template <class T, class Acc, class Factor>
+void unpack(Matrix<const Acc> from, const Rows<T>& to, int64_t first, int64_t count, int64_t channels, Factor factor) {
   for (int64_t row = 0; row < count; ++row) {
-    const Real by = factor(row);
-    for (int64_t c = 0; c < channels; c += Lanes<Real>::count)
+    const Acc by = factor(row);
+    for (int64_t c = 0; c < channels; c += Lanes<Acc>::count)
       store(to.row(first + row) + c, by * load(from.data + row * from.stride + c), int(channels - c));
   }
 }
 
 // Takes columns beyond the last token out of the softmax.
-template <class Real>
+template <class Acc>
 class Tail {
  public:
-  explicit Tail(int64_t tokens) : start_(tokens / Lanes<Real>::count * Lanes<Real>::count) {
-    for (int i = 0; i < Lanes<Real>::count; ++i) added_[i] = start_ + i < tokens ? Real(0) : -Real(INFINITY);
+  explicit Tail(int64_t tokens) : start_(tokens / Lanes<Acc>::count * Lanes<Acc>::count) {
+    for (int i = 0; i < Lanes<Acc>::count; ++i) added_[i] = start_ + i < tokens ? Acc(0) : -Acc(INFINITY);
     if (start_ == tokens) start_ = -1;
   }
-  CEIT_INLINE void mask(Real* row) const {
+  CEIT_INLINE void mask(Acc* row) const {
     if (start_ >= 0) store(row + start_, load(row + start_) + load(added_));
   }
 
  private:
   int64_t start_;
-  alignas(64) Real added_[Lanes<Real>::count];
+  alignas(64) Acc added_[Lanes<Acc>::count];
 };
 
 // row = visit(index, 2^(row - largest))
-template <class Real, class Visit>
-CEIT_INLINE void powers_of_two(Real* row, int64_t tokens, Real largest, Visit visit) {
-  for (int64_t i = 0; i < tokens; i += Lanes<Real>::count)
+template <class Acc, class Visit>
+CEIT_INLINE void powers_of_two(Acc* row, int64_t tokens, Acc largest, Visit visit) {
+  for (int64_t i = 0; i < tokens; i += Lanes<Acc>::count)
     store(row + i, visit(i, power_of_two(load(row + i) - largest)));
 }
 
 // Scores become the softmax times the sum of each row. One pass for all rows at a time, so that reductions overlap.
-template <class Real>
-CEIT_INLINE void softmax(Matrix<Real> scores, int64_t rows, int64_t tokens, const Tail<Real>& tail, Real* largest,
-                         Real* sums) {
+template <class Acc>
+CEIT_INLINE void softmax(Matrix<Acc> scores, int64_t rows, int64_t tokens, const Tail<Acc>& tail, Acc* largest,
+                         Acc* sums) {
   for (int64_t i = 0; i < rows; ++i) {
-    const Real* row = scores.data + i * scores.stride;
+    const Acc* row = scores.data + i * scores.stride;
     tail.mask(scores.data + i * scores.stride);
     auto found = load(row);
-    for (int64_t j = Lanes<Real>::count; j < tokens; j += Lanes<Real>::count)
-      found = larger<Real>(found, load(row + j));
-    largest[i] = largest_lane<Real>(found);
+    for (int64_t j = Lanes<Acc>::count; j < tokens; j += Lanes<Acc>::count) found = larger<Acc>(found, load(row + j));
+    largest[i] = largest_lane<Acc>(found);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    auto sum = splat(Real(0));
-    powers_of_two(scores.data + i * scores.stride, tokens, largest[i], [&](int64_t, Vec<Real> power) {
+    auto sum = splat(Acc(0));
+    powers_of_two(scores.data + i * scores.stride, tokens, largest[i], [&](int64_t, Vec<Acc> power) {
       sum += power;
       return power;
     });
-    sums[i] = sum_of_lanes<Real>(sum);
+    sums[i] = sum_of_lanes<Acc>(sum);
   }
 }
 
 // Scores become the softmax, and its gradient that of the scores.
-template <class Real>
-CEIT_INLINE void softmax_backward(Matrix<Real> scores, Matrix<Real> gradient, int64_t rows, int64_t tokens,
-                                  const Tail<Real>& tail, const Real* statistics) {
+template <class Acc>
+CEIT_INLINE void softmax_backward(Matrix<Acc> scores, Matrix<Acc> gradient, int64_t rows, int64_t tokens,
+                                  const Tail<Acc>& tail, const Acc* statistics) {
   for (int64_t i = 0; i < rows; ++i) {
-    Real *row = scores.data + i * scores.stride, *grad_row = gradient.data + i * gradient.stride;
-    const Real share = Real(1) / statistics[2 * i + 1];
-    auto sum = splat(Real(0));
+    Acc *row = scores.data + i * scores.stride, *grad_row = gradient.data + i * gradient.stride;
+    const Acc share = Acc(1) / statistics[2 * i + 1];
+    auto sum = splat(Acc(0));
     tail.mask(row);
-    powers_of_two(row, tokens, statistics[2 * i], [&](int64_t at, Vec<Real> power) {
+    powers_of_two(row, tokens, statistics[2 * i], [&](int64_t at, Vec<Acc> power) {
       const auto weight = power * share;
       sum += weight * load(grad_row + at);
       return weight;
     });
-    const Real mean = sum_of_lanes<Real>(sum);
-    for (int64_t at = 0; at < tokens; at += Lanes<Real>::count)
+    const Acc mean = sum_of_lanes<Acc>(sum);
+    for (int64_t at = 0; at < tokens; at += Lanes<Acc>::count)
       store(grad_row + at, load(row + at) * (load(grad_row + at) - mean));
   }
 }
@@ -183,41 +174,40 @@ CEIT_INLINE void softmax_backward(Matrix<Real> scores, Matrix<Real> gradient, in
 
 template <class T>
 void forward(const ForwardCall& call, int64_t begin, int64_t end) {
-  using Real = RealOf<T>;
+  using Acc = acc_t<T>;
   const Shape& shape = call.shape;
   const int64_t channels = shape.channels;
-  const Layout<Real> layout(shape);
-  const Tail<Real> tail(shape.tokens);
-  const Scratch<Real> keys(layout.channels_by_tokens()), values(layout.tokens_by_channels());
-  const Scratch<Real> queries(layout.queries_by_channels()), results(layout.queries_by_channels());
-  const Scratch<Real> scores(layout.queries_by_tokens());
-  Real largest[kQueries], sums[kQueries];
+  const Layout<Acc> layout(shape);
+  const Tail<Acc> tail(shape.tokens);
+  const Scratch<Acc> keys(layout.channels_by_tokens()), values(layout.tokens_by_channels());
+  const Scratch<Acc> queries(layout.queries_by_channels()), results(layout.queries_by_channels());
+  const Scratch<Acc> scores(layout.queries_by_tokens());
+  Acc largest[kQueries], sums[kQueries];
   int64_t packed = -1;
   for (int64_t index = begin; index < end; ++index) {
-    const Block block(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.blocks());
-    const int64_t task = block.task, first = block.first, count = block.count;
+    const QueryTile tile(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.tiles());
+    const int64_t task = tile.task, first = tile.first, count = tile.count;
     if (task != packed) {
-      pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels,
-                               {keys.get(), layout.tokens});
-      pack<T, Real>(part_of<T>(call.qkv, shape, 2, task), 0, shape.tokens, channels, Real(1),
-                    {values.get(), layout.channels});
+      pack_transposed(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels, keys.get(), layout.tokens);
+      pack<T, Acc>(part_of<T>(call.qkv, shape, 2, task), 0, shape.tokens, channels, Acc(1),
+                   {values.get(), layout.channels});
       packed = task;
     }
-    pack<T, Real>(part_of<T>(call.qkv, shape, 0, task), first, count, channels, Real(call.scale * kLog2E),
-                  {queries.get(), layout.channels});
+    pack<T, Acc>(part_of<T>(call.qkv, shape, 0, task), first, count, channels, Acc(call.scale * kLog2E),
+                 {queries.get(), layout.channels});
     const Rows<T> out(call.out, shape, shape.queries, 1, 0, task);
     prefetch<true>(out, first, count, channels);
     if (index + 1 < end) prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
-    if (of_next_head.task * shape.blocks() < end) prefetch_share<T>(call.qkv, shape, of_next_head);
-    multiply<Real>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens},
-                   count, channels, shape.tokens, false);
-    softmax<Real>({scores.get(), layout.tokens}, count, shape.tokens, tail, largest, sums);
-    multiply<Real>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
-                   count, shape.tokens, channels, false);
-    unpack<T, Real>({results.get(), layout.channels}, out, first, count, channels,
-                    [&](int64_t row) { return Real(1) / sums[row]; });
+    if (of_next_head.task * shape.tiles() < end) prefetch_share<T>(call.qkv, shape, of_next_head);
+    multiply<Acc>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens},
+                  count, channels, shape.tokens, false);
+    softmax<Acc>({scores.get(), layout.tokens}, count, shape.tokens, tail, largest, sums);
+    multiply<Acc>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
+                  count, shape.tokens, channels, false);
+    unpack<T, Acc>({results.get(), layout.channels}, out, first, count, channels,
+                   [&](int64_t row) { return Acc(1) / sums[row]; });
     if (call.statistics) {
-      Real* to = static_cast<Real*>(call.statistics) + (task * shape.queries + first) * 2;
+      Acc* to = static_cast<Acc*>(call.statistics) + (task * shape.queries + first) * 2;
       for (int64_t i = 0; i < count; ++i) to[2 * i] = largest[i], to[2 * i + 1] = sums[i];
     }
   }
@@ -225,59 +215,59 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
 
 template <class T>
 void backward(const BackwardCall& call, int64_t begin, int64_t end) {
-  using Real = RealOf<T>;
+  using Acc = acc_t<T>;
   const Shape& shape = call.shape;
   const int64_t channels = shape.channels, tokens = shape.tokens;
-  const Layout<Real> layout(shape);
-  const Tail<Real> tail(tokens);
-  const Scratch<Real> keys_t(layout.channels_by_tokens()), values_t(layout.channels_by_tokens());
-  const Scratch<Real> keys(layout.tokens_by_channels());
-  const Scratch<Real> grad_keys(layout.tokens_by_channels()), grad_values(layout.tokens_by_channels());
-  const Scratch<Real> queries(layout.queries_by_channels()), grad_out(layout.queries_by_channels());
-  const Scratch<Real> grad_queries(layout.queries_by_channels());
-  const Scratch<Real> p(layout.queries_by_tokens()), grad_p(layout.queries_by_tokens());
+  const Layout<Acc> layout(shape);
+  const Tail<Acc> tail(tokens);
+  const Scratch<Acc> keys_t(layout.channels_by_tokens()), values_t(layout.channels_by_tokens());
+  const Scratch<Acc> keys(layout.tokens_by_channels());
+  const Scratch<Acc> grad_keys(layout.tokens_by_channels()), grad_values(layout.tokens_by_channels());
+  const Scratch<Acc> queries(layout.queries_by_channels()), grad_out(layout.queries_by_channels());
+  const Scratch<Acc> grad_queries(layout.queries_by_channels());
+  const Scratch<Acc> p(layout.queries_by_tokens()), grad_p(layout.queries_by_tokens());
   for (int64_t task = begin; task < end; ++task) {
     const auto q = part_of<T>(call.qkv, shape, 0, task), k = part_of<T>(call.qkv, shape, 1, task);
     const auto dout = gradient_of<T>(call.grad_out, shape, task);
     const Rows<T> dq(call.grad_qkv, shape, tokens, 3, 0, task);
-    pack_transposed<T, Real>(k, tokens, channels, {keys_t.get(), layout.tokens});
-    pack_transposed<T, Real>(part_of<T>(call.qkv, shape, 2, task), tokens, channels, {values_t.get(), layout.tokens});
-    pack<T, Real>(k, 0, tokens, channels, Real(1), {keys.get(), layout.channels});
-    const Real* statistics = static_cast<const Real*>(call.statistics) + task * shape.queries * 2;
-    for (int64_t index = task * shape.blocks(); index < (task + 1) * shape.blocks(); ++index) {
-      const Block block(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.blocks());
-      const int64_t first = block.first, count = block.count;
-      pack<T, Real>(q, first, count, channels, Real(call.scale * kLog2E), {queries.get(), layout.channels});
-      pack<T, Real>(dout, first, count, channels, Real(1), {grad_out.get(), layout.channels});
+    pack_transposed(k, tokens, channels, keys_t.get(), layout.tokens);
+    pack_transposed(part_of<T>(call.qkv, shape, 2, task), tokens, channels, values_t.get(), layout.tokens);
+    pack<T, Acc>(k, 0, tokens, channels, Acc(1), {keys.get(), layout.channels});
+    const Acc* statistics = static_cast<const Acc*>(call.statistics) + task * shape.queries * 2;
+    for (int64_t index = task * shape.tiles(); index < (task + 1) * shape.tiles(); ++index) {
+      const QueryTile tile(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.tiles());
+      const int64_t first = tile.first, count = tile.count;
+      pack<T, Acc>(q, first, count, channels, Acc(call.scale * kLog2E), {queries.get(), layout.channels});
+      pack<T, Acc>(dout, first, count, channels, Acc(1), {grad_out.get(), layout.channels});
       prefetch<true>(dq, first, count, channels);
       if (next.task < end) {
         prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
         prefetch(gradient_of<T>(call.grad_out, shape, next.task), next.first, next.count, channels);
       }
       if (of_next_head.task < end) prefetch_share<T>(call.qkv, shape, of_next_head);
-      multiply<Real>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens},
-                     count, channels, tokens, false);
-      multiply<Real>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens},
-                     {grad_p.get(), layout.tokens}, count, channels, tokens, false);
-      softmax_backward<Real>({p.get(), layout.tokens}, {grad_p.get(), layout.tokens}, count, tokens, tail,
-                             statistics + 2 * first);
+      multiply<Acc>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens}, count,
+                    channels, tokens, false);
+      multiply<Acc>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens},
+                    {grad_p.get(), layout.tokens}, count, channels, tokens, false);
+      softmax_backward<Acc>({p.get(), layout.tokens}, {grad_p.get(), layout.tokens}, count, tokens, tail,
+                            statistics + 2 * first);
       // Packed queries bring scale * log2(e) into the keys' gradient, of which log2(e) is too much; their own lacks the
       // scale. Unpacking mends both.
-      multiply<Real>({grad_p.get(), layout.tokens, 1}, {keys.get(), layout.channels},
-                     {grad_queries.get(), layout.channels}, count, tokens, channels, false);
-      multiply<Real>({grad_p.get(), 1, layout.tokens}, {queries.get(), layout.channels},
-                     {grad_keys.get(), layout.channels}, tokens, count, channels, first > 0);
-      multiply<Real>({p.get(), 1, layout.tokens}, {grad_out.get(), layout.channels},
-                     {grad_values.get(), layout.channels}, tokens, count, channels, first > 0);
-      unpack<T, Real>({grad_queries.get(), layout.channels}, dq, first, count, channels,
-                      [&](int64_t) { return Real(call.scale); });
+      multiply<Acc>({grad_p.get(), layout.tokens, 1}, {keys.get(), layout.channels},
+                    {grad_queries.get(), layout.channels}, count, tokens, channels, false);
+      multiply<Acc>({grad_p.get(), 1, layout.tokens}, {queries.get(), layout.channels},
+                    {grad_keys.get(), layout.channels}, tokens, count, channels, first > 0);
+      multiply<Acc>({p.get(), 1, layout.tokens}, {grad_out.get(), layout.channels},
+                    {grad_values.get(), layout.channels}, tokens, count, channels, first > 0);
+      unpack<T, Acc>({grad_queries.get(), layout.channels}, dq, first, count, channels,
+                     [&](int64_t) { return Acc(call.scale); });
     }
     for (int64_t row = shape.queries; row < tokens; ++row)
       std::memset(static_cast<void*>(dq.row(row)), 0, sizeof(T) * size_t(channels));
-    unpack<T, Real>({grad_keys.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 1, task), 0, tokens,
-                    channels, [](int64_t) { return Real(kLn2); });
-    unpack<T, Real>({grad_values.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 2, task), 0, tokens,
-                    channels, [](int64_t) { return Real(1); });
+    unpack<T, Acc>({grad_keys.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 1, task), 0, tokens,
+                   channels, [](int64_t) { return Acc(kLn2); });
+    unpack<T, Acc>({grad_values.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 2, task), 0, tokens,
+                   channels, [](int64_t) { return Acc(1); });
   }
 }
 

@@ -1,7 +1,7 @@
 // What self-attention takes on the CPU, and the table of its implementations.
 #pragma once
 
-#include <cstdint>
+#include "../../types.h"
 
 namespace ceit::attention {
 
@@ -11,7 +11,7 @@ constexpr int kQueries = 48;
 struct Shape {
   int64_t images, tokens, heads, channels;  // channels of a head
   int64_t queries;                          // the first tokens
-  int64_t blocks() const { return (queries + kQueries - 1) / kQueries; }
+  int64_t tiles() const { return ceil_div(queries, kQueries); }
 };
 
 // out = softmax(scale * q k^T) v. Statistics are, for each query, the largest of its scores times log2(e), and the sum
@@ -34,9 +34,10 @@ struct BackwardCall {
 };
 
 struct Kernels {
-  void (*forward)(const ForwardCall&, int64_t begin,
-                  int64_t end);  // tasks: blocks of queries of all heads of all images
-  void (*backward)(const BackwardCall&, int64_t begin, int64_t end);  // tasks: heads of all images
+  // Tasks: tiles of queries of all heads of all images.
+  void (*forward)(const ForwardCall&, int64_t begin, int64_t end);
+  // Tasks: heads of all images.
+  void (*backward)(const BackwardCall&, int64_t begin, int64_t end);
 };
 
 }  // namespace ceit::attention

@@ -1,4 +1,4 @@
-// Transformer blocks of CeiT at inference, their weights packed.
+// Transformer blocks of CeiT at inference, their weights prepacked.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +6,7 @@
 #include "../add_norm/calls.h"
 #include "../attention/calls.h"
 #include "../gemm/packing.h"
-#include "../leff/bands.h"
-#include "../leff/stages.h"
+#include "../leff/inference.h"
 
 namespace ceit::block {
 
@@ -30,7 +29,7 @@ attention::ForwardCall attention_call(int64_t images, int64_t tokens, int64_t qu
 template <class T>
 void attend(const attention::ForwardCall& call, int64_t begin, int64_t end);
 inline int64_t tasks_of(const attention::ForwardCall& call) {
-  return call.shape.images * call.shape.heads * call.shape.blocks();
+  return call.shape.images * call.shape.heads * call.shape.tiles();
 }
 
 // Of an attention between two norms.
@@ -39,7 +38,7 @@ struct AttentionSizes {
   double eps1, scale, eps2;
 };
 
-// What all blocks begin with: norm, attention, norm. Products are without their rows.
+// What all blocks begin with: norm, attention, norm. GEMMs are without their rows.
 template <class T>
 struct Attention {
   int64_t heads;
@@ -60,7 +59,7 @@ struct Attention {
 template <class T>
 struct Encoder {
   Attention<T> attention;
-  leff::Bands<T> leff;
+  leff::Inference<T> leff;
   Encoder(const AttentionSizes& sizes, const leff::Sizes& of_leff, gemm::Packer<T>& packer)
       : attention(sizes, packer), leff(of_leff, packer) {}
 };
@@ -145,7 +144,7 @@ void run_blocks(int64_t images, int64_t rows, int64_t channels, int64_t blocks, 
 // What the compiled calls take as lists of numbers.
 using Numbers = std::vector<int64_t>;
 using Scalars = std::vector<double>;
-using Parameters = std::vector<gemm::OptionalTensor>;
+using Parameters = std::vector<OptionalTensor>;
 
 inline AttentionSizes attention_sizes(int64_t channels, int64_t heads, const Scalars& scalars, size_t at) {
   STD_TORCH_CHECK(scalars.size() >= at + 3, "scalars: expected more than ", scalars.size());
@@ -159,7 +158,7 @@ constexpr size_t kParameters = 26, kScalars = 6;
 // sizes: C, heads, E, side of the kernel, both activations, height, width, blocks.
 struct EncoderSizes {
   int64_t channels, heads, tokens, blocks;
-  leff::Sizes leff;
+  leff::Sizes leff{};
   explicit EncoderSizes(const Numbers& sizes);
   template <class T>
   Encoder<T> block(int64_t prefix, const Scalars& scalars, int64_t index, gemm::Packer<T>& packer) const {
@@ -177,14 +176,12 @@ struct EncoderSizes {
 template <class T>
 Layers<T> layers_of(const Scalars& scalars, size_t at, const Numbers& sizes, gemm::Packer<T>& packer) {
   STD_TORCH_CHECK(sizes.size() == 4, "sizes: expected 4 numbers, got ", sizes.size());
-  return {attention_sizes(sizes[0], sizes[1], scalars, at), sizes[2], leff::checked_activation(sizes[3]), packer};
+  return {attention_sizes(sizes[0], sizes[1], scalars, at), sizes[2], gemm::activation_of(sizes[3]), packer};
 }
 
-PatchSizes patch_sizes(const torch::stable::Tensor& image, int64_t map_channels, int64_t height, int64_t width,
-                       int64_t channels);
+PatchSizes patch_sizes(const Tensor& image, int64_t map_channels, int64_t height, int64_t width, int64_t channels);
 // The stem's map (B, map_height, map_width, map_channels) of images.
-torch::stable::Tensor stem_map(const torch::stable::Tensor& image, const torch::stable::Tensor& stem,
-                               const torch::stable::Tensor& sign, const torch::stable::Tensor& norm,
-                               const PatchSizes& sizes);
+Tensor stem_map(const Tensor& image, const Tensor& stem, const Tensor& sign, const Tensor& norm,
+                const PatchSizes& sizes);
 
 }  // namespace ceit::block

@@ -8,7 +8,7 @@
 namespace ceit::block {
 namespace {
 
-// oneDNN's brgemm adds up all terms in one chain, which would lose digits of float32: there a sum for each row of a
+// oneDNN's brgemm adds up all depth in one chain, which would lose digits of float32: there a sum for each row of a
 // patch.
 template <class T>
 bool by_rows() {
@@ -18,11 +18,11 @@ bool by_rows() {
 // Columns of a patch's elements in the order of the map's, for elements `first` of `count` rows of a patch.
 template <class T>
 std::vector<T> in_order_of_map(const T* weight, const PatchSizes& sizes, int64_t first, int64_t count) {
-  const int64_t pixels = sizes.height * sizes.width, line = sizes.line(), terms = count * line;
-  std::vector<T> ordered(size_t(sizes.channels * terms));
+  const int64_t pixels = sizes.height * sizes.width, line = sizes.line(), depth = count * line;
+  std::vector<T> ordered(size_t(sizes.channels * depth));
   torch::stable::parallel_for(0, sizes.channels, 16, [&](int64_t begin, int64_t end) {
     for (int64_t out = begin; out < end; ++out) {
-      T* to = ordered.data() + out * terms;
+      T* to = ordered.data() + out * depth;
       const T* from = weight + out * sizes.map_channels * pixels + first * sizes.width;
       for (int64_t c = 0; c < sizes.map_channels; ++c)
         for (int64_t pixel = 0; pixel < count * sizes.width; ++pixel)
@@ -42,7 +42,7 @@ Patches<T>::Patches(const PatchSizes& sizes, gemm::Packer<T>& packer) : PatchSiz
     std::vector<T> ordered;
     if (weight) ordered = in_order_of_map(weight, sizes, part * count, count);
     projections.push_back(packer.packed(ordered.data(), channels, count * line()));
-    projections.back().a_stride = height * line(), projections.back().out_stride = channels;
+    projections.back().a_stride = height * line();
     projections.back().accumulate = part > 0;
   }
   projections.back().shift = packer.vector("bias", channels);
@@ -54,11 +54,10 @@ Patches<T>::Patches(const PatchSizes& sizes, gemm::Packer<T>& packer) : PatchSiz
 template <class T>
 void infer_patches(const Patches<T>& patches, int64_t images, const T* map, T* out) {
   const int64_t columns = patches.columns(), line = patches.line(), channels = patches.channels;
-  const int64_t terms = patches.height * line, tokens = patches.tokens(),
+  const int64_t depth = patches.height * line, tokens = patches.tokens(),
                 row_of_map = patches.map_width * patches.map_channels;
-  const int64_t floats = gemm::floats_for<T>(tokens * terms);
-  gemm::for_images(images, floats, [&](int64_t image, gemm::Place place, auto run) {
-    T* all = reinterpret_cast<T*>(place.memory);
+  gemm::for_images(images, tokens * depth * int64_t(sizeof(T)), [&](int64_t image, gemm::Place place, auto run) {
+    T* all = static_cast<T*>(place.memory);
     const T* from = map + image * patches.map_height * row_of_map;
     T* to = out + image * (1 + tokens) * channels;
     for (int64_t c = 0; c < channels; ++c) to[c] = sum_of(patches.class_token[c], patches.positions[c]);
@@ -66,15 +65,15 @@ void infer_patches(const Patches<T>& patches, int64_t images, const T* map, T* o
       for (int64_t row = begin; row < end; ++row)
         for (int64_t y = 0; y < patches.height; ++y) {
           const T* pixels = from + (row * patches.height + y) * row_of_map;
-          T* patch = all + row * columns * terms + y * line;
-          for (int64_t column = 0; column < columns; ++column, pixels += line, patch += terms)
+          T* patch = all + row * columns * depth + y * line;
+          for (int64_t column = 0; column < columns; ++column, pixels += line, patch += depth)
             std::copy(pixels, pixels + line, patch);
         }
       int64_t first = 0;
       for (gemm::Call<T> call : patches.projections) {
         call.a = all + first, call.out = to + channels;
         gemm::multiply(call, begin * columns, end * columns);
-        first += call.terms;
+        first += call.depth;
       }
     });
   });

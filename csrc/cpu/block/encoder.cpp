@@ -1,4 +1,4 @@
-// Encoder blocks. All tokens: four stages an image, each on rows that stay with their thread. The class token alone:
+// Encoder blocks. All tokens: four steps an image, each on rows that stay with their thread. The class token alone:
 // keys and values of all tokens, and of the rest one row an image.
 #include <vector>
 
@@ -22,9 +22,7 @@ struct Memory {
 
 template <class T>
 gemm::Call<T> with_rows(gemm::Call<T> call, const T* a, T* out, const T* residual = nullptr) {
-  call.a = a, call.a_stride = call.terms;
-  call.out = out, call.out_stride = call.columns;
-  call.residual = residual;
+  call.a = a, call.out = out, call.residual = residual;
   return call;
 }
 
@@ -39,7 +37,7 @@ class ClassTokens {
   T* total() { return row(2, 0); }
   T* normalised() { return row(3, 0); }
   void add_attention(const Attention<T>& block) {
-    gemm::multiply_few(with_rows<T>(block.projection, attended(0), total(), row(0, 0)), images_, gemm::Threads());
+    gemm::multiply_few(with_rows<T>(block.projection, attended(0), total(), row(0, 0)), images_);
     block.norm2(total(), normalised(), 0, images_);
   }
 
@@ -54,11 +52,11 @@ class ClassTokens {
 template <class T>
 void infer_encoder(const Encoder<T>& encoder, int64_t images, int64_t rows, const T* x, T* out) {
   const Attention<T>& block = encoder.attention;
-  const leff::Bands<T>& leff = encoder.leff;
+  const leff::Inference<T>& leff = encoder.leff;
   const int64_t channels = leff.channels, elements = rows * channels;
-  const int64_t floats = gemm::floats_for<T>(6 * elements + leff.memory());
-  gemm::for_images(images, floats, [&](int64_t image, gemm::Place place, auto run) {
-    const Memory<T> memory(reinterpret_cast<T*>(place.memory), elements);
+  const int64_t bytes = (6 * elements + leff.memory()) * int64_t(sizeof(T));
+  gemm::for_images(images, bytes, [&](int64_t image, gemm::Place place, auto run) {
+    const Memory<T> memory(static_cast<T*>(place.memory), elements);
     const T* in = x + image * elements;
     run(rows, [&](int64_t begin, int64_t end) {
       block.norm1(in, memory.normalised, begin, end);
@@ -83,13 +81,13 @@ void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, 
                        Rows<T> out) {
   const int64_t elements = rows * channels;
   ClassTokens<T> tokens(images, channels);
-  gemm::for_images(images, gemm::floats_for<T>(4 * elements), [&](int64_t image, gemm::Place place, auto run) {
-    T* memory = reinterpret_cast<T*>(place.memory);
+  gemm::for_images(images, 4 * elements * int64_t(sizeof(T)), [&](int64_t image, gemm::Place place, auto run) {
+    T* memory = static_cast<T*>(place.memory);
     const T* in = x + image * elements;
     tokens.ask(image, in);
     const gemm::Call<T> qkv = with_rows<T>(block.qkv, memory, memory + elements);
     // Panels with a column of keys or values of all rows, and those of queries, which may share one, of the first.
-    const gemm::Range keys_and_values{channels / gemm::kColumns, gemm::panels_of(3 * channels)};
+    const gemm::Range keys_and_values{channels / gemm::kPanelColumns, gemm::panels_of(3 * channels)};
     run(rows, [&](int64_t begin, int64_t end) {
       block.norm1(in, memory, begin, end);
       gemm::multiply(qkv, gemm::Range{begin, end}, keys_and_values);
@@ -108,10 +106,9 @@ template <class T>
 void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const T* x, T* out) {
   const Attention<T>& block = layer.attention;
   const int64_t channels = layer.channels, rows = images * layers, elements = rows * channels;
-  const gemm::Threads run;
   ClassTokens<T> tokens(images, channels);
-  const int64_t floats = gemm::floats_for<T>(4 * elements + images * layer.expanding.columns);
-  T *memory = reinterpret_cast<T*>(gemm::workspace(floats)), *hidden = memory + 4 * elements;
+  const int64_t bytes = (4 * elements + images * layer.expanding.columns) * int64_t(sizeof(T));
+  T *memory = static_cast<T*>(gemm::workspace(bytes)), *hidden = memory + 4 * elements;
   for (int64_t image = 0; image < images; ++image) {
     // Attention's queries are the first tokens, so the last goes ahead of the others.
     const T *in = x + image * layers * channels, *last = in + (layers - 1) * channels;
@@ -121,13 +118,13 @@ void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const 
     std::copy(in, last, turned + channels);
   }
   block.norm1(memory + elements, memory, 0, rows);
-  gemm::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows, run);
+  gemm::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows);
   const auto attention =
       attention_call<T>(images, layers, 1, channels, block.heads, block.scale, memory + elements, tokens.attended(0));
-  run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
+  gemm::Threads()(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
   tokens.add_attention(block);
-  gemm::multiply_few(with_rows<T>(layer.expanding, tokens.normalised(), hidden), images, run);
-  gemm::multiply_few(with_rows<T>(layer.contracting, hidden, out, tokens.total()), images, run);
+  gemm::multiply_few(with_rows<T>(layer.expanding, tokens.normalised(), hidden), images);
+  gemm::multiply_few(with_rows<T>(layer.contracting, hidden, out, tokens.total()), images);
 }
 
 #define CEIT_INSTANTIATE(T)                                                                           \

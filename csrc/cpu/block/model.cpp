@@ -1,12 +1,9 @@
-// A whole CeiT at inference, from images to logits, of what was packed for it once.
+// A whole CeiT at inference, from images to logits, of what was prepacked for it once.
 #include "../scalar.h"
 #include "block.h"
 
 namespace ceit::block {
 namespace {
-
-using torch::stable::new_empty;
-using torch::stable::Tensor;
 
 // Numbers of each part, one after another.
 struct ModelSizes {
@@ -52,12 +49,12 @@ struct Model {
 template <class T>
 void infer_model(const Model<T>& model, int64_t images, const Tensor& map, const Tensor& out) {
   const int64_t channels = model.patches.channels, rows = 1 + model.patches.tokens();
-  const int64_t blocks = int64_t(model.blocks.size()), elements = images * rows * channels;
-  const Tensor memory = new_empty(map, {3 * elements + images * (blocks + 2) * channels});
+  const int64_t blocks = int64_t(model.blocks.size()), count = images * rows * channels;
+  const Tensor memory = new_empty(map, {3 * count + images * (blocks + 2) * channels});
   T* tokens = static_cast<T*>(memory.data_ptr());
-  T *spare = tokens + elements, *last = spare + elements, *class_tokens = last + elements;
+  T *spare = tokens + count, *last = spare + count, *class_tokens = last + count;
   T *asked = class_tokens + images * blocks * channels, *normalised = asked + images * channels;
-  infer_patches(model.patches, images, gemm::elements<T>("map", map, map.numel()), tokens);
+  infer_patches(model.patches, images, elements<T>("map", map, map.numel()), tokens);
   run_blocks(images, rows, channels, blocks, true, tokens, spare, last, class_tokens,
              [&](int64_t index, const auto& use) { use(model.blocks[size_t(index)]); });
   for (int64_t i = 0; i < images * blocks * channels; ++i)
@@ -65,34 +62,31 @@ void infer_model(const Model<T>& model, int64_t images, const Tensor& map, const
   infer_layers(model.layers, images, blocks, class_tokens, asked);
   model.norm(asked, normalised, 0, images);
   gemm::Call<T> head = model.head;
-  head.a = normalised, head.a_stride = channels;
-  head.out = gemm::elements<T>("out", out, images * head.columns), head.out_stride = head.columns;
-  gemm::multiply_few(head, images, gemm::Threads());
+  head.a = normalised, head.out = elements<T>("out", out, images * head.columns);
+  gemm::multiply_few(head, images);
 }
 
 // Parameters: those of the patches, of each block, the class tokens' positions, of the block over them, weight and bias
 // of the last norm and of the head.
-Tensor pack_model(Tensor image, int64_t map_channels, Parameters parameters, Scalars scalars, Numbers sizes) {
-  const ModelSizes size = model_sizes(image, map_channels, sizes);
-  Tensor packed = image;
-  gemm::with_type(image, [&](auto type) {
+Tensor prepack_model(Tensor image, int64_t map_channels, Parameters parameters, Scalars scalars, Numbers numbers) {
+  const ModelSizes sizes = model_sizes(image, map_channels, numbers);
+  return with_dtype(image, [&](auto type) {
     using T = decltype(type);
-    packed = gemm::packed_tensor<T>(image, parameters,
-                                    [&](gemm::Packer<T>& packer) { return Model<T>(size, scalars, packer); });
+    return gemm::prepack<T>(image, parameters,
+                            [&](gemm::Packer<T>& packer) { return Model<T>(sizes, scalars, packer); });
   });
-  return packed;
 }
 
-Tensor infer_model_tensors(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor packed, Scalars scalars,
-                           Numbers sizes) {
-  const ModelSizes size = model_sizes(image, sign.numel(), sizes);
-  const Tensor map = stem_map(image, stem, sign, norm, size.patches),
-               out = new_empty(image, {image.size(0), size.classes});
-  gemm::with_type(image, [&](auto type) {
+Tensor infer_model_tensors(Tensor image, Tensor stem, Tensor sign, Tensor norm, Tensor prepacked, Scalars scalars,
+                           Numbers numbers) {
+  const ModelSizes sizes = model_sizes(image, sign.numel(), numbers);
+  const Tensor map = stem_map(image, stem, sign, norm, sizes.patches);
+  const Tensor out = new_empty(image, {image.size(0), sizes.classes});
+  with_dtype(image, [&](auto type) {
     using T = decltype(type);
-    gemm::with_packed<T>(
-        {}, packed, [&](gemm::Packer<T>& packer) { return Model<T>(size, scalars, packer); },
-        [&](const Model<T>& model) { infer_model(model, image.size(0), map, out); });
+    const auto make = [&](gemm::Packer<T>& packer) { return Model<T>(sizes, scalars, packer); };
+    gemm::with_prepacked<T>({}, prepacked, make,
+                            [&](const Model<T>& model) { infer_model(model, image.size(0), map, out); });
   });
   return out;
 }
@@ -101,6 +95,6 @@ Tensor infer_model_tensors(Tensor image, Tensor stem, Tensor sign, Tensor norm, 
 }  // namespace ceit::block
 
 STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) {
-  m.impl("_model_pack", TORCH_BOX(&ceit::block::pack_model));
+  m.impl("_model_prepack", TORCH_BOX(&ceit::block::prepack_model));
   m.impl("_model_infer", TORCH_BOX(&ceit::block::infer_model_tensors));
 }

@@ -23,7 +23,7 @@ void Norm<T>::operator()(const T* x, T* out, int64_t begin, int64_t end) const {
   add_norm::ForwardCall call = call_;
   call.rows = end - begin;
   call.x = x + begin * call.channels, call.out = out + begin * call.channels;
-  add_norm::chosen(kIndex<T>).forward(call, 0, (call.rows + add_norm::kRows - 1) / add_norm::kRows);
+  add_norm::chosen(kIndex<T>).forward(call, 0, (call.rows + add_norm::kTileRows - 1) / add_norm::kTileRows);
 }
 
 template <class T>

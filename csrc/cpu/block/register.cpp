@@ -10,39 +10,26 @@ namespace ceit::block {
 EncoderSizes::EncoderSizes(const Numbers& sizes) {
   STD_TORCH_CHECK(sizes.size() == 9, "sizes: expected 9 numbers, got ", sizes.size());
   channels = sizes[0], heads = sizes[1], tokens = sizes[6] * sizes[7], blocks = sizes[8];
-  leff = {channels,
-          sizes[2],
-          channels,
-          0,
-          int(sizes[6]),
-          int(sizes[7]),
-          int(sizes[3]),
-          leff::checked_activation(sizes[4]),
-          leff::checked_activation(sizes[5]),
-          {}};
+  leff.channels = leff.outputs = channels, leff.hidden = sizes[2], leff.side = int(sizes[3]);
+  leff.first = gemm::activation_of(sizes[4]), leff.second = gemm::activation_of(sizes[5]);
+  leff.height = int(sizes[6]), leff.width = int(sizes[7]);
 }
 
-PatchSizes patch_sizes(const torch::stable::Tensor& image, int64_t map_channels, int64_t height, int64_t width,
-                       int64_t channels) {
+PatchSizes patch_sizes(const Tensor& image, int64_t map_channels, int64_t height, int64_t width, int64_t channels) {
   STD_TORCH_CHECK(image.dim() == 4 && image.numel() > 0, "image: expected (B, I, H, W)");
   STD_TORCH_CHECK(height > 0 && width > 0, "patch: expected a height and a width, got ", height, " and ", width);
   return {(image.size(2) + 3) / 4, (image.size(3) + 3) / 4, map_channels, height, width, channels};
 }
 
-torch::stable::Tensor stem_map(const torch::stable::Tensor& image, const torch::stable::Tensor& stem,
-                               const torch::stable::Tensor& sign, const torch::stable::Tensor& norm,
-                               const PatchSizes& sizes) {
-  const auto map =
-      torch::stable::new_empty(image, {image.size(0), sizes.map_height, sizes.map_width, sizes.map_channels});
+Tensor stem_map(const Tensor& image, const Tensor& stem, const Tensor& sign, const Tensor& norm,
+                const PatchSizes& sizes) {
+  const auto map = new_empty(image, {image.size(0), sizes.map_height, sizes.map_width, sizes.map_channels});
   i2t_cpu::forward(image, stem, sign, norm, map, std::nullopt, std::nullopt);
   return map;
 }
 
 namespace {
 
-using gemm::OptionalTensor;
-using torch::stable::new_empty;
-using torch::stable::Tensor;
 // out (B, N, C) of tokens x, and their first tokens behind every block, class_tokens (B, blocks, C). parameters: of
 // each block norm1, qkv, projection, norm2 (weight and bias each) and what leff::infer takes.
 void infer_encoder_tensors(Tensor x, Parameters parameters, Scalars scalars, Numbers sizes, bool class_token_only,
@@ -53,11 +40,11 @@ void infer_encoder_tensors(Tensor x, Parameters parameters, Scalars scalars, Num
   STD_TORCH_CHECK(parameters.size() == kParameters * size_t(size.blocks), "parameters: expected ", kParameters,
                   " for each of ", size.blocks, " blocks, got ", parameters.size());
   const int64_t images = x.size(0), rows = x.size(1);
-  gemm::with_type(x, [&](auto type) {
+  with_dtype(x, [&](auto type) {
     using T = decltype(type);
-    const T* from = gemm::elements<T>("x", x, x.numel());
-    T* to = gemm::elements<T>("out", out, x.numel());
-    T* first = gemm::elements<T>("class_tokens", class_tokens, images * size.blocks * size.channels);
+    const T* from = elements<T>("x", x, x.numel());
+    T* to = elements<T>("out", out, x.numel());
+    T* first = elements<T>("class_tokens", class_tokens, images * size.blocks * size.channels);
     const Tensor spare = new_empty(x, {size.blocks > 1 ? x.numel() : 0});
     const auto block = [&](int64_t index, const auto& use) {
       const auto start = parameters.begin() + int64_t(kParameters) * index;
@@ -65,7 +52,7 @@ void infer_encoder_tensors(Tensor x, Parameters parameters, Scalars scalars, Num
       const auto make = [&](gemm::Packer<T>& packer) {
         return size.block<T>(rows - size.tokens, scalars, index, packer);
       };
-      gemm::with_packed<T>(own, std::nullopt, make, use);
+      gemm::with_prepacked<T>(own, std::nullopt, make, use);
     };
     run_blocks(images, rows, size.channels, size.blocks, class_token_only, from, static_cast<T*>(spare.data_ptr()), to,
                first, block);
@@ -75,12 +62,12 @@ void infer_encoder_tensors(Tensor x, Parameters parameters, Scalars scalars, Num
 // out (B, 1, C) of class tokens x (B, L, C). parameters: norm1, qkv, projection, norm2, fc1, fc2, weight and bias each.
 void infer_layers_tensors(Tensor x, Parameters parameters, Scalars scalars, Numbers sizes, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0 && x.size(2) == sizes[0], "x: expected class tokens (B, L, C)");
-  gemm::with_type(x, [&](auto type) {
+  with_dtype(x, [&](auto type) {
     using T = decltype(type);
     const auto make = [&](gemm::Packer<T>& packer) { return layers_of(scalars, 0, sizes, packer); };
-    gemm::with_packed<T>(parameters, std::nullopt, make, [&](const Layers<T>& block) {
-      infer_layers(block, x.size(0), x.size(1), gemm::elements<T>("x", x, x.numel()),
-                   gemm::elements<T>("out", out, x.size(0) * block.channels));
+    gemm::with_prepacked<T>(parameters, std::nullopt, make, [&](const Layers<T>& block) {
+      infer_layers(block, x.size(0), x.size(1), elements<T>("x", x, x.numel()),
+                   elements<T>("out", out, x.size(0) * block.channels));
     });
   });
 }
@@ -92,12 +79,12 @@ void infer_embedding(Tensor image, Tensor stem, Tensor sign, Tensor norm, Parame
   STD_TORCH_CHECK(out.dim() == 3, "out: expected (B, 1 + tokens, C)");
   const PatchSizes sizes = patch_sizes(image, sign.numel(), height, width, out.size(2));
   const Tensor map = stem_map(image, stem, sign, norm, sizes);
-  gemm::with_type(image, [&](auto type) {
+  with_dtype(image, [&](auto type) {
     using T = decltype(type);
     const auto make = [&](gemm::Packer<T>& packer) { return Patches<T>(sizes, packer); };
-    gemm::with_packed<T>(parameters, std::nullopt, make, [&](const Patches<T>& patches) {
-      infer_patches(patches, image.size(0), gemm::elements<T>("map", map, map.numel()),
-                    gemm::elements<T>("out", out, image.size(0) * (1 + sizes.tokens()) * sizes.channels));
+    gemm::with_prepacked<T>(parameters, std::nullopt, make, [&](const Patches<T>& patches) {
+      infer_patches(patches, image.size(0), elements<T>("map", map, map.numel()),
+                    elements<T>("out", out, image.size(0) * (1 + sizes.tokens()) * sizes.channels));
     });
   });
 }

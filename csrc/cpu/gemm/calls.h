@@ -1,59 +1,60 @@
-// GEMM of rows in cache with weights packed in panels, and the table of its implementations.
+// GEMM of rows in cache with a matrix B that is prepacked in panels or read as it lies, and the table of its kernels.
 //
-// What follows a product (norm, activation, residual) is its epilogue: it is done while the result is in cache, into
+// What follows a GEMM (norm, activation, residual) is its epilogue: it is done while the result is in cache, into
 // memory that the caller gives.
 #pragma once
 
 #include <cstdint>
 
-#include "../activation.h"
-#include "../types.h"
+#include "../../types.h"
 
 namespace ceit::gemm {
 
-// Columns of a panel, the part of a product that a task has.
-constexpr int kColumns = 64;
+// Columns of a panel, the part of a result that a task has.
+constexpr int kPanelColumns = 64;
 
-// out = activation(a B * scale + shift) + residual, or, where out is of the type accumulated in, out += a B. Sums,
-// scale and shift are of the type accumulated in.
-template <class T>
+// out = activation(A B * scale + shift) + residual or, where out is of the type accumulated in, out += A B.
+template <class T, class Out = T>
 struct Call {
-  using Acc = AccOf<T>;
+  using Acc = acc_t<T>;
   const T* a = nullptr;
-  int64_t a_stride = 0, terms = 0, columns = 0;
-  // B, packed by `pack`, or (terms, columns) as it lies with rows `b_stride` apart.
+  int64_t a_stride = 0, depth = 0, columns = 0;
+  // B (depth, columns): what `pack` made of it, or as it lies with rows `b_stride` apart.
   const void* b = nullptr;
-  int64_t b_stride = 0;                          // 0 where it is packed
+  int64_t b_stride = 0;                          // 0 where it is prepacked
   const Acc *scale = nullptr, *shift = nullptr;  // (columns,); 1 and 0 where there is none
   Activation activation = Activation::identity;
-  const T* residual = nullptr;  // with the rows of out
-  T* out = nullptr;
+  const Out* residual = nullptr;  // with the rows of out
+  Out* out = nullptr;
   int64_t out_stride = 0;
   bool accumulate = false;
 };
 
-// A weight (columns, terms), row by row.
+// A weight (columns, depth), row by row: B transposed.
 template <class T>
 struct Weight {
   const T* data;
-  int64_t columns, terms;
+  int64_t columns, depth;
 };
 
-inline int64_t panels_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+inline int64_t panels_of(int64_t columns) { return ceil_div(columns, kPanelColumns); }
 
-// Some rows, or some panels of a weight.
+// Some rows, or some panels of B.
 struct Range {
   int64_t begin, end;
 };
 
 template <class T>
 struct Kernels {
-  // A part of a product.
+  // Some rows of some panels of a result.
   void (*multiply)(const Call<T>&, Range rows, Range panels);
-  // Panels of B = W^T, each at its place in `packed`, which is for all of them.
+  void (*multiply_to_acc)(const Call<T, acc_t<T>>&, Range rows, Range panels);
+  // Panels of B, each at its place in `packed`, which is for all of them.
   void (*pack)(const Weight<T>&, Range panels, void* packed);
-  // Bytes of an element of a packed weight of so many terms.
-  int64_t (*packed_size)(int64_t terms);
+  // Bytes of an element of a prepacked B of a depth.
+  int64_t (*packed_size)(int64_t depth);
+  // out (columns, rows), with rows `out_stride` apart, of a matrix (rows, columns).
+  void (*transpose)(const T* in, int64_t rows, int64_t columns, T* out, int64_t out_stride);
 };
 
 struct Table {

@@ -47,14 +47,18 @@ class Workspace {
 
 }  // namespace
 
-template <class T>
-void multiply(const Call<T>& call, Range rows, Range panels) {
-  if (rows.begin < rows.end) kernels<T>().multiply(call, rows, panels);
+template <class T, class Out>
+void multiply(const Call<T, Out>& call, Range rows, Range panels) {
+  if (rows.begin >= rows.end) return;
+  if constexpr (std::is_same_v<T, Out>)
+    kernels<T>().multiply(call, rows, panels);
+  else
+    kernels<T>().multiply_to_acc(call, rows, panels);
 }
 
 template <class T>
-int64_t packed_bytes(int64_t columns, int64_t terms) {
-  return panels_of(columns) * kColumns * terms * kernels<T>().packed_size(terms);
+int64_t packed_bytes(int64_t columns, int64_t depth) {
+  return panels_of(columns) * kPanelColumns * depth * kernels<T>().packed_size(depth);
 }
 
 template <class T>
@@ -63,26 +67,39 @@ void pack(const Weight<T>& weight, void* packed) {
                               [&](int64_t begin, int64_t end) { kernels<T>().pack(weight, {begin, end}, packed); });
 }
 
+template <class T>
+void transpose(const T* in, int64_t rows, int64_t columns, T* out) {
+  kernels<T>().transpose(in, rows, columns, out, transposed_stride(rows));
+}
+
+Tensor transposed(const Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  const Tensor out = new_empty(matrix, {columns, rows});
+  with_dtype(matrix, [&](auto type) {
+    using T = decltype(type);
+    const T* in = elements<T>("matrix", matrix, rows * columns);
+    T* to = static_cast<T*>(out.data_ptr());
+    torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+      kernels<T>().transpose(in + begin * columns, end - begin, columns, to + begin, rows);
+    });
+  });
+  return out;
+}
+
 #define CEIT_INSTANTIATE(T)                                         \
   template void multiply(const Call<T>&, Range, Range);             \
-  template int64_t packed_bytes<T>(int64_t columns, int64_t terms); \
-  template void pack(const Weight<T>&, void*);
+  template int64_t packed_bytes<T>(int64_t columns, int64_t depth); \
+  template void pack(const Weight<T>&, void*);                      \
+  template void transpose(const T*, int64_t, int64_t, T*);
 CEIT_INSTANTIATE(float)
 CEIT_INSTANTIATE(Bf16)
 CEIT_INSTANTIATE(double)
-
-void* elements(const char* name, const OptionalTensor& tensor, int64_t count, ScalarType type) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->is_contiguous() && tensor->numel() == count, name,
-                  ": expected ", count, " contiguous elements of ", torch::headeronly::toString(type), ", got ",
-                  tensor->numel(), " of ", torch::headeronly::toString(tensor->scalar_type()));
-  return tensor->data_ptr();
-}
+template void multiply(const Call<Bf16, float>&, Range, Range);
 
 template <class Acc>
 void read_vector(const char* name, const Tensor& tensor, int64_t count, Acc* to) {
   const Tensor whole = gemm::contiguous(tensor);
-  with_type(whole, [&](auto type) {
+  with_dtype(whole, [&](auto type) {
     using From = decltype(type);
     const From* from = elements<From>(name, whole, count);
     for (int64_t i = 0; i < count; ++i) to[i] = Acc(value_of(from[i]));
@@ -91,9 +108,9 @@ void read_vector(const char* name, const Tensor& tensor, int64_t count, Acc* to)
 template void read_vector(const char*, const Tensor&, int64_t, float*);
 template void read_vector(const char*, const Tensor&, int64_t, double*);
 
-float* workspace(int64_t count) {
+void* workspace(int64_t bytes) {
   static thread_local Workspace memory;
-  return static_cast<float*>(memory.get(count * int64_t(sizeof(float))));
+  return memory.get(bytes);
 }
 
 void* packing_workspace(int64_t bytes) {

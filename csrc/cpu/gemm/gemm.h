@@ -1,93 +1,83 @@
-// GEMM with tensors: packing, memory, and how rows of images are shared between threads.
+// GEMM on pointers: packing, memory, and how rows of images are shared between threads.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <optional>
-#include <type_traits>
 
+#include "../../tensors.h"
 #include "calls.h"
 
 namespace ceit::gemm {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+// By its number; an error for any other.
+inline Activation activation_of(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index <= int64_t(Activation::identity), "unknown activation ", index);
+  return Activation(index);
+}
 
-// Some rows of a product, of some panels or all.
-template <class T>
-void multiply(const Call<T>& call, Range rows, Range panels);
-template <class T>
-void multiply(const Call<T>& call, int64_t begin, int64_t end) {
+// Some rows of a result, of some panels or all.
+template <class T, class Out>
+void multiply(const Call<T, Out>& call, Range rows, Range panels);
+template <class T, class Out>
+void multiply(const Call<T, Out>& call, int64_t begin, int64_t end) {
   multiply(call, Range{begin, end}, Range{0, panels_of(call.columns)});
 }
 
-// `Call`'s B as it lies: (terms, columns), rows `stride` apart.
-template <class T>
-Call<T> call_of(const T* b, int64_t stride, int64_t terms, int64_t columns) {
-  Call<T> call;
-  call.terms = terms, call.columns = columns;
+// A call whose B (depth, columns) is read as it lies, with rows `stride` apart.
+template <class T, class Out = T>
+Call<T, Out> unpacked_call(const T* b, int64_t stride, int64_t depth, int64_t columns) {
+  Call<T, Out> call;
+  call.depth = depth, call.columns = columns;
   call.b = b, call.b_stride = stride;
   return call;
 }
 
-// Bytes of a weight (columns, terms) once it is packed, and the packing, on all threads.
+// Bytes of a weight (columns, depth) once it is prepacked, and the packing, on all threads.
 template <class T>
-int64_t packed_bytes(int64_t columns, int64_t terms);
+int64_t packed_bytes(int64_t columns, int64_t depth);
 template <class T>
 void pack(const Weight<T>& weight, void* packed);
-// The product with what was packed.
+
+// Elements from one row to the next of a transposed matrix of so many rows: whole lines of the cache, and no large
+// power of two of them, which would share few sets of it.
+inline int64_t transposed_stride(int64_t rows) {
+  const int64_t lines = ceil_div(rows, 16);
+  return (lines % 4 == 0 ? lines + 1 : lines) * 16;
+}
+// out (columns, transposed_stride(rows)) of a matrix (rows, columns), on this thread.
 template <class T>
-Call<T> packed_call(const void* packed, int64_t columns, int64_t terms) {
-  Call<T> call;
-  call.terms = terms, call.columns = columns, call.b = packed;
-  return call;
-}
+void transpose(const T* in, int64_t rows, int64_t columns, T* out);
+// A transposed contiguous matrix.
+Tensor transposed(const Tensor& matrix);
 
-template <class T>
-inline constexpr ScalarType kType = ScalarType::Float;
-template <>
-inline constexpr ScalarType kType<Bf16> = ScalarType::BFloat16;
-template <>
-inline constexpr ScalarType kType<double> = ScalarType::Double;
+// Memory handed out piece by piece; without any it only counts.
+class Arena {
+ public:
+  explicit Arena(void* start = nullptr) : start_(static_cast<char*>(start)) {}
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(take_bytes(count * int64_t(sizeof(T))));
+  }
+  void* take_bytes(int64_t bytes) {
+    char* at = start_ ? start_ + used_ : nullptr;
+    used_ += ceil_div(bytes, 64) * 64;
+    return at;
+  }
+  bool counts() const { return start_ == nullptr; }
+  int64_t bytes() const { return used_; }
 
-// Calls body with a value of the type that a tensor has.
-template <class Body>
-void with_type(const Tensor& like, const Body& body) {
-  const ScalarType type = like.scalar_type();
-  if (type == ScalarType::Float) return body(float{});
-  if (type == ScalarType::BFloat16) return body(Bf16{});
-  STD_TORCH_CHECK(type == ScalarType::Double, "the kernels compute in float32, bfloat16 and float64, not in ",
-                  torch::headeronly::toString(type));
-  body(double{});
-}
-
-// The contiguous elements of a tensor, so many and of a type; null where there is none.
-void* elements(const char* name, const OptionalTensor& tensor, int64_t count, ScalarType type);
-template <class T>
-T* elements(const char* name, const OptionalTensor& tensor, int64_t count) {
-  return static_cast<T*>(elements(name, tensor, count, kType<T>));
-}
-inline float* floats(const char* name, const OptionalTensor& tensor, int64_t count) {
-  return elements<float>(name, tensor, count);
-}
-
-inline Tensor contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
+ private:
+  char* start_;
+  int64_t used_ = 0;
+};
 
 // Memory of the calling thread that lives as long as it does: what a call needs is not taken from the system anew,
 // which would zero it page by page. A call has one workspace, which the next `workspace` may take away.
-float* workspace(int64_t count);
-// Another one, for what is packed for a call.
+void* workspace(int64_t bytes);
+// Another one, for what is prepacked for a call.
 void* packing_workspace(int64_t bytes);
 
 // Calls body(begin, end) for ranges of tasks, on all threads.
 struct Threads {
-  static constexpr bool alone = false;
   template <class Body>
   void operator()(int64_t tasks, const Body& body) const {
     torch::stable::parallel_for(0, tasks, 1, body);
@@ -96,47 +86,41 @@ struct Threads {
 
 // The same on the calling thread.
 struct Alone {
-  static constexpr bool alone = true;
   template <class Body>
   void operator()(int64_t tasks, const Body& body) const {
     body(0, tasks);
   }
 };
 
-// The same for so few rows that threads share the panels.
-template <class T, class Run>
-void multiply_few(const Call<T>& call, int64_t rows, const Run& run) {
-  run(panels_of(call.columns), [&](int64_t begin, int64_t end) { multiply(call, Range{0, rows}, Range{begin, end}); });
+// All of a result with so few rows that threads share the panels.
+template <class T>
+void multiply_few(const Call<T>& call, int64_t rows) {
+  torch::stable::parallel_for(0, panels_of(call.columns), 1,
+                              [&](int64_t begin, int64_t end) { multiply(call, Range{0, rows}, Range{begin, end}); });
 }
 
 // Memory of several threads.
 struct Memory {
-  float* start;
+  char* start;
   int64_t stride, threads;
-  float* of(int64_t thread) const { return start + thread * stride; }
+  void* of(int64_t thread) const { return start + thread * stride; }
 };
-
-// Floats that take the memory of so many elements.
-template <class T>
-int64_t floats_for(int64_t elements) {
-  return (elements * int64_t(sizeof(T)) + int64_t(sizeof(float)) - 1) / int64_t(sizeof(float));
-}
 
 // Where an image is worked on.
 struct Place {
   int64_t thread;
-  float* memory;
+  void* memory;
   bool first;  // the first image of this thread's memory
 };
 
-// Calls body(image, place, run) for every image, with `count` floats of memory: on a thread each as long as there are
+// Calls body(image, place, run) for every image, with so many bytes of memory: on a thread each as long as there are
 // images for all, the rest one after another on all threads. `run` is Alone or Threads.
 template <class Body>
-Memory for_images(int64_t images, int64_t count, const Body& body) {
+Memory for_images(int64_t images, int64_t bytes, const Body& body) {
   const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t shared = images % most, each = images / most;
-  Memory memory{nullptr, (count + 15) / 16 * 16, each ? most : 1};
-  memory.start = workspace(memory.threads * memory.stride);
+  Memory memory{nullptr, ceil_div(bytes, 64) * 64, each ? most : 1};
+  memory.start = static_cast<char*>(workspace(memory.threads * memory.stride));
   if (each) {
     torch::stable::parallel_for(0, most, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread)

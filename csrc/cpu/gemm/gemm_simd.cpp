@@ -1,9 +1,6 @@
 // The GEMM of this project: tiles of the result stay in registers, a part of B in the first level of cache. With
 // AVX-512 oneDNN's brgemm takes its place where PyTorch exports it (brgemm.h).
-#include "../activations.h"
-#include "../tile.h"
 #include "brgemm.h"
-#include "calls.h"
 
 namespace ceit::gemm {
 namespace CEIT_CAPABILITY {
@@ -22,28 +19,29 @@ constexpr int kHeight = 6, kVectors = 2;
 #endif
 // Terms of a sum before it is added to the result: long sums lose no digits, and so many rows of B stay in cache.
 constexpr int64_t kChunk = 192;
-// Rows of 16 bits that are widened at a time.
-constexpr int64_t kWidened = 8 * kHeight;
-// Bytes of the rows that all panels of a packed weight pass by, for they stay in the second level of cache.
-constexpr int64_t kBandBytes = 160 << 10;
+// Rows of 16 bits that are converted at a time: all panels of a prepacked B pass by them, while one that is read as it
+// lies is copied for each.
+constexpr int64_t kConverted = 8 * kHeight, kConvertedUnpacked = 4 * kConverted;
+// Bytes of the rows that all panels of a prepacked B pass by, for they stay in the second level of cache.
+constexpr int64_t kRowTileBytes = 160 << 10;
 
-// Columns of a tile. A packed panel is made of slices (terms, width), one after another.
-template <class Real>
-constexpr int kWidth = kVectors * Lanes<Real>::count;
+// Columns of a tile. A prepacked panel is made of slices (depth, width), one after another.
+template <class Acc>
+constexpr int kWidth = kVectors * Lanes<Acc>::count;
 
-template <class Real>
-using Sums = Vec<Real>[kHeight][kVectors];
+template <class Acc>
+using Sums = Vec<Acc>[kHeight][kVectors];
 
-template <int rows, class Real>
-CEIT_INLINE void multiply_tile(const Real* a, int64_t a_stride, const Real* b, int64_t terms, Sums<Real>& sums) {
-  constexpr int lanes = Lanes<Real>::count;
-  Vec<Real> tile[rows][kVectors];
+template <int rows, class Acc>
+CEIT_INLINE void multiply_tile(const Acc* a, int64_t a_stride, const Acc* b, int64_t depth, Sums<Acc>& sums) {
+  constexpr int lanes = Lanes<Acc>::count;
+  Vec<Acc> tile[rows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) tile[r][v] = splat(Real(0));
-  for (int64_t k = 0; k < terms; ++k) {
-    Vec<Real> row[kVectors];
+    for (int v = 0; v < kVectors; ++v) tile[r][v] = splat(Acc(0));
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<Acc> row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * lanes);
 #pragma GCC unroll 12
@@ -52,7 +50,7 @@ CEIT_INLINE void multiply_tile(const Real* a, int64_t a_stride, const Real* b, i
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) tile[r][v] += factor * row[v];
     }
-    b += kWidth<Real>;
+    b += kWidth<Acc>;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
@@ -60,11 +58,11 @@ CEIT_INLINE void multiply_tile(const Real* a, int64_t a_stride, const Real* b, i
     for (int v = 0; v < kVectors; ++v) sums[r][v] = tile[r][v];
 }
 
-template <class Real, int rows = kHeight>
-void multiply_rows(int count, const Real* a, int64_t a_stride, const Real* b, int64_t terms, Sums<Real>& sums) {
+template <class Acc, int rows = kHeight>
+void multiply_rows(int count, const Acc* a, int64_t a_stride, const Acc* b, int64_t depth, Sums<Acc>& sums) {
   if constexpr (rows > 1)
-    if (count < rows) return multiply_rows<Real, rows - 1>(count, a, a_stride, b, terms, sums);
-  multiply_tile<rows>(a, a_stride, b, terms, sums);
+    if (count < rows) return multiply_rows<Acc, rows - 1>(count, a, a_stride, b, depth, sums);
+  multiply_tile<rows>(a, a_stride, b, depth, sums);
 }
 
 // Columns `begin` to `begin + count` of a result.
@@ -74,65 +72,56 @@ struct Columns {
 };
 
 // What is added up of a chunk's rows until the last chunk: in the result itself, or beside one of 16 bits.
-template <class Real>
+template <class Acc>
 struct Partial {
-  Real* data;
+  Acc* data;
   int64_t stride;
 };
 
-template <Activation kind, class T>
-void write_tile(const Call<T>& call, const Sums<RealOf<T>>& sums, int64_t row, int rows, const Columns& columns) {
-  using Real = RealOf<T>;
-  constexpr int lanes = Lanes<Real>::count;
+template <Activation kind, class T, class Out>
+void write_tile(const Call<T, Out>& call, const Sums<acc_t<T>>& sums, int64_t row, int rows, const Columns& columns) {
+  constexpr int lanes = Lanes<acc_t<T>>::count;
   for (int v = 0; v < kVectors && v * lanes < columns.count; ++v) {
-    const int count = columns.count - v * lanes;
-    const int64_t column = columns.begin + v * lanes;
-    const auto scale = call.scale ? load(call.scale + column, count) : splat(Real(1));
-    const auto shift = call.shift ? load(call.shift + column, count) : splat(Real(0));
-    for (int r = 0; r < rows; ++r) {
-      const int64_t at = (row + r) * call.out_stride + column;
-      auto value = activate<kind, Real>(sums[r][v] * scale + shift);
-      if (call.residual) value += load(call.residual + at, count);
-      store(call.out + at, value, count);
-    }
+    const Epilogue<kind, T, Out> epilogue(call, columns.begin + v * lanes, columns.count - v * lanes);
+    for (int r = 0; r < rows; ++r) epilogue.write(row + r, sums[r][v]);
   }
 }
 
-template <class Real>
-CEIT_INLINE void add_partial(const Partial<Real>& partial, Sums<Real>& sums, int rows, int columns) {
-  constexpr int lanes = Lanes<Real>::count;
+template <class Acc>
+CEIT_INLINE void add_partial(const Partial<Acc>& partial, Sums<Acc>& sums, int rows, int columns) {
+  constexpr int lanes = Lanes<Acc>::count;
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < kVectors && v * lanes < columns; ++v)
       sums[r][v] += load(partial.data + r * partial.stride + v * lanes, columns - v * lanes);
 }
 
-template <class Real>
-CEIT_INLINE void store_partial(const Partial<Real>& partial, const Sums<Real>& sums, int rows, int columns) {
-  constexpr int lanes = Lanes<Real>::count;
+template <class Acc>
+CEIT_INLINE void store_partial(const Partial<Acc>& partial, const Sums<Acc>& sums, int rows, int columns) {
+  constexpr int lanes = Lanes<Acc>::count;
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < kVectors && v * lanes < columns; ++v)
       store(partial.data + r * partial.stride + v * lanes, sums[r][v], columns - v * lanes);
 }
 
-// Terms `first` to `first + terms` of some columns of B, and whether they are the first and the last of a sum.
-template <class Real>
+// Terms `first` to `first + depth` of some columns of B, and whether they are the first and the last of a sum.
+template <class Acc>
 struct Chunk {
-  const Real* b;
-  int64_t first, terms;
+  const Acc* b;
+  int64_t first, depth;
   bool begins, ends;
 };
 
 // Rows of a (from its first term on) with a chunk.
-template <class T>
-void multiply_chunk(const Call<T>& call, const RealOf<T>* a, int64_t a_stride, Range rows, const Columns& columns,
-                    const Chunk<RealOf<T>>& chunk, Partial<RealOf<T>> partial) {
-  using Real = RealOf<T>;
-  Sums<Real> sums;
+template <class T, class Out>
+void multiply_chunk(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_stride, Range rows, const Columns& columns,
+                    const Chunk<acc_t<T>>& chunk, Partial<acc_t<T>> partial) {
+  using Acc = acc_t<T>;
+  Sums<Acc> sums;
   for (int64_t row = rows.begin; row < rows.end; row += kHeight) {
-    const int count = int(rows.end - row < kHeight ? rows.end - row : kHeight);
+    const int count = int(min_of(rows.end - row, kHeight));
     const int64_t at = row - rows.begin;
-    multiply_rows<Real>(count, a + at * a_stride + chunk.first, a_stride, chunk.b, chunk.terms, sums);
-    const Partial<Real> here{partial.data + at * partial.stride, partial.stride};
+    multiply_rows<Acc>(count, a + at * a_stride + chunk.first, a_stride, chunk.b, chunk.depth, sums);
+    const Partial<Acc> here{partial.data + at * partial.stride, partial.stride};
     if (!chunk.begins) add_partial(here, sums, count, columns.count);
     if (!chunk.ends)
       store_partial(here, sums, count, columns.count);
@@ -144,115 +133,102 @@ void multiply_chunk(const Call<T>& call, const RealOf<T>* a, int64_t a_stride, R
 
 // Columns of B, in a matrix as it lies, as a slice.
 template <class T>
-void copy_slice(const T* b, int64_t stride, int64_t terms, int columns, RealOf<T>* slice) {
-  using Real = RealOf<T>;
-  constexpr int lanes = Lanes<Real>::count;
-  for (int64_t k = 0; k < terms; ++k)
+void copy_slice(const T* b, int64_t stride, int64_t depth, int columns, acc_t<T>* slice) {
+  using Acc = acc_t<T>;
+  constexpr int lanes = Lanes<Acc>::count;
+  for (int64_t k = 0; k < depth; ++k)
     for (int v = 0; v < kVectors; ++v) {
       const int count = columns - v * lanes;
-      store(slice + k * kWidth<Real> + v * lanes, count > 0 ? load(b + k * stride + v * lanes, count) : splat(Real(0)));
+      store(slice + k * kWidth<Acc> + v * lanes, count > 0 ? load(b + k * stride + v * lanes, count) : splat(Acc(0)));
     }
 }
 
-// Some rows of a product with some columns.
-template <class T>
-void multiply_slice(const Call<T>& call, const RealOf<T>* a, int64_t a_stride, Range rows, const Columns& columns) {
-  using Real = RealOf<T>;
-  alignas(64) Real copy[kChunk * kWidth<Real>], beside[kWidened * kWidth<Real>];
-  const Real* packed = call.b_stride ? nullptr : static_cast<const Real*>(call.b) + columns.begin * call.terms;
-  Partial<Real> partial{beside, kWidth<Real>};
-  if constexpr (std::is_same_v<T, Real>)
+// Some rows and columns of a result.
+template <class T, class Out>
+void multiply_slice(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_stride, Range rows, const Columns& columns) {
+  using Acc = acc_t<T>;
+  alignas(64) Acc copy[kChunk * kWidth<Acc>], beside[kConvertedUnpacked * kWidth<Acc>];
+  const Acc* packed = call.b_stride ? nullptr : static_cast<const Acc*>(call.b) + columns.begin * call.depth;
+  Partial<Acc> partial{beside, kWidth<Acc>};
+  if constexpr (std::is_same_v<Out, Acc>)
     partial = {call.out + rows.begin * call.out_stride + columns.begin, call.out_stride};
-  const int64_t chunks = call.terms ? (call.terms + kChunk - 1) / kChunk : 1;
+  const int64_t chunks = call.depth ? ceil_div(call.depth, kChunk) : 1;
   for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t first = call.terms * i / chunks, terms = call.terms * (i + 1) / chunks - first;
-    const Real* b = packed ? packed + first * kWidth<Real> : copy;
+    const int64_t first = call.depth * i / chunks, depth = call.depth * (i + 1) / chunks - first;
+    const Acc* b = packed ? packed + first * kWidth<Acc> : copy;
     if (!packed)
-      copy_slice(static_cast<const T*>(call.b) + first * call.b_stride + columns.begin, call.b_stride, terms,
+      copy_slice(static_cast<const T*>(call.b) + first * call.b_stride + columns.begin, call.b_stride, depth,
                  columns.count, copy);
-    const Chunk<Real> chunk{b, first, terms, i == 0 && !call.accumulate, i + 1 == chunks};
+    const Chunk<Acc> chunk{b, first, depth, i == 0 && !call.accumulate, i + 1 == chunks};
     multiply_chunk(call, a, a_stride, rows, columns, chunk, partial);
   }
 }
 
-template <class T>
-void multiply_band(const Call<T>& call, const RealOf<T>* a, int64_t a_stride, Range rows, Range panels) {
-  constexpr int width = kWidth<RealOf<T>>;
-  const int64_t last = panels.end * kColumns < call.columns ? panels.end * kColumns : call.columns;
-  for (int64_t column = panels.begin * kColumns; column < last; column += width)
-    multiply_slice(call, a, a_stride, rows, {column, int(last - column < width ? last - column : width)});
+template <class T, class Out>
+void multiply_row_tile(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_stride, Range rows, Range panels) {
+  constexpr int width = kWidth<acc_t<T>>;
+  const int64_t last = min_of(panels.end * kPanelColumns, call.columns);
+  for (int64_t column = panels.begin * kPanelColumns; column < last; column += width)
+    multiply_slice(call, a, a_stride, rows, {column, int(min_of(last - column, width))});
 }
 
-CEIT_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Rows that stay in cache while a packed weight passes; of one that is not, parts are copied once for all rows.
-template <class T>
-void multiply_bands(const Call<T>& call, Range rows, Range panels) {
-  int64_t band = rows.end - rows.begin;
+// Tiles of rows that stay in cache while a prepacked B passes; of one that is not, parts are copied once for all rows.
+template <class T, class Out>
+void multiply(const Call<T, Out>& call, Range rows, Range panels) {
+  if constexpr (std::is_same_v<T, Out>)
+    if (Brgemm<T>::serves(call)) return Brgemm<T>::multiply(call, rows, panels);
+  int64_t height = rows.end - rows.begin;
   if (call.b_stride == 0) {
-    const int64_t fitting = kBandBytes / ((call.terms + 1) * int64_t(sizeof(T))) / kHeight * kHeight;
-    band = fitting > kHeight ? fitting : kHeight;
+    const int64_t fitting = kRowTileBytes / ((call.depth + 1) * int64_t(sizeof(T))) / kHeight * kHeight;
+    height = fitting > kHeight ? fitting : kHeight;
   }
-  for (int64_t row = rows.begin; row < rows.end; row += band)
-    multiply_band(call, call.a + row * call.a_stride, call.a_stride, {row, smaller_of(row + band, rows.end)}, panels);
+  for (int64_t row = rows.begin; row < rows.end; row += height)
+    multiply_row_tile(call, call.a + row * call.a_stride, call.a_stride, {row, min_of(row + height, rows.end)}, panels);
 }
 
-template <class T>
-void multiply(const Call<T>& call, Range rows, Range panels) {
-  if (Brgemm<T>::serves(call)) return Brgemm<T>::multiply(call, rows, panels);
-  multiply_bands(call, rows, panels);
-}
-
-void multiply(const Call<Bf16>& call, Range rows, Range panels) {
-  if (Brgemm<Bf16>::serves(call)) return Brgemm<Bf16>::multiply(call, rows, panels);
-  const Scratch<float> wide(kWidened * call.terms);
-  for (int64_t row = rows.begin; row < rows.end; row += kWidened) {
-    const Range band{row, smaller_of(row + kWidened, rows.end)};
-    constexpr int lanes = Lanes<float>::count;
-    for (int64_t r = band.begin; r < band.end; ++r)
-      for (int64_t k = 0; k < call.terms; k += lanes) {
-        const int count = int(smaller_of(call.terms - k, lanes));
-        store(wide.get() + (r - row) * call.terms + k, load(call.a + r * call.a_stride + k, count), count);
+template <class Out>
+void multiply(const Call<Bf16, Out>& call, Range rows, Range panels) {
+  if constexpr (std::is_same_v<Out, Bf16>)
+    if (Brgemm<Bf16>::serves(call)) return Brgemm<Bf16>::multiply(call, rows, panels);
+  constexpr int lanes = Lanes<float>::count;
+  const int64_t height = min_of(rows.end - rows.begin, call.b_stride ? kConvertedUnpacked : kConverted);
+  const Scratch<float> converted(height * call.depth);
+  for (int64_t row = rows.begin; row < rows.end; row += height) {
+    const Range tile{row, min_of(row + height, rows.end)};
+    for (int64_t r = tile.begin; r < tile.end; ++r)
+      for (int64_t k = 0; k < call.depth; k += lanes) {
+        const int count = int(min_of(call.depth - k, lanes));
+        store(converted.get() + (r - row) * call.depth + k, load(call.a + r * call.a_stride + k, count), count);
       }
-    multiply_band<Bf16>(call, wide.get(), call.terms, band, panels);
-  }
-}
-
-// Columns of W^T as a slice, zeros beyond them.
-template <class T>
-void pack_slice(const Weight<T>& weight, int64_t column, RealOf<T>* slice) {
-  using Real = RealOf<T>;
-  constexpr int lanes = Lanes<Real>::count;
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t first = column + v * lanes;
-    for (int64_t k = 0; k < weight.terms; k += lanes) {
-      const int count = int(smaller_of(weight.terms - k, lanes));
-      Square<Real> square;
-      for (int i = 0; i < lanes; ++i)
-        square.rows[i] =
-            first + i < weight.columns ? load(weight.data + (first + i) * weight.terms + k, count) : splat(Real(0));
-      square.transpose();
-      for (int j = 0; j < count; ++j) store(slice + (k + j) * kWidth<Real> + v * lanes, square.rows[j]);
-    }
+    multiply_row_tile(call, converted.get(), call.depth, tile, panels);
   }
 }
 
 template <class T>
 void pack(const Weight<T>& weight, Range panels, void* packed) {
-  using Real = RealOf<T>;
-  if (Brgemm<T>::packs(weight.terms)) return Brgemm<T>::pack(weight, panels, packed);
-  for (int64_t column = panels.begin * kColumns; column < panels.end * kColumns; column += kWidth<Real>)
-    pack_slice(weight, column, static_cast<Real*>(packed) + column * weight.terms);
+  using Acc = acc_t<T>;
+  if (Brgemm<T>::packs(weight.depth)) return Brgemm<T>::pack(weight, panels, packed);
+  for (int64_t column = panels.begin * kPanelColumns; column < panels.end * kPanelColumns; column += kWidth<Acc>) {
+    Acc* slice = static_cast<Acc*>(packed) + column * weight.depth;
+    const int64_t count = min_of(weight.columns - column, kWidth<Acc>);
+    if (count < kWidth<Acc>) std::memset(slice, 0, sizeof(Acc) * size_t(kWidth<Acc> * weight.depth));
+    transpose(weight.data + column * weight.depth, weight.depth, count, weight.depth, slice, kWidth<Acc>);
+  }
 }
 
 template <class T>
-int64_t packed_size(int64_t terms) {
-  return Brgemm<T>::packs(terms) ? sizeof(T) : sizeof(RealOf<T>);
+int64_t packed_size(int64_t depth) {
+  return Brgemm<T>::packs(depth) ? sizeof(T) : sizeof(acc_t<T>);
+}
+
+template <class T>
+void transpose_rows(const T* in, int64_t rows, int64_t columns, T* out, int64_t out_stride) {
+  transpose(in, columns, rows, columns, out, out_stride);
 }
 
 template <class T>
 constexpr Kernels<T> kernels_of() {
-  return {multiply, pack<T>, packed_size<T>};
+  return {multiply, multiply, pack<T>, packed_size<T>, transpose_rows<T>};
 }
 
 }  // namespace

@@ -9,35 +9,18 @@
 
 namespace ceit::gemm {
 
-// Without memory it only counts.
-class Arena {
- public:
-  explicit Arena(void* start = nullptr) : start_(static_cast<char*>(start)) {}
-  template <class T>
-  T* take(int64_t count) {
-    return static_cast<T*>(take_bytes(count * int64_t(sizeof(T))));
-  }
-  void* take_bytes(int64_t bytes) {
-    char* at = start_ ? start_ + used_ : nullptr;
-    used_ += (bytes + 63) / 64 * 64;
-    return at;
-  }
-  bool counts() const { return start_ == nullptr; }
-  int64_t bytes() const { return used_; }
-
- private:
-  char* start_;
-  int64_t used_ = 0;
-};
+inline Tensor contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 // Copies the elements of a floating-point tensor, so many.
 template <class Acc>
 void read_vector(const char* name, const Tensor& tensor, int64_t count, Acc* to);
 
-// What follows a product, for each column: z * scale + shift.
+// The epilogue of a frozen norm, for each column: z * scale + shift.
 template <class T>
 struct Affine {
-  const AccOf<T>*scale, *shift;
+  const acc_t<T>*scale, *shift;
 };
 
 // Takes parameters one after another and makes of them what kernels read. Without parameters it finds what was made of
@@ -45,7 +28,7 @@ struct Affine {
 template <class T>
 class Packer {
  public:
-  using Acc = AccOf<T>;
+  using Acc = acc_t<T>;
   Packer(Arena& arena, const std::vector<OptionalTensor>* parameters) : arena_(arena), parameters_(parameters) {}
 
   // A vector, or `otherwise` for each element where there is none.
@@ -87,19 +70,21 @@ class Packer {
     return {scale, shift};
   }
 
-  // A weight (columns, terms); what follows the product is left to the caller.
-  Call<T> weight(const char* name, int64_t columns, int64_t terms) {
-    return packed(fills() ? whole(name, columns * terms) : nullptr, columns, terms);
+  // A weight (columns, depth); its epilogue is left to the caller.
+  Call<T> weight(const char* name, int64_t columns, int64_t depth) {
+    return packed(fills() ? whole(name, columns * depth) : nullptr, columns, depth);
   }
   // A weight that the caller has put in order.
-  Call<T> packed(const T* weight, int64_t columns, int64_t terms) {
-    void* to = arena_.take_bytes(packed_bytes<T>(columns, terms));
-    if (fills()) pack(Weight<T>{weight, columns, terms}, to);
-    return packed_call<T>(to, columns, terms);
+  Call<T> packed(const T* weight, int64_t columns, int64_t depth) {
+    void* to = arena_.take_bytes(packed_bytes<T>(columns, depth));
+    if (fills()) pack(Weight<T>{weight, columns, depth}, to);
+    Call<T> call;
+    call.b = to, call.depth = call.a_stride = depth, call.columns = call.out_stride = columns;
+    return call;
   }
   // A linear layer, of weight and bias.
-  Call<T> linear(int64_t columns, int64_t terms) {
-    Call<T> call = weight("weight", columns, terms);
+  Call<T> linear(int64_t columns, int64_t depth) {
+    Call<T> call = weight("weight", columns, depth);
     call.shift = vector("bias", columns);
     return call;
   }
@@ -126,15 +111,15 @@ class Packer {
 };
 
 // Calls use(made) with what make(Packer<T>&) returns: of parameters, in memory of this thread; or, without any, of what
-// `packed_tensor` made of them.
+// `prepack` made of them.
 template <class T, class Make, class Use>
-void with_packed(const std::vector<OptionalTensor>& parameters, const OptionalTensor& packed, const Make& make,
-                 const Use& use) {
+void with_prepacked(const std::vector<OptionalTensor>& parameters, const OptionalTensor& prepacked, const Make& make,
+                    const Use& use) {
   Arena counting;
   Packer<T> counter(counting, nullptr);
   make(counter);
-  if (packed) {
-    Arena arena(elements("packed", packed, counting.bytes(), ScalarType::Byte));
+  if (prepacked) {
+    Arena arena(elements("prepacked", prepacked, counting.bytes(), ScalarType::Byte));
     Packer<T> found(arena, nullptr);
     return use(make(found));
   }
@@ -143,17 +128,24 @@ void with_packed(const std::vector<OptionalTensor>& parameters, const OptionalTe
   use(make(packer));
 }
 
-// What `with_packed` reads again, in memory of its own, a tensor (bytes,) beside `like`.
+// What `with_prepacked` reads again, in memory of its own, a tensor (bytes,) beside `like`.
 template <class T, class Make>
-Tensor packed_tensor(const Tensor& like, const std::vector<OptionalTensor>& parameters, const Make& make) {
+Tensor prepack(const Tensor& like, const std::vector<OptionalTensor>& parameters, const Make& make) {
   Arena counting;
   Packer<T> counter(counting, nullptr);
   make(counter);
-  const Tensor packed = torch::stable::new_empty(like, {counting.bytes()}, ScalarType::Byte);
+  const Tensor packed = new_empty(like, {counting.bytes()}, ScalarType::Byte);
   Arena arena(packed.data_ptr());
   Packer<T> packer(arena, &parameters);
   make(packer);
   return packed;
+}
+
+// Calls use(Call<T>) with a linear layer's GEMM but for its rows, of weight (columns, depth) and bias.
+template <class T, class Use>
+void with_linear(const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& prepacked, int64_t columns,
+                 int64_t depth, const Use& use) {
+  with_prepacked<T>({weight, bias}, prepacked, [&](Packer<T>& packer) { return packer.linear(columns, depth); }, use);
 }
 
 }  // namespace ceit::gemm

@@ -9,14 +9,14 @@
 namespace ceit::i2t_cpu {
 
 constexpr int kSide = 7, kStride = 2, kPadding = 3;
-// Output channels that packed weights have side by side: (blocks, in_channels * 7 * 7, kBlock), the last filled up with
-// zeros.
-constexpr int kBlock = 32;
+// Output channels that packed weights have side by side: (panels, in_channels * 7 * 7, kPanelChannels), the last filled
+// up with zeros.
+constexpr int kPanelChannels = 32;
 
 struct Sizes {
   int64_t batch, in_channels, height, width;
   int64_t strides[4];  // of the image, in elements
-  int64_t out_channels, blocks;
+  int64_t out_channels, panels;
   int64_t conv_height, conv_width, pooled_height, pooled_width;
 };
 
@@ -54,16 +54,16 @@ struct SumsCall {
   void* sums;        // (rows, 2, channels)
 };
 
-// With the pooled gradient g at the places of the maxima, and zero elsewhere: dz = a g + b (z - mean) + c, its products
-// with the patches, and the sum of g (z - mean); z is computed again.
+// With the pooled gradient g at the places of the maxima, and zero elsewhere: dz = a g + b (z - mean) + c, its
+// products with the patches, which are the weight's gradient, and the sum of g (z - mean); z is computed again.
 struct BackwardCall {
   Convolution convolution;
   const void* gradient;  // (B, pooled_height, pooled_width, out_channels)
   const uint8_t* indices;
   const void* coefficients;  // (4, out_channels): mean, a, b, c
   int64_t parts;             // of the rows of all images, each with sums of its own
-  void* grad_weight;         // (parts, blocks, in_channels * 7 * 7, kBlock)
-  void* products;            // (parts, out_channels)
+  void* grad_weight;         // (parts, panels, in_channels * 7 * 7, kPanelChannels)
+  void* centred_sums;        // (parts, out_channels)
   void* grad_convolution;    // dz (B, conv_height, conv_width, out_channels), or null
 };
 

@@ -1,6 +1,7 @@
 // Rows of the image with their padding, and rows of the convolution, computed when they are first asked for.
 #pragma once
 
+#include "../scalar.h"
 #include "../scratch.h"
 #include "calls.h"
 
@@ -10,55 +11,31 @@ namespace CEIT_CAPABILITY {
 using namespace ceit::CEIT_CAPABILITY;
 
 // What the registers hold: pixels of the convolution by vectors of output channels.
-template <class Real>
+template <class Acc>
 struct Tile {
-  static constexpr int lanes = Lanes<Real>::count, vectors = 2, pixels = kVectorBytes == 64 ? 14 : 6;
+  static constexpr int lanes = Lanes<Acc>::count, vectors = 2, pixels = kVectorBytes == 64 ? 14 : 6;
   static constexpr int channels = vectors * lanes;
 };
 
-CEIT_INLINE float widened(float value) { return value; }
-CEIT_INLINE double widened(double value) { return value; }
-CEIT_INLINE float widened(Bf16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-// A number of lanes that is known when it is compiled.
-template <int kCount>
-struct Count {
-  CEIT_INLINE constexpr operator int() const { return kCount; }
-};
-
-// Calls body(channel, count) for every vector of channels; the count is a `Count` where the vector is full.
-template <class Real, class Body>
-CEIT_INLINE void for_vectors(int64_t channels, Body body) {
-  constexpr int lanes = Lanes<Real>::count;
-  int64_t c = 0;
-  for (; c + lanes <= channels; c += lanes) body(c, Count<lanes>{});
-  if (c < channels) body(c, int(channels - c));
-}
-
 // Mean, scale and shift of some channels, from an array of three rows; the identity without one.
-template <class Real>
+template <class Acc>
 struct Norm {
-  Vec<Real> mean = splat(Real(0)), scale = splat(Real(1)), shift = splat(Real(0));
+  Vec<Acc> mean = splat(Acc(0)), scale = splat(Acc(1)), shift = splat(Acc(0));
   CEIT_INLINE Norm() = default;
   CEIT_INLINE Norm(const void* array, int64_t channels, int64_t channel, int count) {
-    const Real* at = static_cast<const Real*>(array) + channel;
+    const Acc* at = static_cast<const Acc*>(array) + channel;
     mean = load(at, count);
     scale = load(at + channels, count);
     shift = load(at + 2 * channels, count);
   }
-  CEIT_INLINE Vec<Real> operator()(Vec<Real> z) const { return (z - mean) * scale + shift; }
+  CEIT_INLINE Vec<Acc> operator()(Vec<Acc> z) const { return (z - mean) * scale + shift; }
 };
 
 // Rows of the image in the type that is computed in, padded, one channel behind another; zero beyond the image.
 template <class T>
 class ImageRows {
  public:
-  using Real = RealOf<T>;
+  using Acc = acc_t<T>;
   explicit ImageRows(const Convolution& convolution)
       : convolution_(convolution),
         stride_(padded_width(convolution.sizes)),
@@ -70,7 +47,7 @@ class ImageRows {
   int64_t stride() const { return stride_; }
 
   // The rows that row `y` of an image's convolution reads.
-  void around(int64_t image, int64_t y, const Real* (&rows)[kSide]) {
+  void around(int64_t image, int64_t y, const Acc* (&rows)[kSide]) {
     for (int i = 0; i < kSide; ++i) rows[i] = row(image, kStride * y - kPadding + i);
   }
 
@@ -79,16 +56,16 @@ class ImageRows {
 
   // A last tile may reach beyond the row.
   static int64_t padded_width(const Sizes& sizes) {
-    const int64_t reach = kStride * (sizes.conv_width + Tile<Real>::pixels) + kSide;
+    const int64_t reach = kStride * (sizes.conv_width + Tile<Acc>::pixels) + kSide;
     return reach > sizes.width + 2 * kPadding ? reach : sizes.width + 2 * kPadding;
   }
 
-  const Real* row(int64_t image, int64_t y) {
+  const Acc* row(int64_t image, int64_t y) {
     const Sizes& s = convolution_.sizes;
     const int64_t size = s.in_channels * stride_;
     if (y < 0 || y >= s.height) return rows_.get() + kSlots * size;
     const int slot = int(y % kSlots);
-    Real* to = rows_.get() + slot * size;
+    Acc* to = rows_.get() + slot * size;
     const int64_t wanted = image * s.height + y;
     if (held_[slot] != wanted) {
       held_[slot] = wanted;
@@ -98,15 +75,15 @@ class ImageRows {
     return to;
   }
 
-  void copy(const T* from, Real* to) const {
+  void copy(const T* from, Acc* to) const {
     const int64_t width = convolution_.sizes.width, stride = convolution_.sizes.strides[3];
-    if (stride == 1) return for_vectors<Real>(width, [&](int64_t x, auto n) { store(to + x, load(from + x, n), n); });
-    for (int64_t x = 0; x < width; ++x) to[x] = widened(from[x * stride]);
+    if (stride == 1) return for_vectors<Acc>(width, [&](int64_t x, auto n) { store(to + x, load(from + x, n), n); });
+    for (int64_t x = 0; x < width; ++x) to[x] = value_of(from[x * stride]);
   }
 
   const Convolution& convolution_;
   const int64_t stride_;
-  const Scratch<Real> rows_;
+  const Scratch<Acc> rows_;
   int64_t held_[kSlots];
 };
 
@@ -118,17 +95,17 @@ CEIT_INLINE void forget(const T*& pointer) {
 }
 
 // One tile of a row of the convolution: `rows` start at its first pixel.
-template <class Real>
-inline void convolve_tile(const Real* const (&rows)[kSide], int64_t row_stride, int64_t in_channels, const Real* weight,
-                          Real* out, int64_t out_stride) {
-  using Size = Tile<Real>;
-  Vec<Real> sums[Size::pixels][Size::vectors] = {};
+template <class Acc>
+inline void convolve_tile(const Acc* const (&rows)[kSide], int64_t row_stride, int64_t in_channels, const Acc* weight,
+                          Acc* out, int64_t out_stride) {
+  using Size = Tile<Acc>;
+  Vec<Acc> sums[Size::pixels][Size::vectors] = {};
   for (int64_t i = 0; i < in_channels; ++i) {
-    for (const Real* base : rows) {
-      const Real* row = base + i * row_stride;
-      for (int tap = 0; tap < kSide; ++tap, ++row, weight += kBlock) {
+    for (const Acc* base : rows) {
+      const Acc* row = base + i * row_stride;
+      for (int tap = 0; tap < kSide; ++tap, ++row, weight += kPanelChannels) {
         forget(row);
-        Vec<Real> taps[Size::vectors];
+        Vec<Acc> taps[Size::vectors];
 #pragma GCC unroll 2
         for (int v = 0; v < Size::vectors; ++v) taps[v] = load(weight + v * Size::lanes);
 #pragma GCC unroll 14
@@ -147,27 +124,27 @@ inline void convolve_tile(const Real* const (&rows)[kSide], int64_t row_stride, 
   }
 }
 
-// Rows of the convolution (conv_width, blocks * kBlock).
+// Rows of the convolution (conv_width, panels * kPanelChannels).
 template <class T>
 class ConvolvedRows {
  public:
-  using Real = RealOf<T>;
+  using Acc = acc_t<T>;
   explicit ConvolvedRows(const Convolution& convolution)
       : convolution_(convolution),
         image_(convolution),
-        rows_(kSlots * (convolution.sizes.conv_width + Tile<Real>::pixels) * convolution.sizes.blocks * kBlock) {
+        rows_(kSlots * (convolution.sizes.conv_width + Tile<Acc>::pixels) * convolution.sizes.panels * kPanelChannels) {
     for (auto& row : held_) row = -1;
   }
 
   ImageRows<T>& image() { return image_; }
   // From one pixel to the next.
-  int64_t stride() const { return convolution_.sizes.blocks * kBlock; }
+  int64_t stride() const { return convolution_.sizes.panels * kPanelChannels; }
 
   // Row `y` of an image; the last few that were asked for stay.
-  Real* row(int64_t image, int64_t y) {
+  Acc* row(int64_t image, int64_t y) {
     const Sizes& s = convolution_.sizes;
     const int slot = int(y % kSlots);
-    Real* out = rows_.get() + slot * (s.conv_width + Tile<Real>::pixels) * stride();
+    Acc* out = rows_.get() + slot * (s.conv_width + Tile<Acc>::pixels) * stride();
     const int64_t wanted = image * s.conv_height + y;
     if (held_[slot] != wanted) {
       held_[slot] = wanted;
@@ -182,34 +159,35 @@ class ConvolvedRows {
  private:
   static constexpr int kSlots = 4;
 
-  void convolve(int64_t image, int64_t y, Real* out) {
+  void convolve(int64_t image, int64_t y, Acc* out) {
     const Sizes& s = convolution_.sizes;
     const int64_t taps = s.in_channels * kSide * kSide;
-    const Real* lines[kSide];
+    const Acc* lines[kSide];
     image_.around(image, y, lines);
-    for (int64_t c = 0; c < stride(); c += Tile<Real>::channels) {
-      const Real* weight = static_cast<const Real*>(convolution_.weight) + c / kBlock * taps * kBlock + c % kBlock;
-      for (int64_t x = 0; x < s.conv_width; x += Tile<Real>::pixels) {
-        const Real* at[kSide];
+    for (int64_t c = 0; c < stride(); c += Tile<Acc>::channels) {
+      const Acc* weight = static_cast<const Acc*>(convolution_.weight) + c / kPanelChannels * taps * kPanelChannels +
+                          c % kPanelChannels;
+      for (int64_t x = 0; x < s.conv_width; x += Tile<Acc>::pixels) {
+        const Acc* at[kSide];
         for (int i = 0; i < kSide; ++i) at[i] = lines[i] + kStride * x;
-        convolve_tile<Real>(at, image_.stride(), s.in_channels, weight, out + x * stride() + c, stride());
+        convolve_tile<Acc>(at, image_.stride(), s.in_channels, weight, out + x * stride() + c, stride());
       }
     }
   }
 
-  bool all_finite(const Real* row) const {
-    Vec<Real> zeros[2] = {};
-    for (int64_t at = 0; at < convolution_.sizes.conv_width * stride(); at += 2 * Lanes<Real>::count)
-      for (int i = 0; i < 2; ++i) zeros[i] += load(row + at + i * Lanes<Real>::count) * Real(0);
+  bool all_finite(const Acc* row) const {
+    Vec<Acc> zeros[2] = {};
+    for (int64_t at = 0; at < convolution_.sizes.conv_width * stride(); at += 2 * Lanes<Acc>::count)
+      for (int i = 0; i < 2; ++i) zeros[i] += load(row + at + i * Lanes<Acc>::count) * Acc(0);
     const auto sum = zeros[0] + zeros[1];
-    for (int i = 0; i < Lanes<Real>::count; ++i)
+    for (int i = 0; i < Lanes<Acc>::count; ++i)
       if (!(sum[i] == 0)) return false;
     return true;
   }
 
   const Convolution& convolution_;
   ImageRows<T> image_;
-  const Scratch<Real> rows_;
+  const Scratch<Acc> rows_;
   int64_t held_[kSlots];
   bool finite_[kSlots];
 };

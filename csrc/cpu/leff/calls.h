@@ -1,14 +1,12 @@
-// What LeFF's stages between the matrix products take on the CPU, and the table of their implementations.
+// What LeFF's kernels between the matmuls take on the CPU, and the table of their implementations.
 //
 // Tensors are contiguous, (B, rows, channels); of an image's rows the last `tokens` are the tokens of the image, those
 // before are prefix tokens. `norm` arrays have 5 rows of channels (mean, variance, reciprocal deviation, scale, shift),
 // `gradient` arrays 4 (mean, a, b, c: the gradient of a norm's input is a g + b (z - mean) + c), as in
-// ceit_kernels/leff/kernels. They, taps, biases and sums are of the type that is computed in.
+// ceit_kernels/leff. They, taps, biases and sums are of the type that is accumulated in.
 #pragma once
 
-#include <cstdint>
-
-#include "../activation.h"
+#include "../../types.h"
 
 namespace ceit::leff {
 
@@ -23,11 +21,14 @@ struct Map {
 };
 
 // Channels of a task: what stays in the first level of cache for a few rows of tokens.
-constexpr int kBlock = 64;
+constexpr int kTileChannels = 64;
 // Rows of a task where there is nothing to sum down the rows.
-constexpr int kRows = 32;
+constexpr int kTileRows = 32;
 // Tokens that are fetched ahead: a task's channels of two tokens are too far apart for the processor to see a stream.
 constexpr int kPrefetch = 16;
+
+inline int64_t channel_tiles(const Shape& shape) { return shape.images * ceil_div(shape.channels, kTileChannels); }
+inline int64_t row_tiles(const Shape& shape, int64_t rows) { return shape.images * ceil_div(rows, kTileRows); }
 
 // out = second(taps * first(norm in) + bias), and the mean and centred sum of squares of each image and channel; of the
 // image's rows from `top` to `bottom`, which are all that out has.
@@ -75,22 +76,15 @@ struct ActivateCall {
   Map out;
 };
 
-// A matrix of an image's tokens and some channels.
-struct Part {
-  void* data = nullptr;
-  int64_t stride = 0, channel = 0;  // the first of the channels that it has
-};
-
-// dz = g times the slope of the activation at norm z, with the sums of dz and dz (z - mean); out or `part`, which is
-// for one image, is activation(norm z).
+// In the place of g: g times the slope of the activation at norm z, with the sums of that and of that times (z - mean).
 struct ActivateBackwardCall {
   Shape shape;
   Map g, z;
   const void* norm;
   Activation activation;
-  Map dz, out;
-  Part part;
   void* sums;
+  void* activated;  // activation(norm z) of one image, of channels from `first` on in rows `stride` apart; or null
+  int64_t first, stride;
 };
 
 // Sums of g and of g (z - mean), for each image and channel; of g alone without z.
@@ -107,7 +101,6 @@ struct GradientCall {
   Map g, z;
   const void* gradient;
   Map out;
-  Part part;  // instead of out, for one image, without prefix tokens
   int64_t first, last;
 };
 
@@ -121,31 +114,20 @@ struct FinishCall {
   Map out;
 };
 
-struct TransposeCall {
-  int64_t rows, columns;
-  const void* in;
-  void* out;
-  int64_t out_stride;  // elements from one of its rows, a column of in, to the next
-};
-
 template <class Call>
 using Kernel = void (*)(const Call&, int64_t begin, int64_t end);
 
-// Each runs a range of its call's tasks: pairs of an image and a block of channels (depthwise to sums), blocks of rows
-// of all images (the others).
+// Each runs a range of its call's tasks: channel_tiles (depthwise to sums) or row_tiles (the others).
 struct Kernels {
   Kernel<DepthwiseCall> depthwise;
   Kernel<DepthwiseBackwardCall> depthwise_backward;
   Kernel<MomentsCall> moments;
-  Kernel<ActivateCall> activate;
   Kernel<ActivateBackwardCall> activate_backward;
   Kernel<SumsCall> sums;
+  Kernel<ActivateCall> activate;
   Kernel<GradientCall> gradient;
   Kernel<FinishCall> finish;
   Kernel<FinishCall> finish_in_float;  // z of 16 bits, the rest float
-  Kernel<TransposeCall> transpose;
 };
-
-enum class Type { float32, bfloat16, float64 };
 
 }  // namespace ceit::leff

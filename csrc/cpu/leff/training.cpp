@@ -1,16 +1,21 @@
-// LeFF's training, forward and backward in a call each: the stages and pipelines of stages.h in their order, and the
-// arrays of the norms between them. Where a batch is shared by several processes, operators of
-// ceit_kernels/leff/native/processes.py put together what each has summed up.
+// LeFF's kernels and matmuls in their order, and the arrays of the norms between them. Where a batch is shared by
+// several processes, operators of ceit_kernels/leff put together what each has summed up.
 #include "training.h"
 
-#include <algorithm>
 #include <array>
 
+#include "../capability.h"
+#include "../gemm/gemm.h"
+#include "norms.h"
+#include "training_gemm.h"
+
 namespace ceit::leff {
+
+CEIT_DECLARE_TABLE(Kernels, kernels, 3)
+
 namespace {
 
 using torch::stable::narrow;
-using torch::stable::new_empty;
 using torch::stable::view;
 
 enum class Mode { none, frozen, batch };
@@ -44,25 +49,30 @@ std::array<Layer, kLayers> layers_of(const std::vector<OptionalTensor>& paramete
 
 // What a call is of, beside its tensors.
 struct Sizes {
-  int64_t first, second, height, width, images, tokens, side;
-  Sizes(const std::vector<int64_t>& sizes, const Layer& depthwise) {
-    STD_TORCH_CHECK(sizes.size() == 5, "sizes: expected two activations, height, width and images");
-    first = sizes[0], second = sizes[1], height = sizes[2], width = sizes[3], images = sizes[4];
-    tokens = height * width, side = depthwise.weight.size(3);
+  int64_t images, rows, tokens, hidden, outputs;
+  Activation first, second;
+  int height, width, side;
+  Sizes(const Tensor& x, const std::vector<int64_t>& sizes, const std::array<Layer, kLayers>& layers) {
+    STD_TORCH_CHECK(sizes.size() == 4, "sizes: expected two activations, height and width");
+    STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected tokens (B, rows, C)");
+    first = gemm::activation_of(sizes[0]), second = gemm::activation_of(sizes[1]);
+    height = int(sizes[2]), width = int(sizes[3]), side = int(layers[1].weight.size(3));
+    images = x.size(0), rows = x.size(1), tokens = sizes[2] * sizes[3];
+    hidden = layers[0].channels(), outputs = layers[2].channels();
+    STD_TORCH_CHECK(rows >= tokens, "x: expected at least ", tokens, " rows, got ", rows);
+    STD_TORCH_CHECK(side == 3 || side == 5 || side == 7, "parameters: expected a side of 3, 5 or 7, got ", side);
+    STD_TORCH_CHECK(layers[1].weight.numel() == hidden * side * side && layers[2].matrix().size(1) == hidden,
+                    "parameters: expected weights of ", hidden, " hidden channels");
   }
+  Shape of_hidden() const { return {images, tokens, hidden}; }
+  Shape of_outputs() const { return {images, tokens, outputs}; }
 };
-
-// The depthwise kernels as (side * side, channels), so that neighbouring channels are neighbours in memory.
-Tensor taps_of(const Layer& layer) {
-  const Tensor kernels = layer.matrix();
-  const Tensor taps = new_empty(kernels, {kernels.size(1), kernels.size(0)});
-  transpose(kernels, taps);
-  return taps;
-}
 
 OptionalTensor unless_empty(const Tensor& tensor) {
   return tensor.numel() == 0 ? std::nullopt : OptionalTensor(tensor);
 }
+
+void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 Tensor rows_of(Tensor matrix, int64_t first, int64_t count) { return narrow(matrix, 0, first, count); }
 
@@ -101,35 +111,26 @@ Tensor norm_of(const Layer& layer, const OptionalTensor& moments, int64_t tokens
 }
 
 // The sum of a (images, rows, columns) over the images, transposed: (columns, rows).
-template <class Real>
+template <class Acc>
 Tensor summed_and_transposed(const Tensor& parts) {
   const int64_t size = parts.size(1) * parts.size(2);
   const Tensor sum = new_empty(parts, {parts.size(1), parts.size(2)});
-  const Real* from = static_cast<const Real*>(parts.data_ptr());
-  Real* to = static_cast<Real*>(sum.data_ptr());
+  const Acc* from = elements<Acc>("parts", parts, parts.numel());
+  Acc* to = elements<Acc>("sum", sum, size);
   std::copy_n(from, size, to);
   for (int64_t image = 1; image < parts.size(0); ++image)
     for (int64_t i = 0; i < size; ++i) to[i] += from[image * size + i];
-  const Tensor out = new_empty(parts, {sum.size(1), sum.size(0)});
-  transpose(sum, out);
-  return out;
+  return gemm::transposed(sum);
 }
 
 class Backward {
  public:
   Backward(const Tensor& x, std::array<Layer, kLayers> layers, const std::vector<Tensor>& saved, const Sizes& sizes,
            const std::string& group, bool need_x, int64_t needs)
-      : x_(x),
-        layers_(std::move(layers)),
-        sizes_(sizes),
-        group_(group),
-        need_x_(need_x),
-        needs_(needs),
-        count_(saved[6]) {
-    const int64_t images = x.size(0), hidden = layers_[0].channels();
-    z1_ = view(saved[0], {images, x.size(1), hidden});
-    z2_ = view(saved[1], {images, sizes.tokens, hidden});
-    if (saved[2].numel()) z3_ = view(saved[2], {images, sizes.tokens, layers_[2].channels()});
+      : x_(x), layers_(layers), sizes_(sizes), group_(group), need_x_(need_x), needs_(needs), count_(saved[6]) {
+    z1_ = view(saved[0], {sizes.images, sizes.rows, sizes.hidden});
+    z2_ = view(saved[1], {sizes.images, sizes.tokens, sizes.hidden});
+    if (saved[2].numel()) z3_ = view(saved[2], {sizes.images, sizes.tokens, sizes.outputs});
     for (size_t i = 0; i < kLayers; ++i) norms_[i] = unless_empty(saved[3 + i]);
     gradients_.assign(1 + kLayers * kGradients, new_empty(x, {0}));
   }
@@ -140,27 +141,33 @@ class Backward {
     const bool below3 = below2 || any_of(1);
     const bool wanted3 = below3 || needs(2, 0);
     OptionalTensor gradient3, gradient2, gradient1;
+    const int64_t outputs_count = sizes_.images * sizes_.rows * sizes_.outputs;
+    const Map g3{elements("dout", dout, outputs_count, x_.scalar_type()), sizes_.rows};
+    const Map z3{data_of(z3_), sizes_.tokens};
     if (sums_of(2) || (wanted3 && norms_[2])) {
       const Tensor sums = sums_for(2);
-      leff::sums(dout, z3_, norms_[2], sizes_.tokens, sums);
+      const SumsCall call{sizes_.of_outputs(), g3, z3, data_of(norms_[2]), sums.data_ptr()};
+      run_tasks(kernels_.sums, call, channel_tiles(call.shape));
       gradient3 = coefficients(2, sums);
     }
     if (!wanted3) return gradients_;
-    const Tensor dz3 = new_empty(x_, {x_.size(0), sizes_.tokens, layers_[2].channels()});
-    gradient(dout, z3_, gradient3, sizes_.tokens, dz3);
+    const Tensor dz3 = new_empty(x_, {sizes_.images, sizes_.tokens, sizes_.outputs});
+    const Map to{dz3.data_ptr(), sizes_.tokens};
+    const GradientCall call{sizes_.of_outputs(), g3, z3, data_of(gradient3), to, 0, sizes_.outputs};
+    run_tasks(kernels_.gradient, call, row_tiles(call.shape, sizes_.tokens));
     // In a tensor with rows for prefix tokens, for the gradient of the first norm's result takes its place.
-    const Tensor g = new_empty(x_, {z1_.size(0), z1_.size(1), z1_.size(2)}), sums2 = sums_for(1);
-    const Tensor dweight3 = contract_backward(dz3, layers_[2].matrix(), z2_, norms_[1], sizes_.second, sizes_.images,
-                                              needs(2, 0), g, sums2);
+    const Tensor g = new_empty(x_, {sizes_.images, sizes_.rows, sizes_.hidden}), sums2 = sums_for(1);
+    const Tensor dweight3 =
+        contract_backward({dz3, layers_[2].matrix(), z2_, norms_[1], sizes_.second, needs(2, 0), g, sums2});
     if (needs(2, 0)) set_weight(2, dweight3);
     if (below2 || sums_of(1)) gradient2 = coefficients(1, sums2);
     if (!below2) return gradients_;
     const Tensor sums1 = sums_for(0);
-    depthwise(g, gradient2, sums1);
+    depthwise_backward(g, gradient2, sums1);
     if (below1 || sums_of(0)) gradient1 = coefficients(0, sums1);
     if (!below1) return gradients_;
     const auto [dx, dweight1] =
-        expand_backward(g, z1_, gradient1, x_, layers_[0].matrix(), sizes_.tokens, sizes_.images, need_x_, needs(0, 0));
+        expand_backward({g, z1_, gradient1, x_, layers_[0].matrix(), sizes_.tokens, need_x_, needs(0, 0)});
     gradients_[0] = dx;
     if (needs(0, 0)) set_weight(0, dweight1);
     return gradients_;
@@ -196,18 +203,25 @@ class Backward {
     return gradient;
   }
 
-  void depthwise(const Tensor& g, const OptionalTensor& gradient2, const Tensor& sums1) {
-    const Tensor taps = taps_of(layers_[1]);
+  void depthwise_backward(const Tensor& g, const OptionalTensor& gradient2, const Tensor& sums1) {
+    const Tensor taps = gemm::transposed(layers_[1].matrix());
     OptionalTensor dtaps;
-    if (needs(1, 0)) dtaps = new_empty(taps, {x_.size(0), taps.size(0), taps.size(1)});
-    depthwise_backward(g, z2_, gradient2, taps, z1_, norms_[0], sizes_.first, sizes_.side, sizes_.height, sizes_.width,
-                       sums1, dtaps);
-    if (dtaps)
-      set_weight(1, dtaps->scalar_type() == ScalarType::Double ? summed_and_transposed<double>(*dtaps)
-                                                               : summed_and_transposed<float>(*dtaps));
+    if (needs(1, 0)) dtaps = new_empty(taps, {sizes_.images, taps.size(0), taps.size(1)});
+    DepthwiseBackwardCall call{};
+    call.shape = sizes_.of_hidden();
+    call.height = sizes_.height, call.width = sizes_.width, call.side = sizes_.side;
+    call.g = {g.data_ptr(), sizes_.rows}, call.z2 = {z2_.data_ptr(), sizes_.tokens};
+    call.gradient2 = data_of(gradient2), call.taps = taps.data_ptr();
+    call.z1 = {z1_.data_ptr(), sizes_.rows}, call.norm1 = data_of(norms_[0]), call.first = sizes_.first;
+    call.sums1 = sums1.data_ptr(), call.grad_taps = data_of(dtaps);
+    run_tasks(kernels_.depthwise_backward, call, channel_tiles(call.shape));
+    if (!dtaps) return;
+    const bool in_double = dtaps->scalar_type() == ScalarType::Double;
+    set_weight(1, (in_double ? summed_and_transposed<double> : summed_and_transposed<float>)(*dtaps));
   }
 
   Tensor x_;
+  const Kernels& kernels_ = chosen(dtype_index(x_));
   std::array<Layer, kLayers> layers_;
   Sizes sizes_;
   std::string group_;
@@ -224,32 +238,49 @@ class Backward {
 std::vector<Tensor> train(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor residual, Tensor prefix,
                           std::vector<double> eps, std::vector<int64_t> modes, std::vector<int64_t> sizes,
                           std::string group, Tensor out) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected tokens (B, rows, C)");
   const auto layers = layers_of(parameters, eps, modes);
-  const Sizes size(sizes, layers[1]);
-  const int64_t images = x.size(0), hidden = layers[0].channels(), outputs = layers[2].channels();
-  const Tensor like = torch::stable::to(new_empty(x, {0}), real_type(x));
+  const Sizes size(x, sizes, layers);
+  const Kernels& kernels = chosen(dtype_index(x));
+  const Tensor like = torch::stable::to(new_empty(x, {0}), acc_dtype(x));
   const Tensor count = new_empty(like, {1});
   const auto moments_for = [&](const Layer& layer) {
     if (layer.mode != Mode::batch) return OptionalTensor();
-    return OptionalTensor(new_empty(like, {images, 2, layer.channels()}));
+    return OptionalTensor(new_empty(like, {size.images, 2, layer.channels()}));
   };
   const OptionalTensor moments1 = moments_for(layers[0]), moments2 = moments_for(layers[1]);
   const OptionalTensor moments3 = moments_for(layers[2]);
   const Tensor z1 = expand(x, layers[0].matrix(), layers[0].bias, size.tokens, moments1);
   const Tensor norm1 = norm_of(layers[0], moments1, size.tokens, group, count);
-  const Tensor z2 = new_empty(x, {images, size.tokens, hidden});
-  depthwise(z1, unless_empty(norm1), size.first, taps_of(layers[1]), layers[1].bias, int64_t(Activation::identity),
-            size.side, size.height, size.width, z2, moments2);
+  const Tensor z2 = new_empty(x, {size.images, size.tokens, size.hidden}), taps = gemm::transposed(layers[1].matrix());
+  DepthwiseCall depthwise{};
+  depthwise.shape = size.of_hidden();
+  depthwise.height = depthwise.bottom = size.height, depthwise.width = size.width, depthwise.side = size.side;
+  depthwise.in = {z1.data_ptr(), size.rows}, depthwise.out = {z2.data_ptr(), size.tokens};
+  depthwise.norm = data_of(unless_empty(norm1)), depthwise.first = size.first;
+  depthwise.taps = elements("weight", taps, taps.numel(), like.scalar_type());
+  depthwise.bias = elements("bias", layers[1].bias, size.hidden, like.scalar_type());
+  depthwise.second = Activation::identity;
+  depthwise.moments = data_of(moments2);
+  run_tasks(kernels.depthwise, depthwise, channel_tiles(depthwise.shape));
   const Tensor norm2 = norm_of(layers[1], moments2, size.tokens, group, count);
-  const Tensor z3 =
-      contract(z2, unless_empty(norm2), size.second, layers[2].matrix(), layers[2].bias, size.images, moments3);
+  const Tensor z3 = contract(z2, unless_empty(norm2), size.second, layers[2].matrix(), layers[2].bias, moments3);
   const Tensor norm3 = norm_of(layers[2], moments3, size.tokens, group, count);
-  finish(z3, unless_empty(norm3), prefix, residual, size.tokens, out);
+  FinishCall finish{};
+  finish.shape = size.of_outputs();
+  finish.z = {z3.data_ptr(), size.tokens}, finish.norm = data_of(unless_empty(norm3));
+  const ScalarType dtype = out.scalar_type();
+  const int64_t outputs = size.images * size.rows * size.outputs;
+  finish.out = {elements("out", out, outputs, dtype), size.rows};
+  // Without prefix tokens x is not read, whatever its width and dtype.
+  if (size.rows > size.tokens) finish.x = {elements("prefix", prefix, outputs, dtype), size.rows};
+  finish.residual = elements("residual", residual, outputs, dtype);
+  const auto kernel = dtype == x.scalar_type() ? kernels.finish : kernels.finish_in_float;
+  STD_TORCH_CHECK(kernel && (dtype == x.scalar_type() || dtype == ScalarType::Float), "out: unexpected dtype");
+  run_tasks(kernel, finish, row_tiles(finish.shape, size.rows));
   const bool of_batch = moments1 || moments2 || moments3;
-  return {view(z1, {images * z1.size(1), hidden}),
-          view(z2, {images * size.tokens, hidden}),
-          norm3.numel() ? view(z3, {images * size.tokens, outputs}) : new_empty(x, {0}),
+  return {view(z1, {size.images * size.rows, size.hidden}),
+          view(z2, {size.images * size.tokens, size.hidden}),
+          norm3.numel() ? view(z3, {size.images * size.tokens, size.outputs}) : new_empty(x, {0}),
           norm1,
           norm2,
           norm3,
@@ -259,11 +290,9 @@ std::vector<Tensor> train(Tensor x, std::vector<OptionalTensor> parameters, Opti
 std::vector<Tensor> train_backward(Tensor dout, Tensor x, std::vector<OptionalTensor> parameters,
                                    std::vector<Tensor> saved, std::vector<int64_t> modes, std::vector<int64_t> sizes,
                                    std::string group, bool need_x, int64_t needs) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0 && saved.size() == 7,
-                  "x, saved: expected tokens and what forward kept");
-  auto layers = layers_of(parameters, std::vector<double>(kLayers), modes);
-  const Sizes size(sizes, layers[1]);
-  return Backward(x, std::move(layers), saved, size, group, need_x, needs).run(dout);
+  STD_TORCH_CHECK(saved.size() == 7, "saved: expected what forward kept");
+  const auto layers = layers_of(parameters, std::vector<double>(kLayers), modes);
+  return Backward(x, layers, saved, Sizes(x, sizes, layers), group, need_x, needs).run(dout);
 }
 
 }  // namespace ceit::leff

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "stages.h"
+#include "../../tensors.h"
 
 namespace ceit::leff {
 
@@ -15,7 +15,7 @@ namespace ceit::leff {
 // convolution's weight (*, *, k, k) and bias, of the pointwise ones in that type as well, and all others in the type of
 // sums: the norm's weight and bias, running mean and variance. modes: of the norms, NORM_MODES of
 // ceit_kernels/leff/arguments.py: 0 for none, 1 for running statistics, 2 for those of the batch. sizes: both
-// activations, height, width, images at a time. group: the name of the processes whose batches are one; empty for this
+// activations, height, width. group: the name of the processes whose batches are one; empty for this
 // one alone.
 std::vector<Tensor> train(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor residual, Tensor prefix,
                           std::vector<double> eps, std::vector<int64_t> modes, std::vector<int64_t> sizes,

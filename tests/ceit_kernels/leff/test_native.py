@@ -1,4 +1,4 @@
-"""LeFF on the CPU against plain PyTorch: the compiled stages and the products between them."""
+"""LeFF on the CPU against plain PyTorch: the compiled kernels and the matmuls between them."""
 
 import copy
 import itertools
@@ -14,7 +14,6 @@ from support.processors import KINDS, run_with
 from torch import nn
 
 from ceit_kernels import use_backend
-from ceit_kernels.leff.native import training
 
 # batch, height, width, prefix tokens, channels in, hidden and out, kernel size; norms
 CASES = [
@@ -36,10 +35,13 @@ def on_the_cpu():
         yield
 
 
-@pytest.fixture(params=[1 << 40, 1], ids=["whole batch", "image by image"])
-def cache(request, monkeypatch):
-    """How many images pass the stages together."""
-    monkeypatch.setattr(training, "bytes_in_cache", request.param)
+@pytest.fixture(params=[1, 2], ids=["an image a thread", "images shared by threads"])
+def threads(request):
+    """How many threads there are; images that are too few for all are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_call(case, dtype, norms="bbb", draw=0, **options):
@@ -75,12 +77,12 @@ def check_to_rounding(leff, *inputs, tolerance=1e-11):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "norms"), CASES, ids=str)
-def test_training_agrees_with_plain_pytorch(poisoned_memory, cache, case, norms, dtype):
+def test_training_agrees_with_plain_pytorch(poisoned_memory, threads, case, norms, dtype):
     check(lambda draw: make_call(case, dtype, norms, draw))
 
 
 @pytest.mark.parametrize(("case", "norms"), CASES, ids=str)
-def test_training_agrees_to_rounding_in_float64(poisoned_memory, cache, case, norms):
+def test_training_agrees_to_rounding_in_float64(poisoned_memory, threads, case, norms):
     check_to_rounding(*make_call(case, torch.float64, norms))
 
 

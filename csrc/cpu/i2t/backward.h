@@ -1,6 +1,7 @@
 // The stem's backward pass: the gradient of a row of the convolution is formed and multiplied with the image's rows
 // while it is in cache.
-#include "kernels_simd.h"
+#pragma once
+
 #include "places.h"
 #include "rows.h"
 
@@ -25,22 +26,22 @@ struct PooledRows {
 };
 
 // Products of a row's gradient with some rows of the image, at the seven places of the kernel's row.
-template <class Real>
+template <class Acc>
 struct WeightTile {
-  static constexpr int lanes = Lanes<Real>::count, vectors = kVectorBytes == 64 ? 2 : 1;
+  static constexpr int lanes = Lanes<Acc>::count, vectors = kVectorBytes == 64 ? 2 : 1;
   static constexpr int channels = vectors * lanes;
 };
 
-template <class Real, int kRows>
-inline void accumulate(const Real* gradient, int64_t stride, int64_t width, const Real* const* rows, Real* out) {
-  using Size = WeightTile<Real>;
+template <class Acc, int kRows>
+inline void accumulate(const Acc* gradient, int64_t stride, int64_t width, const Acc* const* rows, Acc* out) {
+  using Size = WeightTile<Acc>;
   for (int64_t start = 0; start < width; start += kChain) {
     const int64_t end = start + kChain < width ? start + kChain : width;
-    Vec<Real> sums[kRows * kSide][Size::vectors] = {};
-    const Real* pixels[kRows];
+    Vec<Acc> sums[kRows * kSide][Size::vectors] = {};
+    const Acc* pixels[kRows];
     for (int row = 0; row < kRows; ++row) pixels[row] = rows[row] + kStride * start;
     for (int64_t x = start; x < end; ++x) {
-      Vec<Real> g[Size::vectors];
+      Vec<Acc> g[Size::vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < Size::vectors; ++v) g[v] = load(gradient + x * stride + v * Size::lanes);
 #pragma GCC unroll 2
@@ -59,7 +60,7 @@ inline void accumulate(const Real* gradient, int64_t stride, int64_t width, cons
     for (int tap = 0; tap < kRows * kSide; ++tap) {
 #pragma GCC unroll 2
       for (int v = 0; v < Size::vectors; ++v) {
-        Real* at = out + tap * kBlock + v * Size::lanes;
+        Acc* at = out + tap * kPanelChannels + v * Size::lanes;
         store(at, load(at) + sums[tap][v]);
       }
     }
@@ -69,25 +70,25 @@ inline void accumulate(const Real* gradient, int64_t stride, int64_t width, cons
 template <class T>
 class Part {
  public:
-  using Real = RealOf<T>;
+  using Acc = acc_t<T>;
   explicit Part(const BackwardCall& call)
       : call_(call),
         convolved_(call.convolution),
         gradient_(call.convolution.sizes.conv_width * convolved_.stride()),
-        products_(convolved_.stride()) {}
+        centred_sums_(convolved_.stride()) {}
 
   void run(int64_t part) {
     const Sizes& s = call_.convolution.sizes;
     const int64_t rows = s.batch * s.conv_height, taps = s.in_channels * kSide * kSide;
-    Real* grad_weight = static_cast<Real*>(call_.grad_weight) + part * s.blocks * taps * kBlock;
-    std::memset(grad_weight, 0, sizeof(Real) * size_t(s.blocks * taps * kBlock));
-    std::memset(products_.get(), 0, sizeof(Real) * size_t(convolved_.stride()));
+    Acc* grad_weight = static_cast<Acc*>(call_.grad_weight) + part * s.panels * taps * kPanelChannels;
+    std::memset(grad_weight, 0, sizeof(Acc) * size_t(s.panels * taps * kPanelChannels));
+    std::memset(centred_sums_.get(), 0, sizeof(Acc) * size_t(convolved_.stride()));
     for (int64_t i = rows * part / call_.parts; i < rows * (part + 1) / call_.parts; ++i) {
       form_gradient(i / s.conv_height, i % s.conv_height);
       multiply(i / s.conv_height, i % s.conv_height, grad_weight);
     }
-    std::memcpy(static_cast<Real*>(call_.products) + part * s.out_channels, products_.get(),
-                sizeof(Real) * size_t(s.out_channels));
+    std::memcpy(static_cast<Acc*>(call_.centred_sums) + part * s.out_channels, centred_sums_.get(),
+                sizeof(Acc) * size_t(s.out_channels));
   }
 
  private:
@@ -95,16 +96,16 @@ class Part {
   void form_gradient(int64_t image, int64_t y) {
     const Sizes& s = call_.convolution.sizes;
     const int64_t stride = convolved_.stride(), channels = s.out_channels;
-    const Real* z = convolved_.row(image, y);
+    const Acc* z = convolved_.row(image, y);
     T* result = static_cast<T*>(call_.grad_convolution);
     if (result) result += (image * s.conv_height + y) * s.conv_width * channels;
     const PooledRows pooled(y, s.pooled_height);
-    for_vectors<Real>(channels, [&](int64_t c, auto n) {
-      const Real* coefficients = static_cast<const Real*>(call_.coefficients) + c;
+    for_vectors<Acc>(channels, [&](int64_t c, auto n) {
+      const Acc* coefficients = static_cast<const Acc*>(call_.coefficients) + c;
       const auto mean = load(coefficients, n), a = load(coefficients + channels, n);
       const auto b = load(coefficients + 2 * channels, n), shift = load(coefficients + 3 * channels, n);
-      auto product = splat(Real(0));
-      const auto put = [&](int64_t x, Vec<Real> g) {
+      auto product = splat(Acc(0));
+      const auto put = [&](int64_t x, Vec<Acc> g) {
         const auto centred = load(z + x * stride + c) - mean;
         product += g * centred;
         const auto dz = a * g + (b * centred + shift);
@@ -112,70 +113,70 @@ class Part {
         if (result) store(result + x * channels + c, dz, n);
       };
       // A cell's window has three columns, of which the first is also the last of the cell before.
-      auto carried = splat(Real(0));
+      auto carried = splat(Acc(0));
       for (int64_t j = 0; j < s.pooled_width; ++j) {
-        auto first = carried, second = splat(Real(0)), third = splat(Real(0));
+        auto first = carried, second = splat(Acc(0)), third = splat(Acc(0));
         for (int i = 0; i < pooled.count; ++i) {
           const int64_t at = ((image * s.pooled_height + pooled.rows[i]) * s.pooled_width + j) * channels + c;
           const auto g = load(static_cast<const T*>(call_.gradient) + at, n);
-          const auto column = load_places<Real>(call_.indices + at, n) - pooled.places[i];
-          first += column == 0 ? g : splat(Real(0));
-          second += column == 1 ? g : splat(Real(0));
-          third += column == 2 ? g : splat(Real(0));
+          const auto column = load_places<Acc>(call_.indices + at, n) - pooled.places[i];
+          first += column == 0 ? g : splat(Acc(0));
+          second += column == 1 ? g : splat(Acc(0));
+          third += column == 2 ? g : splat(Acc(0));
         }
         if (j > 0) put(2 * j - 1, first);
         put(2 * j, second);
         carried = third;
       }
       if (s.conv_width % 2 == 0) put(s.conv_width - 1, carried);
-      store(products_.get() + c, load(products_.get() + c) + product);
+      store(centred_sums_.get() + c, load(centred_sums_.get() + c) + product);
     });
   }
 
-  void multiply(int64_t image, int64_t y, Real* grad_weight) {
+  void multiply(int64_t image, int64_t y, Acc* grad_weight) {
     const Sizes& s = call_.convolution.sizes;
     const int64_t lines = s.in_channels * kSide, stride = convolved_.stride();
-    const Real* around[kSide];
+    const Acc* around[kSide];
     convolved_.image().around(image, y, around);
-    for (int64_t c = 0; c < stride; c += WeightTile<Real>::channels) {
-      const Real* gradient = gradient_.get() + c;
-      Real* out = grad_weight + c / kBlock * lines * kSide * kBlock + c % kBlock;
-      for (int64_t line = 0; line < lines; line += 2, out += 2 * kSide * kBlock) {
-        const Real* rows[2];
+    for (int64_t c = 0; c < stride; c += WeightTile<Acc>::channels) {
+      const Acc* gradient = gradient_.get() + c;
+      Acc* out = grad_weight + c / kPanelChannels * lines * kSide * kPanelChannels + c % kPanelChannels;
+      for (int64_t line = 0; line < lines; line += 2, out += 2 * kSide * kPanelChannels) {
+        const Acc* rows[2];
         for (int64_t i = 0; i < 2 && line + i < lines; ++i)
           rows[i] = around[(line + i) % kSide] + (line + i) / kSide * convolved_.image().stride();
         if (line + 1 < lines)
-          accumulate<Real, 2>(gradient, stride, s.conv_width, rows, out);
+          accumulate<Acc, 2>(gradient, stride, s.conv_width, rows, out);
         else
-          accumulate<Real, 1>(gradient, stride, s.conv_width, rows, out);
+          accumulate<Acc, 1>(gradient, stride, s.conv_width, rows, out);
       }
     }
   }
 
   const BackwardCall& call_;
   ConvolvedRows<T> convolved_;
-  const Scratch<Real> gradient_;
-  const Scratch<Real> products_;
+  const Scratch<Acc> gradient_;
+  const Scratch<Acc> centred_sums_;
 };
 
 }  // namespace
 
 template <class T>
 void sums(const SumsCall& call, int64_t begin, int64_t end) {
-  using Real = RealOf<T>;
+  using Acc = acc_t<T>;
   const int64_t channels = call.channels, size = call.width * channels;
-  for_vectors<Real>(channels, [&](int64_t c, auto n) {
-    const auto mean = load(static_cast<const Real*>(call.mean) + c, n);
+  for_vectors<Acc>(channels, [&](int64_t c, auto n) {
+    const auto mean = load(static_cast<const Acc*>(call.mean) + c, n);
     for (int64_t row = begin; row < end; ++row) {
       const T* gradient = static_cast<const T*>(call.gradient) + row * size;
       const T* x = static_cast<const T*>(call.x) + row * size;
-      auto sum = splat(Real(0)), product = splat(Real(0));
+      auto sum = splat(Acc(0)), product = splat(Acc(0));
       for (int64_t at = c; at < size; at += channels) {
         const auto g = load(gradient + at, n);
         sum += g;
         product += g * (load(x + at, n) - mean);
       }
-      Real* to = static_cast<Real*>(call.sums) + row * 2 * channels + c;
+      Acc* to = static_cast<Acc*>(call.sums) + row * 2 * channels + c;
       store(to, sum, n);
       store(to + channels, product, n);
     }
@@ -187,13 +188,6 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
   Part<T> part(call);
   for (int64_t i = begin; i < end; ++i) part.run(i);
 }
-
-template void sums<float>(const SumsCall&, int64_t, int64_t);
-template void sums<Bf16>(const SumsCall&, int64_t, int64_t);
-template void sums<double>(const SumsCall&, int64_t, int64_t);
-template void backward<float>(const BackwardCall&, int64_t, int64_t);
-template void backward<Bf16>(const BackwardCall&, int64_t, int64_t);
-template void backward<double>(const BackwardCall&, int64_t, int64_t);
 
 }  // namespace CEIT_CAPABILITY
 }  // namespace ceit::i2t_cpu

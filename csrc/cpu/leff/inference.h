@@ -1,5 +1,5 @@
-// LeFF's inference on one image; its hidden tokens go from a product to the convolution and to the next product while
-// they are in cache.
+// LeFF's inference on one image; its hidden tokens go from a GEMM to the convolution and to the next GEMM while they
+// are in cache.
 #pragma once
 
 #include "../gemm/packing.h"
@@ -7,7 +7,7 @@
 
 namespace ceit::leff {
 
-// What a block computes beside its parameters.
+// What LeFF computes beside its parameters.
 struct Sizes {
   int64_t channels, hidden, outputs, prefix;
   int height, width, side;
@@ -16,23 +16,21 @@ struct Sizes {
 };
 
 template <class T>
-struct Bands : Sizes {
-  using Acc = AccOf<T>;
+struct Inference : Sizes {
+  using Acc = acc_t<T>;
   gemm::Call<T> expanding, contracting;  // but for the rows
   const Acc *taps, *shift2;
 
   // Takes weight, bias, norm weight, norm bias, running mean and running variance of the three convolutions.
-  Bands(const Sizes& sizes, gemm::Packer<T>& packer);
+  Inference(const Sizes& sizes, gemm::Packer<T>& packer);
 
   int64_t tokens() const { return int64_t(height) * width; }
   // Elements of an image's memory.
-  int64_t expanded_size() const { return tokens() * hidden; }
-  int64_t memory() const { return 2 * expanded_size(); }
+  int64_t memory() const { return 2 * tokens() * hidden; }
 
   // The hidden tokens of tokens `begin` to `end`, from x (prefix + tokens, channels).
   void expand(const T* x, T* memory, int64_t begin, int64_t end) const;
-  // out (prefix + tokens, outputs) of the image's rows `begin` to `end`, and of the prefix tokens with the first of
-  // them.
+  // out (prefix + tokens, outputs) of the image's rows `begin` to `end`, and of the prefix tokens with the first.
   void contract(const T* x, const T* residual, T* memory, T* out, int64_t begin, int64_t end) const;
 };
 

@@ -1,4 +1,6 @@
-#include "kernels_simd.h"
+// The table of one capability's kernels.
+#include "backward.h"
+#include "forward.h"
 
 namespace ceit::i2t_cpu {
 namespace CEIT_CAPABILITY {
