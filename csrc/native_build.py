@@ -215,7 +215,7 @@ def _ninja_file(plan: Plan, folder: Path, library: Path) -> str:
     dependencies = "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
     rules = []
     if plan.kind == "cuda":
-        flags.append("-DUSE_CUDA")
+        flags += ["-DUSE_CUDA", f"-I{CSRC / 'cuda' / 'nvidia'}"]
         architectures = " ".join(_architecture_flags(plan.architectures))
         host = f"-ccbin {plan.compiler} -Xcompiler -fPIC,-fvisibility=hidden"
         rules.append(f"rule nvcc\n  command = {plan.nvcc} {' '.join(flags)} {architectures} {host} {dependencies}")

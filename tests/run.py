@@ -92,7 +92,8 @@ def parts_of_make_test() -> list[Part]:
 
 def parts_of_make_lint() -> list[Part]:
     """What `make lint` runs: style and formatting of Python and C++, imports between packages, types."""
-    cpp = sorted(str(path.relative_to(ROOT)) for kind in ("h", "cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{kind}"))
+    found = (ROOT.glob(f"{folder}/**/*.{kind}") for folder in ("csrc", "tests/simt") for kind in ("h", "cpp", "cu"))
+    cpp = sorted(str(path.relative_to(ROOT)) for paths in found for path in paths)
     tools = Path(sys.executable).parent
     return [
         Part("types", ("tests/typecheck.py",)),

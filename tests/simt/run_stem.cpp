@@ -2,9 +2,8 @@
 // barrier that is missing from the kernels is noticed. The argument is the number of schedules. Exits with 1 if two
 // schedules differ or a result is not finite.
 #include <cstdio>
-
-#include "../cuda/i2t/bf16.cu"
-#include "../cuda/i2t/float32.cu"
+#include <i2t/bf16.cu>
+#include <i2t/float32.cu>
 
 using namespace ceit;
 using namespace ceit::i2t;
@@ -34,10 +33,10 @@ uint64_t bits_of(const std::vector<T>& values, bool& finite) {
 }
 
 // The image ends with its buffer, so that a read beyond it is seen.
-template <class P>
+template <class Mma>
 bool run(const char* name, int height, int width) {
-  using Element = typename P::Element;
-  using Output = typename P::Output;
+  using Element = typename Mma::Element;
+  using Output = typename Mma::Output;
   std::mt19937 random(1);
   Sizes s{2, 3, height, width, {int64_t(3) * height * width, int64_t(height) * width, width, 1}};
   s.conv_height = (height - 1) / 2 + 1, s.conv_width = (width - 1) / 2 + 1;
@@ -62,13 +61,13 @@ bool run(const char* name, int height, int width) {
     f.sizes = s, f.image = image.data(), f.weight = weight.data(), f.gamma = gamma.data(), f.beta = gamma.data();
     f.mean = mean.data(), f.variance = variance.data(), f.packed = packed.data(), f.eps = 1e-5, f.training = true;
     f.moments = moments.data(), f.out = out.data(), f.indices = indices.data(), f.rows_per_block = kRows;
-    forward<P, float>(f);
+    forward<Mma, float>(f);
     BackwardCall b{};
     static_cast<Call&>(b) = f;
     b.gradient = gradient.data(), b.indices = indices.data(), b.sums = sums.data(), b.blocks = kBlocks;
     b.grad_weight = grad_weight.data(), b.grad_gamma = grad_gamma.data(), b.grad_beta = grad_beta.data();
     b.grad_image = grad_image.data();
-    backward<P, float>(b);
+    backward<Mma, float>(b);
     const uint64_t bits[5] = {bits_of(out, good), bits_of(grad_weight, good), bits_of(grad_gamma, good),
                               bits_of(mean, good), bits_of(grad_image, good)};
     for (int i = 0; i < 5; ++i) {
@@ -86,9 +85,9 @@ int main(int count, char** arguments) {
   if (count > 1) schedules = unsigned(std::atoi(arguments[1]));
   bool good = true;
   for (const auto& size : {std::pair{19, 33}, std::pair{9, 7}}) {
-    good &= run<HalfProducts<Bf16>>("bfloat16", size.first, size.second);
-    good &= run<Tf32Products>("tf32", size.first, size.second);
-    good &= run<ScalarProducts<float>>("float32", size.first, size.second);
+    good &= run<HalfMma<Bf16>>("bfloat16", size.first, size.second);
+    good &= run<Tf32Mma>("tf32", size.first, size.second);
+    good &= run<ScalarMma<float>>("float32", size.first, size.second);
   }
   return good ? 0 : 1;
 }

@@ -1,4 +1,4 @@
-"""CUDA C++ compiled for the host over csrc/simt, so that its kernels run where no GPU is."""
+"""CUDA C++ compiled for the host over tests/simt, so that its kernels run where no GPU is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "csrc"
+CSRC, SIMT = ROOT / "csrc", ROOT / "tests" / "simt"
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 _CACHE = ROOT / ".cache" / "host_kernels"
 _TORCH = Path(torch.__file__).parent
@@ -22,12 +22,13 @@ _TORCH_FLAGS = ["-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isyste
 _LIBRARIES = [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
-def compile_on_host(source: Path, *flags: str, libraries: tuple[str, ...] = ()) -> Path:
-    """The compiled file, from the cache if neither the sources nor the flags have changed."""
+def compile_on_host(name: str, *flags: str, libraries: tuple[str, ...] = (), csrc: Path = CSRC) -> Path:
+    """A file of tests/simt, compiled; from the cache if neither the sources nor the flags have changed."""
     assert COMPILER, "the tests of compiled kernels need a C++ compiler"
-    command = [COMPILER, *_FLAGS, *flags, str(source)]
-    folder = source.parents[1]
-    contents = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
+    source = SIMT / name
+    includes = [f"-I{folder}" for folder in (SIMT, csrc / "cuda", csrc)]
+    command = [COMPILER, *_FLAGS, *includes, *flags, str(source)]
+    contents = [path.read_bytes() for folder in (SIMT, csrc) for path in sorted(folder.rglob("*")) if path.is_file()]
     key = hashlib.sha256(b"\0".join([" ".join([*command, torch.__version__]).encode(), *contents])).hexdigest()[:16]
     _CACHE.mkdir(parents=True, exist_ok=True)
     target = _CACHE / f"{source.stem}_{key}"
@@ -45,6 +46,6 @@ def compile_on_host(source: Path, *flags: str, libraries: tuple[str, ...] = ()) 
 @functools.cache
 def load_stem_kernels() -> ctypes.CDLL:
     """Register the stem's kernels for CPU tensors; ``ceit_set_schedule(seed)`` orders the threads of later launches."""
-    path = compile_on_host(CSRC / "simt" / "i2t.cpp", "-O2", *_TORCH_FLAGS, libraries=tuple(_LIBRARIES))
+    path = compile_on_host("i2t.cpp", "-O2", *_TORCH_FLAGS, libraries=tuple(_LIBRARIES))
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))

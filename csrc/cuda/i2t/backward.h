@@ -6,7 +6,7 @@
 // convolution is computed again for x', tile by tile; sum(g x') follows from g (x) patch and the weights.
 #pragma once
 
-#include "products.h"
+#include "mma.h"
 
 namespace ceit::i2t {
 
@@ -21,28 +21,28 @@ constexpr int kOperandElements = kTileRows * kTilePixels * kOperandStride;
 constexpr int kTileImageElements = kTileImageRows * kTileImageColumns * kChannels;
 constexpr int kOwnGradient = 8;  // channels of a thread that scatters
 
-template <class P>
+template <class Mma>
 struct BackwardArguments {
-  using Real = typename P::Real;
-  const typename P::Element* weights;  // packed
-  const typename P::Output* gradient;  // (B, H', W', O) of the result
-  const uint8_t* indices;              // (B, H', W', O)
-  Norm<Real> norm;
+  using Acc = typename Mma::Acc;
+  const typename Mma::Element* weights;  // packed
+  const typename Mma::Output* gradient;  // (B, H', W', O) of the result
+  const uint8_t* indices;                // (B, H', W', O)
+  Norm<Acc> norm;
 };
 
 // The pooled gradient at the places of the maxima: a tile of (14 rows, 16 columns, 32 channels) from row y0 and column
 // x0 (both even) of the convolution. A thread takes the four outputs under one pooled place, which four windows reach.
-template <class P>
-DEVICE void scatter_gradient(typename P::Element* tile, const Problem& p, const BackwardArguments<P>& a, int64_t b,
-                             int y0, int x0, int channel0, typename P::Real (&sums)[kOwnGradient]) {
-  using Real = typename P::Real;
-  using Gradients = Pack<typename P::Output, kOwnGradient>;
+template <class Mma>
+DEVICE void scatter_gradient(typename Mma::Element* tile, const Problem& p, const BackwardArguments<Mma>& a, int64_t b,
+                             int y0, int x0, int channel0, typename Mma::Acc (&sums)[kOwnGradient]) {
+  using Acc = typename Mma::Acc;
+  using Gradients = Pack<typename Mma::Output, kOwnGradient>;
   constexpr int kParts = kBackwardChannels / kOwnGradient, kAcross = kTilePixels / 2;
   static_assert(kTileRows / 2 * kAcross * kParts == kBackwardThreads);
   const int part = threadIdx.x % kParts, quad_x = threadIdx.x / kParts % kAcross,
             quad_y = threadIdx.x / (kParts * kAcross);
   const int qy = y0 / 2 + quad_y, qx = x0 / 2 + quad_x;
-  Real at[2][2][kOwnGradient] = {};
+  Acc at[2][2][kOwnGradient] = {};
 #pragma unroll
   for (int window = 0; window < 4; ++window) {
     const int dy = window / 2, dx = window % 2, py = qy + dy, px = qx + dx;
@@ -53,7 +53,7 @@ DEVICE void scatter_gradient(typename P::Element* tile, const Problem& p, const 
     const Pack<uint8_t, kOwnGradient> index = *reinterpret_cast<const Pack<uint8_t, kOwnGradient>*>(a.indices + offset);
 #pragma unroll
     for (int c = 0; c < kOwnGradient; ++c) {
-      const Real value = to_float(g.value[c]);
+      const Acc value = to_float(g.value[c]);
       if (window == 0) sums[c] += value;
       // Row 1 - 2 dy + y of the window is row y of the four outputs.
 #pragma unroll
@@ -67,58 +67,58 @@ DEVICE void scatter_gradient(typename P::Element* tile, const Problem& p, const 
   for (int y = 0; y < 2; ++y)
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
-      Pack<typename P::Element, kOwnGradient> values;
+      Pack<typename Mma::Element, kOwnGradient> values;
 #pragma unroll
-      for (int c = 0; c < kOwnGradient; ++c) values.value[c] = convert<typename P::Element>(at[y][x][c]);
+      for (int c = 0; c < kOwnGradient; ++c) values.value[c] = convert<typename Mma::Element>(at[y][x][c]);
       const int place = (2 * quad_y + y) * kTilePixels + 2 * quad_x + x;
-      *reinterpret_cast<Pack<typename P::Element, kOwnGradient>*>(tile + place * kOperandStride + part * kOwnGradient) =
-          values;
+      *reinterpret_cast<Pack<typename Mma::Element, kOwnGradient>*>(tile + place * kOperandStride +
+                                                                    part * kOwnGradient) = values;
     }
 }
 
 // The normalised convolution of the same tile, zero outside of the map. Each warp takes two rows.
-template <class P>
-DEVICE void normalised_convolution(typename P::Element* tile, const typename P::Element* image, const Problem& p,
-                                   const BackwardArguments<P>& a, int y0, int x0, int channel0) {
-  using Real = typename P::Real;
+template <class Mma>
+DEVICE void normalised_convolution(typename Mma::Element* tile, const typename Mma::Element* image, const Problem& p,
+                                   const BackwardArguments<Mma>& a, int y0, int x0, int channel0) {
+  using Acc = typename Mma::Acc;
   const int lane = lane_index(), row0 = threadIdx.x / 32 * 2;
   constexpr int kTileRow = kTileImageColumns * kChannels;
 #pragma unroll 1
   for (int group = 0; group < kBackwardChannels; group += kGroup) {
-    typename P::Weights weights;
+    typename Mma::Weights weights;
     weights.load(a.weights + int64_t(channel0 + group) * kDepth);
     const int own = group + lane % 4 * kOwn, channel = channel0 + own;
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
-      Real acc[kFragments][4] = {};
+      Acc acc[kFragments][4] = {};
 #pragma unroll
       for (int ky = 0; ky < kSide; ++ky)
-        P::accumulate(acc, P::load_pixels(image + (2 * (row0 + y) + ky) * kTileRow), weights, ky);
+        Mma::accumulate(acc, Mma::load_pixels(image + (2 * (row0 + y) + ky) * kTileRow), weights, ky);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row0 + y, column = lane / 4 + 8 * h;
         const bool inside = y0 + row >= 0 && y0 + row < p.conv_height && x0 + column >= 0 && x0 + column < p.conv_width;
-        Pack<typename P::Element, kOwn> values;
+        Pack<typename Mma::Element, kOwn> values;
 #pragma unroll
         for (int c = 0; c < kOwn; ++c) {
-          const Real raw = acc[c / 2][c % 2 + 2 * h] * a.norm.sign(channel + c);
-          const Real normalised = (raw - a.norm.mean[channel + c]) * a.norm.inverse_deviation(channel + c);
-          values.value[c] = convert<typename P::Element>(inside ? normalised : Real(0));
+          const Acc raw = acc[c / 2][c % 2 + 2 * h] * a.norm.sign(channel + c);
+          const Acc normalised = (raw - a.norm.mean[channel + c]) * a.norm.inverse_deviation(channel + c);
+          values.value[c] = convert<typename Mma::Element>(inside ? normalised : Acc(0));
         }
-        *reinterpret_cast<Pack<typename P::Element, kOwn>*>(tile + (row * kTilePixels + column) * kOperandStride +
-                                                            own) = values;
+        *reinterpret_cast<Pack<typename Mma::Element, kOwn>*>(tile + (row * kTilePixels + column) * kOperandStride +
+                                                              own) = values;
       }
     }
   }
 }
 
 // What the blocks leave to be added up: a row for each block along x.
-template <class Real>
+template <class Acc>
 struct GradientSums {
-  Real* gradient_patches;    // (rows, O, C, 7, 7)
-  Real* normalised_patches;  // (rows, O, C, 7, 7)
-  Real* patches;             // (rows, C, 7, 7)
-  Real* gradient;            // (rows, O)
+  Acc* gradient_patches;    // (rows, O, C, 7, 7)
+  Acc* normalised_patches;  // (rows, O, C, 7, 7)
+  Acc* patches;             // (rows, C, 7, 7)
+  Acc* gradient;            // (rows, O)
 };
 
 // Column `column` of fragment f of a warp's 32 is element `f * 8 + column` of row ky of the kernel; -1 for padding.
@@ -128,11 +128,11 @@ DEVICE int weight_offset(int element, int ky, int channels) {
 }
 
 // kDense: BatchNorm took its statistics from this call, so every output has a gradient.
-template <class P, class In, bool kDense>
+template <class Mma, class In, bool kDense>
 KERNEL(kBackwardThreads, 1)
-weight_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, GradientSums<typename P::Real> sums) {
-  using Real = typename P::Real;
-  using Element = typename P::Element;
+weight_gradient_kernel(Problem p, const In* image, BackwardArguments<Mma> a, GradientSums<typename Mma::Acc> sums) {
+  using Acc = typename Mma::Acc;
+  using Element = typename Mma::Element;
   SHARED_MEMORY(memory);
   Element* image_tile = reinterpret_cast<Element*>(memory);
   Element* gradient_tile = image_tile + kTileImageElements;
@@ -143,7 +143,7 @@ weight_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, Gradi
   const int64_t tiles = int64_t(p.batch) * down * across;
   constexpr int kTileRow = kTileImageColumns * kChannels;
 
-  Real of_gradient[2][4][4] = {}, of_normalised[2][4][4] = {}, of_patches[4][4] = {}, own_sums[kOwnGradient] = {};
+  Acc of_gradient[2][4][4] = {}, of_normalised[2][4][4] = {}, of_patches[4][4] = {}, own_sums[kOwnGradient] = {};
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int x0 = int(tile % across) * kTilePixels, y0 = int(tile / across % down) * kTileRows;
     const int64_t b = tile / (int64_t(across) * down);
@@ -158,14 +158,14 @@ weight_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, Gradi
     const int rows = min(kTileRows, p.conv_height - y0), columns = min(kTilePixels, p.conv_width - x0);
 #pragma unroll 1
     for (int row = 0; row < rows; ++row) {
-      const typename P::Patches patches = P::load_patches(image_tile + (2 * row + ky) * kTileRow);
+      const typename Mma::Patches patches = Mma::load_patches(image_tile + (2 * row + ky) * kTileRow);
       const int operand = row * kTilePixels * kOperandStride;
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        P::outer(of_gradient[m], gradient_tile + operand + m * 16, kOperandStride, patches);
-        if constexpr (kDense) P::outer(of_normalised[m], normalised_tile + operand + m * 16, kOperandStride, patches);
+        Mma::outer(of_gradient[m], gradient_tile + operand + m * 16, kOperandStride, patches);
+        if constexpr (kDense) Mma::outer(of_normalised[m], normalised_tile + operand + m * 16, kOperandStride, patches);
       }
-      if constexpr (kDense) P::sum(of_patches, columns, patches);
+      if constexpr (kDense) Mma::sum(of_patches, columns, patches);
     }
   }
 
@@ -188,12 +188,12 @@ weight_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, Gradi
     }
 
   barrier();
-  Real* shared = reinterpret_cast<Real*>(memory);  // (threads, 8)
+  Acc* shared = reinterpret_cast<Acc*>(memory);  // (threads, 8)
 #pragma unroll
   for (int c = 0; c < kOwnGradient; ++c) shared[threadIdx.x * kOwnGradient + c] = own_sums[c];
   barrier();
   if (threadIdx.x < kBackwardChannels) {
-    Real sum = 0;  // the values of 4 neighbouring threads are the 32 channels
+    Acc sum = 0;  // the values of 4 neighbouring threads are the 32 channels
     for (int i = threadIdx.x; i < kBackwardThreads * kOwnGradient; i += kBackwardChannels) sum += shared[i];
     sums.gradient[int64_t(blockIdx.x) * p.out_channels + channel0 + threadIdx.x] = sum;
   }
@@ -201,23 +201,23 @@ weight_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, Gradi
 
 constexpr int kFinishThreads = 256;
 
-template <class Real>
+template <class Acc>
 struct Gradients {
-  Real* weight;  // (O, C, 7, 7)
-  Real* gamma;   // (O,)
-  Real* beta;    // (O,)
+  Acc* weight;  // (O, C, 7, 7)
+  Acc* gamma;   // (O,)
+  Acc* beta;    // (O,)
 };
 
 // Adds up what the blocks left, in their order; one block for each output channel.
-template <class P>
+template <class Mma>
 KERNEL(kFinishThreads, 1)
-finish_gradients(GradientSums<typename P::Real> sums, int rows, int channels, bool dense, typename P::Real count,
-                 const typename P::Real* weight, Norm<typename P::Real> norm, Gradients<typename P::Real> out) {
-  using Real = typename P::Real;
+finish_gradients(GradientSums<typename Mma::Acc> sums, int rows, int channels, bool dense, typename Mma::Acc count,
+                 const typename Mma::Acc* weight, Norm<typename Mma::Acc> norm, Gradients<typename Mma::Acc> out) {
+  using Acc = typename Mma::Acc;
   SHARED_MEMORY(memory);
-  Real* shared = reinterpret_cast<Real*>(memory);
+  Acc* shared = reinterpret_cast<Acc*>(memory);
   const int channel = blockIdx.x, out_channels = gridDim.x, k = threadIdx.x, weights = channels * kSide * kSide;
-  Real gradient = 0, of_gradient = 0, of_normalised = 0, of_patches = 0;
+  Acc gradient = 0, of_gradient = 0, of_normalised = 0, of_patches = 0;
   for (int row = 0; row < rows; ++row) gradient += sums.gradient[int64_t(row) * out_channels + channel];
   if (k < weights)
     for (int row = 0; row < rows; ++row) {
@@ -229,16 +229,16 @@ finish_gradients(GradientSums<typename P::Real> sums, int rows, int channels, bo
     }
   // Of the products with the rounded weights, as the convolution took them.
   shared[k] =
-      k < weights ? to_float(convert<typename P::Element>(weight[int64_t(channel) * weights + k])) * of_gradient : 0;
+      k < weights ? to_float(convert<typename Mma::Element>(weight[int64_t(channel) * weights + k])) * of_gradient : 0;
   barrier();
   for (int half = kFinishThreads / 2; half > 0; half /= 2) {
     if (k < half) shared[k] += shared[k + half];
     barrier();
   }
-  const Real inverse = norm.inverse_deviation(channel);
-  const Real of_gamma = (shared[0] - norm.mean[channel] * gradient) * inverse;
+  const Acc inverse = norm.inverse_deviation(channel);
+  const Acc of_gamma = (shared[0] - norm.mean[channel] * gradient) * inverse;
   if (k < weights) {
-    const Real whole =
+    const Acc whole =
         dense ? of_gradient - gradient / count * of_patches - of_gamma / count * of_normalised : of_gradient;
     out.weight[int64_t(channel) * weights + k] = norm.scale(channel) * inverse * whole;
   }

@@ -1,21 +1,20 @@
 // What the registered operators hand to the launchers: pointers and sizes, checked, in no header of PyTorch.
 #pragma once
 
-#include <cstdint>
+#include "../../types.h"
 
 namespace ceit {
-struct Bf16;
 struct Fp16;
 }  // namespace ceit
 
 namespace ceit::i2t {
 
-// What products are computed in (products.h).
+// How a warp multiplies matrices (mma.h).
 template <class T>
-struct HalfProducts;
-struct Tf32Products;
+struct HalfMma;
+struct Tf32Mma;
 template <class T>
-struct ScalarProducts;
+struct ScalarMma;
 
 constexpr int64_t kPackedPerChannel = 7 * 8 * 4;  // weights as the kernels read them
 
@@ -67,10 +66,10 @@ inline int64_t sums_elements(const Sizes& s, int blocks) {
   return blocks * (2 * weights * s.out_channels + weights + s.out_channels);
 }
 
-// P is one of the structs of products.h, In the type of the image.
-template <class P, class In>
+// Mma is one of the structs of mma.h, In is the type of the image.
+template <class Mma, class In>
 void forward(const ForwardCall& call);
-template <class P, class In>
+template <class Mma, class In>
 void backward(const BackwardCall& call);
 
 }  // namespace ceit::i2t

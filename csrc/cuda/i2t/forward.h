@@ -5,7 +5,7 @@
 // columns; the next warp starts 14 columns on. Columns 1 to 14 count for the statistics, each of the map once.
 #pragma once
 
-#include "products.h"
+#include "mma.h"
 #include "statistics.h"
 
 namespace ceit::i2t {
@@ -18,30 +18,30 @@ constexpr int kForwardThreads = 32 * kStrips * kMaximumGroups;
 constexpr int kForwardImageRows = 2 * (2 * kBandRows + 1) + 5;
 constexpr int kForwardImageColumns = 2 * (14 * (kStrips - 1) + 15) + 8;
 
-template <class P>
+template <class Mma>
 struct ForwardArguments {
-  using Real = typename P::Real;
-  const typename P::Element* weights;
-  typename P::Output* out;  // (B, H', W', O)
-  uint8_t* indices;         // (B, H', W', O): place of the maximum in its window, row by row
-  Norm<Real> norm;          // applied to the result where the statistics are given
-  Moments<Real> moments;    // of this call, one row for each warp side by side
-  int rows_per_block;       // pooled
+  using Acc = typename Mma::Acc;
+  const typename Mma::Element* weights;
+  typename Mma::Output* out;  // (B, H', W', O)
+  uint8_t* indices;           // (B, H', W', O): place of the maximum in its window, row by row
+  Norm<Acc> norm;             // applied to the result where the statistics are given
+  Moments<Acc> moments;       // of this call, one row for each warp side by side
+  int rows_per_block;         // pooled
 };
 
 // The largest of a row of values and where it came from. PyTorch's rule: the first of equals, and NaN wins.
-template <class Real, bool kIndices>
-DEVICE void take(Real& best, unsigned& where, Real value, unsigned place) {
+template <class Acc, bool kIndices>
+DEVICE void take(Acc& best, unsigned& where, Acc value, unsigned place) {
   const bool larger = value > best || value != value;
   best = larger ? value : best;
   if constexpr (kIndices) where = larger ? place : where;
 }
 
-template <class P, class In, bool kTraining, bool kIndices>
+template <class Mma, class In, bool kTraining, bool kIndices>
 KERNEL(kForwardThreads, 1)
-forward_kernel(Problem p, const In* image, ForwardArguments<P> a) {
-  using Real = typename P::Real;
-  using Element = typename P::Element;
+forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
+  using Acc = typename Mma::Acc;
+  using Element = typename Mma::Element;
   SHARED_MEMORY(memory);
   Element* tile = reinterpret_cast<Element*>(memory);
 
@@ -54,7 +54,7 @@ forward_kernel(Problem p, const In* image, ForwardArguments<P> a) {
   const int py_end = min(py_begin + a.rows_per_block, p.pooled_height);
   const int channel = group * kGroup + lane % 4 * kOwn;
 
-  typename P::Weights weights;
+  typename Mma::Weights weights;
   weights.load(a.weights + group * kGroup * kDepth);
 
   const int column = lane / 4;  // this thread holds columns `column` and `column + 8` of the warp's 16
@@ -66,12 +66,12 @@ forward_kernel(Problem p, const In* image, ForwardArguments<P> a) {
   const bool counts[2] = {column >= 1 && x0 + column < p.conv_width, column <= 6 && x0 + column + 8 < p.conv_width};
 
   // Where gamma is zero everything finite is equal: the first of a window wins, the rest of the way is beta's.
-  Real keep[kOwn];
+  Acc keep[kOwn];
 #pragma unroll
-  for (int c = 0; c < kOwn; ++c) keep[c] = a.norm.scale(channel + c) == Real(0) ? Real(0) : Real(1);
+  for (int c = 0; c < kOwn; ++c) keep[c] = a.norm.scale(channel + c) == Acc(0) ? Acc(0) : Acc(1);
 
-  Accumulated<Real> statistics;
-  Real above[kOwn][2];  // the row before the pair, of the two columns
+  Accumulated<Acc> statistics;
+  Acc above[kOwn][2];  // the row before the pair, of the two columns
   const Element* pixels = tile + strip * 14 * kPixelStride;
   constexpr int kTileRow = kForwardImageColumns * kChannels;
 
@@ -81,9 +81,9 @@ forward_kernel(Problem p, const In* image, ForwardArguments<P> a) {
     load_image<kForwardImageRows, kForwardImageColumns>(tile, image, p, b, 4 * band - 5, 4 * block_px - 6);
     barrier();
     if (band == py_begin && band > 0) {
-      Real row[kFragments][4] = {};
+      Acc row[kFragments][4] = {};
 #pragma unroll
-      for (int ky = 0; ky < kSide; ++ky) P::accumulate(row, P::load_pixels(pixels + ky * kTileRow), weights, ky);
+      for (int ky = 0; ky < kSide; ++ky) Mma::accumulate(row, Mma::load_pixels(pixels + ky * kTileRow), weights, ky);
 #pragma unroll
       for (int c = 0; c < kOwn; ++c)
 #pragma unroll
@@ -93,28 +93,28 @@ forward_kernel(Problem p, const In* image, ForwardArguments<P> a) {
 #pragma unroll 1
     for (int r = 0; r < rows; ++r) {
       const int py = band + r;
-      Real first[kFragments][4] = {}, second[kFragments][4] = {};
+      Acc first[kFragments][4] = {}, second[kFragments][4] = {};
       const Element* row = pixels + (4 * r + 2) * kTileRow;
 #pragma unroll
       for (int i = 0; i < kSide + 2; ++i) {
-        const typename P::Pixels loaded = P::load_pixels(row + i * kTileRow);
-        if (i < kSide) P::accumulate(first, loaded, weights, i);
-        if (i >= 2) P::accumulate(second, loaded, weights, i - 2);
+        const typename Mma::Pixels loaded = Mma::load_pixels(row + i * kTileRow);
+        if (i < kSide) Mma::accumulate(first, loaded, weights, i);
+        if (i >= 2) Mma::accumulate(second, loaded, weights, i - 2);
       }
       const bool has_above = py > 0, has_below = 2 * py + 1 < p.conv_height;
       if constexpr (kTraining) statistics.add(first, second, counts, has_below);
 
-      Real best[kOwn][2];
+      Acc best[kOwn][2];
       unsigned places = 0;  // 2 bits for each of the 8 values
 #pragma unroll
       for (int c = 0; c < kOwn; ++c)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const Real middle = first[c / 2][c % 2 + 2 * h] * keep[c], below = second[c / 2][c % 2 + 2 * h] * keep[c];
+          const Acc middle = first[c / 2][c % 2 + 2 * h] * keep[c], below = second[c / 2][c % 2 + 2 * h] * keep[c];
           unsigned place = has_above ? 0 : 1;
           best[c][h] = has_above ? above[c][h] : middle;
-          if (has_above) take<Real, kIndices>(best[c][h], place, middle, 1);
-          if (has_below) take<Real, kIndices>(best[c][h], place, below, 2);
+          if (has_above) take<Acc, kIndices>(best[c][h], place, middle, 1);
+          if (has_below) take<Acc, kIndices>(best[c][h], place, below, 2);
           above[c][h] = below;
           places |= place << (4 * c + 2 * h);
         }
@@ -129,30 +129,30 @@ forward_kernel(Problem p, const In* image, ForwardArguments<P> a) {
         const unsigned odd_right = shuffle(places >> 2, next);
         right_places = odd ? odd_right : even_right;
       }
-      Pack<typename P::Output, kOwn> values;
+      Pack<typename Mma::Output, kOwn> values;
       Pack<uint8_t, kOwn> indices;
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
-        const Real other = shuffle_xor(odd ? best[c][0] : best[c][1], 4);
-        const Real even_right = shuffle(column == 0 ? best[c][1] : best[c][0], after);
-        const Real odd_right = shuffle(best[c][1], next);
-        const Real left = odd ? other : best[c][0], middle = odd ? best[c][1] : other;
+        const Acc other = shuffle_xor(odd ? best[c][0] : best[c][1], 4);
+        const Acc even_right = shuffle(column == 0 ? best[c][1] : best[c][0], after);
+        const Acc odd_right = shuffle(best[c][1], next);
+        const Acc left = odd ? other : best[c][0], middle = odd ? best[c][1] : other;
         const unsigned own_place = places >> (4 * c + (odd ? 2 : 0)) & 3;
         const unsigned other_place = other_places >> (4 * c + (odd ? 2 : 0)) & 3;
         const unsigned left_place = 3 * (odd ? other_place : own_place);
         const unsigned middle_place = 3 * (odd ? own_place : other_place) + 1;
         const unsigned right_place = 3 * (right_places >> (4 * c) & 3) + 2;
-        Real value = has_left ? left : middle;
+        Acc value = has_left ? left : middle;
         unsigned index = has_left ? left_place : middle_place;
-        if (has_left) take<Real, kIndices>(value, index, middle, middle_place);
-        if (has_right) take<Real, kIndices>(value, index, odd ? odd_right : even_right, right_place);
+        if (has_left) take<Acc, kIndices>(value, index, middle, middle_place);
+        if (has_right) take<Acc, kIndices>(value, index, odd ? odd_right : even_right, right_place);
         if constexpr (!kTraining) value = a.norm.apply(value, channel + c);
-        values.value[c] = convert<typename P::Output>(value);
+        values.value[c] = convert<typename Mma::Output>(value);
         indices.value[c] = uint8_t(index);
       }
       if (writes) {
         const int64_t offset = ((b * p.pooled_height + py) * p.pooled_width + px) * p.out_channels + channel;
-        *reinterpret_cast<Pack<typename P::Output, kOwn>*>(a.out + offset) = values;
+        *reinterpret_cast<Pack<typename Mma::Output, kOwn>*>(a.out + offset) = values;
         if constexpr (kIndices) *reinterpret_cast<Pack<uint8_t, kOwn>*>(a.indices + offset) = indices;
       }
     }

@@ -8,19 +8,20 @@ namespace ceit::i2t {
 // A tile of 14 x 16 outputs of the convolution holds all that 20 rows and 24 columns of the image depend on.
 constexpr int kGradientRows = 20, kGradientColumns = 24;
 
-template <class P>
+template <class Mma>
 struct ImageGradientArguments {
-  using Real = typename P::Real;
-  const Real* weight;    // (O, C, 7, 7)
-  Gradients<Real> sums;  // of gamma and beta, finished
-  Real count;            // outputs of the convolution for each channel
+  using Acc = typename Mma::Acc;
+  const Acc* weight;    // (O, C, 7, 7)
+  Gradients<Acc> sums;  // of gamma and beta, finished
+  Acc count;            // outputs of the convolution for each channel
 };
 
-template <class P, class In, bool kDense>
+template <class Mma, class In, bool kDense>
 KERNEL(kBackwardThreads, 1)
-image_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, ImageGradientArguments<P> g, In* gradient) {
-  using Real = typename P::Real;
-  using Element = typename P::Element;
+image_gradient_kernel(Problem p, const In* image, BackwardArguments<Mma> a, ImageGradientArguments<Mma> g,
+                      In* gradient) {
+  using Acc = typename Mma::Acc;
+  using Element = typename Mma::Element;
   SHARED_MEMORY(memory);
   Element* image_tile = reinterpret_cast<Element*>(memory);
   Element* gradient_tile = image_tile + kTileImageElements;
@@ -35,24 +36,24 @@ image_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, ImageG
                 kTurns = (kPixels + kBackwardThreads - 1) / kBackwardThreads;
 
   if constexpr (kDense) load_image<kTileImageRows, kTileImageColumns>(image_tile, image, p, b, 2 * y0 - 3, 2 * x0 - 4);
-  Real sum[kTurns][kChannels] = {};
+  Acc sum[kTurns][kChannels] = {};
   for (int channel0 = 0; channel0 < p.out_channels; channel0 += kBackwardChannels) {
-    Real unused[kOwnGradient] = {};
+    Acc unused[kOwnGradient] = {};
     barrier();
     scatter_gradient(gradient_tile, p, a, b, y0, x0, channel0, unused);
     if constexpr (kDense) normalised_convolution(normalised_tile, image_tile, p, a, y0, x0, channel0);
     barrier();
     const int c32 = threadIdx.x % kBackwardChannels, channel = channel0 + c32;
-    const Real scale = a.norm.scale(channel) * a.norm.inverse_deviation(channel);
-    const Real constant = kDense ? g.sums.beta[channel] / g.count : Real(0);
-    const Real slope = kDense ? g.sums.gamma[channel] / g.count : Real(0);
+    const Acc scale = a.norm.scale(channel) * a.norm.inverse_deviation(channel);
+    const Acc constant = kDense ? g.sums.beta[channel] / g.count : Acc(0);
+    const Acc slope = kDense ? g.sums.gamma[channel] / g.count : Acc(0);
     for (int place = threadIdx.x / kBackwardChannels; place < kTileRows * kTilePixels; place += kBackwardWarps) {
       const int y = y0 + place / kTilePixels, x = x0 + place % kTilePixels;
       const bool inside = y >= 0 && y < p.conv_height && x >= 0 && x < p.conv_width;
       Element& value = gradient_tile[place * kOperandStride + c32];
-      Real centred = to_float(value);
+      Acc centred = to_float(value);
       if constexpr (kDense) centred -= constant + slope * to_float(normalised_tile[place * kOperandStride + c32]);
-      value = convert<Element>(inside ? scale * centred : Real(0));
+      value = convert<Element>(inside ? scale * centred : Acc(0));
     }
     barrier();
 #pragma unroll
@@ -65,9 +66,9 @@ image_gradient_kernel(Problem p, const In* image, BackwardArguments<P> a, ImageG
         for (int kx = (column + 1) % 2; kx < kSide; kx += 2) {
           const int place = (row + 7 - ky) / 2 * kTilePixels + (column + 7 - kx) / 2;
           const Element* values = gradient_tile + place * kOperandStride;
-          const Real* weight = g.weight + int64_t(channel0) * p.channels * kSide * kSide + ky * kSide + kx;
+          const Acc* weight = g.weight + int64_t(channel0) * p.channels * kSide * kSide + ky * kSide + kx;
           // A sum of its own for each place: one for all of 16 times 32 terms would lose a bit and more of float32.
-          Real part[kChannels] = {};
+          Acc part[kChannels] = {};
           for (int o = 0; o < kBackwardChannels; ++o)
 #pragma unroll
             for (int c = 0; c < kChannels; ++c)

@@ -1,7 +1,8 @@
 // The kernels of a call, one after another; included where they are instantiated.
 #pragma once
 
-#include "../launch.h"
+#include <algorithm>
+
 #include "calls.h"
 #include "forward.h"
 #include "image_gradient.h"
@@ -15,10 +16,10 @@ inline Problem make_problem(const Sizes& s) {
           s.strides[3], s.conv_height, s.conv_width, s.pooled_height, s.pooled_width, s.out_channels};
 }
 
-template <class Real>
-Norm<Real> make_norm(const Call& call) {
-  return {static_cast<const Real*>(call.gamma), static_cast<const Real*>(call.beta),
-          static_cast<const Real*>(call.mean), static_cast<const Real*>(call.variance), static_cast<Real>(call.eps)};
+template <class Acc>
+Norm<Acc> make_norm(const Call& call) {
+  return {static_cast<const Acc*>(call.gamma), static_cast<const Acc*>(call.beta), static_cast<const Acc*>(call.mean),
+          static_cast<const Acc*>(call.variance), static_cast<Acc>(call.eps)};
 }
 
 inline Grid forward_grid(const Sizes& s, int rows_per_block) {
@@ -27,86 +28,87 @@ inline Grid forward_grid(const Sizes& s, int rows_per_block) {
           (s.pooled_height + rows_per_block - 1) / rows_per_block};
 }
 
-template <class P>
+template <class Mma>
 void pack(const Call& call) {
-  using Real = typename P::Real;
+  using Acc = typename Mma::Acc;
   const int64_t size = int64_t(call.sizes.out_channels) * kDepth;
-  launch("pack_weights", pack_weights<P>, {(size + 255) / 256}, 256, 0, call.stream,
-         static_cast<const Real*>(call.weight), static_cast<const Real*>(call.gamma),
-         static_cast<typename P::Element*>(call.packed), call.sizes.channels, call.sizes.out_channels);
+  launch("pack_weights", pack_weights<Mma>, {(size + 255) / 256}, 256, 0, call.stream,
+         static_cast<const Acc*>(call.weight), static_cast<const Acc*>(call.gamma),
+         static_cast<typename Mma::Element*>(call.packed), call.sizes.channels, call.sizes.out_channels);
 }
 
-template <class P, class In>
+template <class Mma, class In>
 void forward(const ForwardCall& call) {
-  using Real = typename P::Real;
-  using Output = typename P::Output;
+  using Acc = typename Mma::Acc;
+  using Output = typename Mma::Output;
   const Sizes& s = call.sizes;
-  pack<P>(call);
+  pack<Mma>(call);
 
   const Grid grid = forward_grid(s, call.rows_per_block);
   const int rows = int(grid.x * grid.y) * kStrips;
-  Real* counts = static_cast<Real*>(call.moments);
-  Moments<Real> moments{};
+  Acc* counts = static_cast<Acc*>(call.moments);
+  Moments<Acc> moments{};
   if (call.training) moments = {counts, counts + rows, counts + rows + int64_t(rows) * s.out_channels};
-  const ForwardArguments<P> arguments{static_cast<const typename P::Element*>(call.packed),
-                                      static_cast<Output*>(call.out),
-                                      call.indices,
-                                      make_norm<Real>(call),
-                                      moments,
-                                      call.rows_per_block};
-  const auto kernel = call.training  ? forward_kernel<P, In, true, true>
-                      : call.indices ? forward_kernel<P, In, false, true>
-                                     : forward_kernel<P, In, false, false>;
-  const size_t shared = sizeof(typename P::Element) * kForwardImageRows * kForwardImageColumns * kChannels;
+  const ForwardArguments<Mma> arguments{static_cast<const typename Mma::Element*>(call.packed),
+                                        static_cast<Output*>(call.out),
+                                        call.indices,
+                                        make_norm<Acc>(call),
+                                        moments,
+                                        call.rows_per_block};
+  const auto kernel = call.training  ? forward_kernel<Mma, In, true, true>
+                      : call.indices ? forward_kernel<Mma, In, false, true>
+                                     : forward_kernel<Mma, In, false, false>;
+  const size_t shared = sizeof(typename Mma::Element) * kForwardImageRows * kForwardImageColumns * kChannels;
   launch("the stem's forward", kernel, grid, 32 * kStrips * s.out_channels / kGroup, shared, call.stream,
          make_problem(s), static_cast<const In*>(call.image), arguments);
   if (!call.training) return;
 
-  launch("merge_moments", merge_moments<Real>, {s.out_channels}, kMergeThreads, 3 * sizeof(Real) * kMergeThreads,
-         call.stream, moments, rows, static_cast<const Real*>(call.gamma), static_cast<Real*>(call.mean),
-         static_cast<Real*>(call.variance));
+  launch("merge_moments", merge_moments<Acc>, {s.out_channels}, kMergeThreads, 3 * sizeof(Acc) * kMergeThreads,
+         call.stream, moments, rows, static_cast<const Acc*>(call.gamma), static_cast<Acc*>(call.mean),
+         static_cast<Acc*>(call.variance));
   const int64_t size = int64_t(s.batch) * s.pooled_height * s.pooled_width * s.out_channels;
   const int64_t per_block = kNormaliseThreads * (16 / sizeof(Output));
   // A multiple of 3, so that a thread meets the same channels again where there are 96.
   const int64_t blocks = (std::min<int64_t>((size + per_block - 1) / per_block, 3072) + 2) / 3 * 3;
-  launch("normalise", normalise<Output, Real>, {blocks}, kNormaliseThreads, 0, call.stream,
-         static_cast<Output*>(call.out), size, s.out_channels, make_norm<Real>(call));
+  launch("normalise", normalise<Output, Acc>, {blocks}, kNormaliseThreads, 0, call.stream,
+         static_cast<Output*>(call.out), size, s.out_channels, make_norm<Acc>(call));
 }
 
-template <class P, class In>
+template <class Mma, class In>
 void backward(const BackwardCall& call) {
-  using Real = typename P::Real;
+  using Acc = typename Mma::Acc;
   const Sizes& s = call.sizes;
-  pack<P>(call);
+  pack<Mma>(call);
 
   const int64_t weights = int64_t(s.out_channels) * s.channels * kSide * kSide;
-  Real* start = static_cast<Real*>(call.sums);
-  const GradientSums<Real> sums{start, start + weights * call.blocks, start + 2 * weights * call.blocks,
-                                start + (2 * weights + weights / s.out_channels) * call.blocks};
-  const BackwardArguments<P> arguments{static_cast<const typename P::Element*>(call.packed),
-                                       static_cast<const typename P::Output*>(call.gradient), call.indices,
-                                       make_norm<Real>(call)};
+  Acc* start = static_cast<Acc*>(call.sums);
+  const GradientSums<Acc> sums{start, start + weights * call.blocks, start + 2 * weights * call.blocks,
+                               start + (2 * weights + weights / s.out_channels) * call.blocks};
+  const BackwardArguments<Mma> arguments{static_cast<const typename Mma::Element*>(call.packed),
+                                         static_cast<const typename Mma::Output*>(call.gradient), call.indices,
+                                         make_norm<Acc>(call)};
   const Problem problem = make_problem(s);
   const In* image = static_cast<const In*>(call.image);
-  const size_t shared = sizeof(typename P::Element) * (kTileImageElements + (call.training ? 2 : 1) * kOperandElements);
+  const size_t shared =
+      sizeof(typename Mma::Element) * (kTileImageElements + (call.training ? 2 : 1) * kOperandElements);
   launch("the stem's weight gradient",
-         call.training ? weight_gradient_kernel<P, In, true> : weight_gradient_kernel<P, In, false>,
+         call.training ? weight_gradient_kernel<Mma, In, true> : weight_gradient_kernel<Mma, In, false>,
          {call.blocks, s.out_channels / kBackwardChannels}, kBackwardThreads, shared, call.stream, problem, image,
          arguments, sums);
 
-  const Real count = Real(double(s.batch) * s.conv_height * s.conv_width);
-  const Gradients<Real> gradients{static_cast<Real*>(call.grad_weight), static_cast<Real*>(call.grad_gamma),
-                                  static_cast<Real*>(call.grad_beta)};
-  launch("finish_gradients", finish_gradients<P>, {s.out_channels}, kFinishThreads, sizeof(Real) * kFinishThreads,
-         call.stream, sums, call.blocks, s.channels, call.training, count, static_cast<const Real*>(call.weight),
-         make_norm<Real>(call), gradients);
+  const Acc count = Acc(double(s.batch) * s.conv_height * s.conv_width);
+  const Gradients<Acc> gradients{static_cast<Acc*>(call.grad_weight), static_cast<Acc*>(call.grad_gamma),
+                                 static_cast<Acc*>(call.grad_beta)};
+  launch("finish_gradients", finish_gradients<Mma>, {s.out_channels}, kFinishThreads, sizeof(Acc) * kFinishThreads,
+         call.stream, sums, call.blocks, s.channels, call.training, count, static_cast<const Acc*>(call.weight),
+         make_norm<Acc>(call), gradients);
   if (!call.grad_image) return;
 
-  const ImageGradientArguments<P> image_arguments{static_cast<const Real*>(call.weight), gradients, count};
+  const ImageGradientArguments<Mma> image_arguments{static_cast<const Acc*>(call.weight), gradients, count};
   const int64_t across = (s.width + kGradientColumns - 1) / kGradientColumns;
   const int64_t down = (s.height + kGradientRows - 1) / kGradientRows;
   launch("the stem's image gradient",
-         call.training ? image_gradient_kernel<P, In, true> : image_gradient_kernel<P, In, false>,
+         call.training ? image_gradient_kernel<Mma, In, true> : image_gradient_kernel<Mma, In, false>,
          {s.batch * across * down}, kBackwardThreads, shared, call.stream, problem, image, arguments, image_arguments,
          static_cast<In*>(call.grad_image));
 }

@@ -15,10 +15,10 @@ DEVICE int lane_index() { return threadIdx.x % 32; }
 
 // Tensor cores on 16-bit operands, m16n8k16.
 template <class T>
-struct HalfProducts {
+struct HalfMma {
   using Element = T;  // of operands in shared memory
   using Output = T;
-  using Real = float;
+  using Acc = float;
   static constexpr int kSteps = kRowElements / 16;
 
   struct Pixels {
@@ -98,10 +98,10 @@ struct HalfProducts {
 };
 
 // Tensor cores on float32 rounded to TF32, m16n8k8.
-struct Tf32Products {
+struct Tf32Mma {
   using Element = Tf32;
   using Output = float;
-  using Real = float;
+  using Acc = float;
   static constexpr int kSteps = kRowElements / 8;
 
   struct Pixels {
@@ -175,10 +175,10 @@ struct Tf32Products {
 
 // Ordinary arithmetic in float32, and on the host in float64.
 template <class T>
-struct ScalarProducts {
+struct ScalarMma {
   using Element = T;
   using Output = T;
-  using Real = T;
+  using Acc = T;
 
   struct Pixels {
     const T* row;
@@ -236,21 +236,21 @@ struct ScalarProducts {
 // Weights (O, C, 7, 7) into the order in which the warps read them, groups of 16 channels one after another. The sign
 // of gamma is multiplied in: the raw values of a falling BatchNorm turn over, and the pool takes the maximum
 // everywhere.
-template <class P>
+template <class Mma>
 KERNEL(256, 1)
-pack_weights(const typename P::Real* weight, const typename P::Real* gamma, typename P::Element* packed, int channels,
-             int out_channels) {
-  using Real = typename P::Real;
+pack_weights(const typename Mma::Acc* weight, const typename Mma::Acc* gamma, typename Mma::Element* packed,
+             int channels, int out_channels) {
+  using Acc = typename Mma::Acc;
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= out_channels * kDepth) return;
   int channel, k;
-  P::locate(index % (kGroup * kDepth), channel, k);
+  Mma::locate(index % (kGroup * kDepth), channel, k);
   channel += index / (kGroup * kDepth) * kGroup;
   const int ky = k / kRowElements, kx = k % kRowElements / kChannels - 1, c = k % kChannels;
-  Real value = 0;
+  Acc value = 0;
   if (kx >= 0 && c < channels) value = weight[((int64_t(channel) * channels + c) * kSide + ky) * kSide + kx];
-  if (gamma && gamma[channel] < Real(0)) value = -value;
-  packed[index] = convert<typename P::Element>(value);
+  if (gamma && gamma[channel] < Acc(0)) value = -value;
+  packed[index] = convert<typename Mma::Element>(value);
 }
 
 }  // namespace ceit::i2t

@@ -25,21 +25,21 @@ struct Problem {
 };
 
 // BatchNorm as the kernels apply it. Raw values carry the sign of gamma, so that the pool always takes the maximum.
-template <class Real>
+template <class Acc>
 struct Norm {
-  const Real* gamma;     // (O,) or null
-  const Real* beta;      // (O,) or null
-  const Real* mean;      // (O,)
-  const Real* variance;  // (O,), biased
-  Real eps;
+  const Acc* gamma;     // (O,) or null
+  const Acc* beta;      // (O,) or null
+  const Acc* mean;      // (O,)
+  const Acc* variance;  // (O,), biased
+  Acc eps;
 
-  DEVICE Real scale(int channel) const { return gamma ? gamma[channel] : Real(1); }
-  DEVICE Real sign(int channel) const { return scale(channel) < Real(0) ? Real(-1) : Real(1); }
-  DEVICE Real inverse_deviation(int channel) const { return Real(1) / sqrt(variance[channel] + eps); }
+  DEVICE Acc scale(int channel) const { return gamma ? gamma[channel] : Acc(1); }
+  DEVICE Acc sign(int channel) const { return scale(channel) < Acc(0) ? Acc(-1) : Acc(1); }
+  DEVICE Acc inverse_deviation(int channel) const { return Acc(1) / sqrt(variance[channel] + eps); }
   // Of a value that carries the sign.
-  DEVICE Real apply(Real value, int channel) const {
-    const Real centred = value * sign(channel) - mean[channel];
-    return centred * (inverse_deviation(channel) * scale(channel)) + (beta ? beta[channel] : Real(0));
+  DEVICE Acc apply(Acc value, int channel) const {
+    const Acc centred = value * sign(channel) - mean[channel];
+    return centred * (inverse_deviation(channel) * scale(channel)) + (beta ? beta[channel] : Acc(0));
   }
 };
 

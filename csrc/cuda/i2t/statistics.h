@@ -6,56 +6,56 @@
 
 namespace ceit::i2t {
 
-template <class Real>
+template <class Acc>
 struct Moments {
-  Real* count;    // (rows,)
-  Real* mean;     // (rows, O)
-  Real* squares;  // (rows, O): sum of squared distances from the mean
+  Acc* count;    // (rows,)
+  Acc* mean;     // (rows, O)
+  Acc* squares;  // (rows, O): sum of squared distances from the mean
 };
 
-template <class Real>
-DEVICE void merge(Real& count, Real& mean, Real& squares, Real count2, Real mean2, Real squares2) {
-  const Real total = count + count2, share = total > Real(0) ? count2 / total : Real(0), delta = mean2 - mean;
+template <class Acc>
+DEVICE void merge(Acc& count, Acc& mean, Acc& squares, Acc count2, Acc mean2, Acc squares2) {
+  const Acc total = count + count2, share = total > Acc(0) ? count2 / total : Acc(0), delta = mean2 - mean;
   // A side without elements has no mean to compare with.
-  const bool both = count > Real(0) && count2 > Real(0);
-  mean = both ? mean + delta * share : (count2 > Real(0) ? mean2 : mean);
-  squares += squares2 + (both ? delta * delta * count * share : Real(0));
+  const bool both = count > Acc(0) && count2 > Acc(0);
+  mean = both ? mean + delta * share : (count2 > Acc(0) ? mean2 : mean);
+  squares += squares2 + (both ? delta * delta * count * share : Acc(0));
   count = total;
 }
 
 // What a thread has seen of its 4 channels.
-template <class Real>
+template <class Acc>
 struct Accumulated {
-  Real count = 0, mean[kOwn] = {}, squares[kOwn] = {};
+  Acc count = 0, mean[kOwn] = {}, squares[kOwn] = {};
 
   // Two rows of two columns; a column that does not count is left out, and so is the second row if it is not `below`.
-  DEVICE void add(const Real (&first)[2][4], const Real (&second)[2][4], const bool (&counts)[2], bool below) {
-    const Real n = Real(counts[0] + counts[1]) * Real(below ? 2 : 1);
-    if (n == Real(0)) return;
-    const Real inverse = Real(1) / n, share = n / (count + n), weight = count * share;
+  DEVICE void add(const Acc (&first)[2][4], const Acc (&second)[2][4], const bool (&counts)[2], bool below) {
+    const Acc n = Acc(counts[0] + counts[1]) * Acc(below ? 2 : 1);
+    if (n == Acc(0)) return;
+    const Acc inverse = Acc(1) / n, share = n / (count + n), weight = count * share;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
-      const Real v[4] = {first[c / 2][c % 2], first[c / 2][c % 2 + 2], second[c / 2][c % 2], second[c / 2][c % 2 + 2]};
+      const Acc v[4] = {first[c / 2][c % 2], first[c / 2][c % 2 + 2], second[c / 2][c % 2], second[c / 2][c % 2 + 2]};
       const bool in[4] = {counts[0], counts[1], counts[0] && below, counts[1] && below};
-      Real sum = 0, square = 0;
+      Acc sum = 0, square = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum += in[i] ? v[i] : Real(0);
-      const Real local = sum * inverse;
+      for (int i = 0; i < 4; ++i) sum += in[i] ? v[i] : Acc(0);
+      const Acc local = sum * inverse;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) square += in[i] ? (v[i] - local) * (v[i] - local) : Real(0);
-      const Real delta = local - mean[c];
+      for (int i = 0; i < 4; ++i) square += in[i] ? (v[i] - local) * (v[i] - local) : Acc(0);
+      const Acc delta = local - mean[c];
       mean[c] += delta * share;
       squares[c] += square + delta * delta * weight;
     }
     count += n;
   }
 
-  DEVICE void write(const Moments<Real>& moments, int64_t row, int channel, int out_channels) {
+  DEVICE void write(const Moments<Acc>& moments, int64_t row, int channel, int out_channels) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int offset = 4; offset < 32; offset *= 2) {
-      const Real other = shuffle_xor(count, offset);
-      Real total = count;
+      const Acc other = shuffle_xor(count, offset);
+      Acc total = count;
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
         total = count;
@@ -75,13 +75,13 @@ struct Accumulated {
 constexpr int kMergeThreads = 128;
 
 // One block for each channel; `gamma` takes the sign back out.
-template <class Real>
+template <class Acc>
 KERNEL(kMergeThreads, 1)
-merge_moments(Moments<Real> moments, int rows, const Real* gamma, Real* mean_out, Real* variance_out) {
+merge_moments(Moments<Acc> moments, int rows, const Acc* gamma, Acc* mean_out, Acc* variance_out) {
   SHARED_MEMORY(memory);
-  Real* shared = reinterpret_cast<Real*>(memory);  // (3, kMergeThreads)
+  Acc* shared = reinterpret_cast<Acc*>(memory);  // (3, kMergeThreads)
   const int channel = blockIdx.x, channels = gridDim.x, thread = threadIdx.x;
-  Real count = 0, mean = 0, squares = 0;
+  Acc count = 0, mean = 0, squares = 0;
   for (int row = thread; row < rows; row += kMergeThreads) {
     const int64_t at = int64_t(row) * channels + channel;
     merge(count, mean, squares, moments.count[row], moments.mean[at], moments.squares[at]);
@@ -98,7 +98,7 @@ merge_moments(Moments<Real> moments, int rows, const Real* gamma, Real* mean_out
     barrier();
   }
   if (thread == 0) {
-    mean_out[channel] = gamma && gamma[channel] < Real(0) ? -mean : mean;
+    mean_out[channel] = gamma && gamma[channel] < Acc(0) ? -mean : mean;
     variance_out[channel] = squares / count;
   }
 }
@@ -106,21 +106,21 @@ merge_moments(Moments<Real> moments, int rows, const Real* gamma, Real* mean_out
 constexpr int kNormaliseThreads = 256;
 
 // BatchNorm of the pooled raw values, in place; `size` elements, channels innermost.
-template <class Output, class Real>
+template <class Output, class Acc>
 KERNEL(kNormaliseThreads, 1)
-normalise(Output* out, int64_t size, int channels, Norm<Real> norm) {
+normalise(Output* out, int64_t size, int channels, Norm<Acc> norm) {
   constexpr int kPack = 16 / sizeof(Output);
   using Values = Pack<Output, kPack>;
   const int64_t stride = int64_t(gridDim.x) * kNormaliseThreads * kPack;  // a multiple of the channels
   int64_t i = (int64_t(blockIdx.x) * kNormaliseThreads + threadIdx.x) * kPack;
   const int channel = int(i % channels);
-  Real sign[kPack], mean[kPack], scale[kPack], shift[kPack];
+  Acc sign[kPack], mean[kPack], scale[kPack], shift[kPack];
 #pragma unroll
   for (int c = 0; c < kPack; ++c) {
     sign[c] = norm.sign(channel + c);
     mean[c] = norm.mean[channel + c];
     scale[c] = norm.inverse_deviation(channel + c) * norm.scale(channel + c);
-    shift[c] = norm.beta ? norm.beta[channel + c] : Real(0);
+    shift[c] = norm.beta ? norm.beta[channel + c] : Acc(0);
   }
   for (; i < size; i += stride) {
     Values values = *reinterpret_cast<const Values*>(out + i);

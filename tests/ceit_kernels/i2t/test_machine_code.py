@@ -24,13 +24,14 @@ class Kernel:
 
     @property
     def is_scalar(self):
-        return "ScalarProducts" in self.name
+        return "ScalarMma" in self.name
 
 
 def compile_kernels(folder, file, chip) -> list[Kernel]:
     cuobjdump = pytest.importorskip("support.machine_code")._CUOBJDUMP
     cubin = folder / f"{file}.cubin"
     command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{chip}", "-Xptxas", "-v", "-cubin", "-o", cubin]
+    command.append(f"-I{CSRC / 'cuda' / 'nvidia'}")
     done = subprocess.run([*command, CSRC / "cuda" / "i2t" / f"{file}.cu"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     spilled = {}

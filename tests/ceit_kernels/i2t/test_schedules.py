@@ -9,8 +9,7 @@ from support.host_kernels import CSRC, compile_on_host
 
 DEVICE_CODE = ("forward.h", "backward.h", "image_gradient.h")
 
-
-SOURCE = CSRC / "simt" / "run_stem.cpp"
+SOURCE = "run_stem.cpp"
 
 
 def run(program, schedules=6):
@@ -49,5 +48,5 @@ def test_a_missing_barrier_is_caught(tmp_path, name, which):
     text = path.read_text()
     start, end = [match.span() for match in re.finditer(r"^ *barrier\(\);\n", text, re.MULTILINE)][which]
     path.write_text(text[:start] + text[end:])
-    program = compile_on_host(sources / "simt" / "run_stem.cpp", "-O1")
+    program = compile_on_host(SOURCE, "-O1", csrc=sources)
     assert run(program, schedules=3).returncode != 0
