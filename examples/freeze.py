@@ -1,4 +1,4 @@
-"""Inference: a snapshot of a model, with its weights folded and packed once."""
+"""Inference: a snapshot of a model, with its weights folded and prepacked once."""
 
 import time
 
