@@ -126,7 +126,9 @@ class Frozen(nn.Module):
         """Refuse other weights."""
         _refuse("loaded into")
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **options: Any
+    ) -> None:
         # As a part of a module whose load_state_dict was called.
         if any(name.startswith(prefix) for name in state_dict):
             _refuse("loaded into")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -15,7 +15,7 @@ __all__ = ["fuse", "register_fusion", "unfuse"]
 Model = TypeVar("Model", bound=nn.Module)
 
 # By the plain class.
-_fusions: dict[type[nn.Module], tuple[str, type[Fusion]]] = {
+_fusions: dict[type[nn.Module], tuple[str, Any]] = {
     fused_class.plain_class: (name, fused_class)
     for name, spec in OPERATORS.items()
     for fused_class in spec.fused_classes()
@@ -68,7 +68,7 @@ def fuse(model: Model, **operators: bool) -> Model:
     if unknown:
         raise TypeError(f"fuse: expected operators of {tuple(OPERATORS)}, got {sorted(unknown)}")
     for module in model.modules():
-        operator, fused_class = _fusions.get(type(module), (None, None))
+        operator, fused_class = _fusions.get(type(module), ("", None))
         if fused_class is not None and operators.get(operator, True) and "forward" not in module.__dict__:
             module.__class__ = fused_class
     return model
@@ -99,5 +99,5 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
     return found.plain_class if _is_made(found) else found
 
 
-def _is_made(found: type) -> bool:
+def _is_made(found: type) -> TypeGuard[type[Fusion]]:
     return issubclass(found, Fusion) and "plain_class" in vars(found)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,9 +58,9 @@ def add_norm(
     backend = backends.choose("add_norm", x, dtype, unsupported).backend
     if backend == "reference":
         total, out = add_norm_reference(x, branch, weight, bias, eps)
-        prefix = total[:, :prefix_tokens] if prefix_tokens else None
+        prefix = total[:, :prefix_tokens] if prefix_tokens else total
     elif branch is None and training:
-        total, out, prefix = _WithoutBranch.apply(*inputs, backend)
+        total, out, prefix = _without_branch(*inputs, backend)
     else:
         total, out, prefix, *_ = add_norm_operator(*inputs, backend)
         total = x if branch is None else total
@@ -96,3 +99,6 @@ class _WithoutBranch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return add_norm_operator.backward_of_function(ctx, *grads)
+
+
+_without_branch: Callable[..., Any] = _WithoutBranch.apply

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -71,13 +73,14 @@ class AddNormFusion(Fusion, attributes_of(AddNorm)):
             ValueError, TypeError, BackendError: as ``add_norm``.
         """
         reason = unsupported_reason(x, branch) or self.plain_reason() or _norm_reason(norm)
+        layer_norm = cast("nn.LayerNorm", norm)  # unless there is a reason
         if reason is None:
-            weight, bias = norm.weight, norm.bias
+            weight, bias = layer_norm.weight, layer_norm.bias
             reason = foreign_reason(weight, bias)
         if reason is not None:
             backends.leave_to_reference("add_norm", reason)
             return super().forward(x, branch, norm, num_prefix_tokens)
-        return add_norm(x, branch, weight, bias, norm.eps, num_prefix_tokens=num_prefix_tokens)
+        return add_norm(x, branch, weight, bias, layer_norm.eps, num_prefix_tokens=num_prefix_tokens)
 
     def plain_reason(self) -> str | None:
         """As of ``Fusion``."""
@@ -91,8 +94,8 @@ class FusedAddNorm(AddNormFusion, AddNorm):
 def _norm_reason(norm: nn.Module) -> str | None:
     """Why a norm has to be called, None if reading its tensors is as good; no global hook is set."""
     reason = child_reason("norm", norm, _NORM)
-    if reason is None and len(norm.normalized_shape) != 1:
-        reason = f"the kernels take norms over the channels alone, not over {tuple(norm.normalized_shape)}"
+    if reason is None and len(shape := cast("nn.LayerNorm", norm).normalized_shape) != 1:
+        reason = f"the kernels take norms over the channels alone, not over {tuple(shape)}"
     return reason
 
 

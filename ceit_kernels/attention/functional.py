@@ -40,15 +40,16 @@ def self_attention(
         ValueError, TypeError: an argument's shape, dtype or value is wrong.
         BackendError: the backend that was asked for cannot serve the call.
     """
-    num_queries = qkv.shape[1] if num_queries is None and qkv.dim() == 3 else num_queries
+    if num_queries is None:
+        num_queries = qkv.shape[1] if qkv.dim() == 3 else 0
     training = needs_gradient(qkv)
     attention_operator.check(qkv, num_heads, scale, num_queries, training)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
-    scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5 if scale is None else scale
+    factor = (qkv.shape[2] // (3 * num_heads)) ** -0.5 if scale is None else scale
     unsupported = "the kernels have no attention dropout" if dropout_p > 0.0 else unsupported_reason(qkv)
     dtype = autocast_dtype(qkv) or qkv.dtype
     backend = backends.choose("attention", qkv, dtype, unsupported).backend
     if backend == "reference":
-        return attention_reference(qkv, num_heads, scale, num_queries, dropout_p)
-    return attention_operator(qkv.to(dtype), num_heads, scale, num_queries, training, backend)[0]
+        return attention_reference(qkv, num_heads, factor, num_queries, dropout_p)
+    return attention_operator(qkv.to(dtype), num_heads, factor, num_queries, training, backend)[0]

@@ -82,8 +82,8 @@ def child_reason(name: str, child: nn.Module, classes: Classes) -> str | None:
 def convolution_reason(
     name: str,
     convolution: nn.Module,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
     groups: int = 1,
 ) -> str | None:
     """Why a convolution is none that the kernels compute, without dilation and with zeros around; None if it is one."""

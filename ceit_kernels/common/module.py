@@ -55,7 +55,7 @@ class Fusion:
         Raises:
             TypeError: the operator would not compute what the plain module does.
         """
-        fused = copy.copy(plain)
+        fused: Any = copy.copy(plain)
         fused.__class__ = stand_in(type(plain), cls)
         reason = fused.plain_reason()
         if reason is not None:
@@ -74,10 +74,12 @@ def stand_in(plain_class: type[nn.Module], fused_class: type[Fusion]) -> type[Fu
         raise TypeError(f"fused_class: expected a fused class such as FusedLeFF, got {fused_class!r}")
     if fused_class.plain_class is plain_class:
         return fused_class
-    fusion = fused_class.__bases__[0]
+    fusion: Any = fused_class.__bases__[0]
     members: dict[str, Any] = {"__module__": plain_class.__module__, "__doc__": plain_class.__doc__}
     if list(inspect.signature(plain_class.forward).parameters) != list(inspect.signature(fusion.forward).parameters):
         members["forward"] = _forward_of_one_argument(plain_class, fusion)
+
+    made: Any
 
     def reduce(self: nn.Module, protocol: int) -> tuple:
         # The class has no name to be found by.
@@ -93,7 +95,7 @@ def _remake(plain_class: type[nn.Module], fused_class: type[Fusion], make: Calla
     return make(stand_in(plain_class, fused_class), *arguments)
 
 
-def _forward_of_one_argument(plain_class: type[nn.Module], fusion: type[Fusion]) -> Callable:
+def _forward_of_one_argument(plain_class: type[nn.Module], fusion: Any) -> Callable:
     """A ``forward`` that leaves calls with arguments that the operator may not know to the plain class."""
 
     def forward(self, x, *arguments, **options):

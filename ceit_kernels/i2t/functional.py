@@ -53,6 +53,9 @@ def image_to_tokens(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d | nn.SyncBatch
 @torch.no_grad()
 def _update_running_statistics(bn: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, variance: Tensor, n: int) -> None:
     """As ``BatchNorm2d`` does it: the unbiased variance, and a plain average where momentum is None."""
+    assert bn.num_batches_tracked is not None
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
     for running, new in ((bn.running_mean, mean), (bn.running_var, variance * (n / (n - 1)))):

@@ -90,7 +90,7 @@ class Image2TokensFusion(Fusion, attributes_of(Image2Tokens)):
             return "SyncBatchNorm's statistics span processes, those of the kernels do not"
         return convolution_reason("conv", conv, stride=(2, 2), padding=(3, 3))
 
-    def inference_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    def inference_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """What the CPU's kernel takes beside images such as x; None where it does not serve the module."""
         bn = self.bn
         if self.plain_reason() is not None or bn.training or bn.running_mean is None:

@@ -46,14 +46,14 @@ def lca_attention(
         ValueError, TypeError: an argument's shape, dtype, device or value is wrong.
         BackendError: the backend that was asked for cannot serve the call.
     """
-    scale = (x.shape[-1] // max(num_heads, 1)) ** -0.5 if scale is None else scale
+    factor = (x.shape[-1] // max(num_heads, 1)) ** -0.5 if scale is None else scale
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     compute_dtype = autocast_dtype(x)
-    inputs = x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, compute_dtype
+    inputs = x, qkv_weight, qkv_bias, seed, num_heads, factor, dropout_p, compute_dtype
     lca_operator.check(*inputs)
     unsupported = lca_operator.unsupported(*inputs) or unsupported_reason(x, qkv_weight, qkv_bias)
     backend = backends.choose("lca", x, compute_dtype or x.dtype, unsupported).backend
     if backend == "reference":
-        return lca_reference(x, qkv_weight, qkv_bias, num_heads, scale, dropout_p, seed)
+        return lca_reference(x, qkv_weight, qkv_bias, num_heads, factor, dropout_p, seed)
     return lca_operator(*inputs, backend)

@@ -29,7 +29,7 @@ class LCAAttention(Attention):
         (B, L, C) -> (B, 1, C), L class tokens in the order of their layers.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Let the last token of (B, L, C) attend to all."""
         if torch.jit.is_scripting():
             q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)

@@ -22,16 +22,16 @@ __all__ = ["LINEAR", "FrozenLinear", "FusedLinear", "LinearFusion"]
 class LinearFusion(Fusion, attributes_of(nn.Linear)):
     """``forward`` of a linear layer, by our own GEMM on the CPU. Differentiable once, by the reference more often."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x W^T + b`` for x (..., in_features); (..., out_features).
+    def forward(self, input: Tensor) -> Tensor:
+        """``input W^T + b`` for an input (..., in_features); (..., out_features).
 
         Raises:
-            ValueError, TypeError: x is not of the layer's width, dtype or device.
+            ValueError, TypeError: the input is not of the layer's width, dtype or device.
             BackendError: the backend that was asked for cannot serve the call.
         """
         if torch.jit.is_scripting():
-            return self._plain_forward(x)
-        return self._fused_forward(x)
+            return self._plain_forward(input)
+        return self._fused_forward(input)
 
     @torch.jit.unused
     def _fused_forward(self, x: Tensor) -> Tensor:

@@ -23,18 +23,18 @@ class PatchProjection(nn.Conv2d):
 class PatchProjectionFusion(Fusion, attributes_of(PatchProjection)):
     """``forward`` of a convolution whose patches do not overlap, as a linear layer of patches on the CPU."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, H, W) -> (B, out_channels, H // stride, W // stride), in channels-last memory on the CPU.
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (B, in_channels, H, W) -> (B, out_channels, H // stride, W // stride), on the CPU channels-last.
 
         Pixels beyond the last whole patch are dropped. A map in channels-last memory is read as it lies.
 
         Raises:
-            ValueError, TypeError: x is no batch of maps of the layer's channels, dtype and device.
+            ValueError, TypeError: the input is no batch of maps of the layer's channels, dtype and device.
             BackendError: the backend that was asked for cannot serve the call.
         """
         if torch.jit.is_scripting():
-            return self._plain_forward(x)
-        return self._fused_forward(x)
+            return self._plain_forward(input)
+        return self._fused_forward(input)
 
     @torch.jit.unused
     def _fused_forward(self, x: Tensor) -> Tensor:

@@ -262,3 +262,9 @@ def test_a_forward_wrapped_after_fusing_goes_on_after_unfusing():
     del module.forward
     assert type(unfuse(module)) is nn.Linear
     assert calls == [1]
+
+
+def test_a_linear_layer_takes_its_input_by_the_name_that_pytorch_has():
+    layer, x = nn.Linear(8, 4), torch.randn(2, 8)
+    expected = layer(input=x)
+    torch.testing.assert_close(fuse(layer)(input=x), expected)
