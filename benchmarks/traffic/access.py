@@ -60,11 +60,6 @@ def swept(*axes: int) -> Share:
     return lambda launch, tensor: sweeps(prod(launch.grid[axis] for axis in axes))(launch, tensor)
 
 
-def kept_operand(launch: Launch, tensor: Tensor) -> float:
-    """All of the tensor where the launch was told to keep its operand."""
-    return float(launch.arguments["KEEP_OPERAND"])
-
-
 @dataclass(frozen=True)
 class KernelCost:
     """The entry of a kernel.
@@ -134,8 +129,8 @@ KERNELS: dict[str, KernelCost] = {
             "p_tokens": image_tokens,
             "p_prefix": prefix_tokens,
         },
-        writes={**_all("p_out", "p_partial", "p_count"), "p_operand": kept_operand},
-        flops=lambda a: 2 * a["M"] * (a["E"] + a["HAS_TAIL"] * a["O"]) * a["O"],
+        writes=_all("p_out", "p_partial", "p_count", "p_operand"),
+        flops=lambda a: 2 * a["M"] * (a["E"] + (0 if a["p_tail"] is None else a["O"])) * a["O"],
     ),
     "leff_norm_kernel": KernelCost(
         reads={**_all("p_z3", "p_norm3", "p_residual"), "p_x": prefix_tokens},
@@ -171,17 +166,17 @@ KERNELS: dict[str, KernelCost] = {
     ),
     "leff_coefficients_kernel": KernelCost(
         reads=_all("p_partial", "p_norm", "p_total"),
-        writes=_all("p_sums", "p_gradient", "p_dweight", "p_dbias", "p_dconvolution"),
+        writes=_all("p_sums", "p_gradient", "p_dbias", "p_dnorm_weight", "p_dnorm_bias"),
     ),
     "leff_fold_gradient_kernel": KernelCost(
         reads=_all("p_weight", "p_gradient", "p_total", "p_sums"),
         writes=_all("p_folded", "p_tail", "p_bias", "p_mean"),
-        flops=lambda a: 2 * a["HAS_TAIL"] * a["E"] * a["C"] ** 2,
+        flops=lambda a: 0 if a["p_tail"] is None else 2 * a["E"] * a["C"] ** 2,
     ),
     "leff_factored_weight_kernel": KernelCost(
-        reads=_all("p_partial", "p_weight", "p_gradient", "p_products", "p_sums", "p_mean"),
+        reads=_all("p_partial", "p_weight", "p_gradient", "p_gram", "p_sums", "p_mean"),
         writes=_all("p_out"),
-        flops=lambda a: 2 * a["HAS_TAIL"] * a["E"] * a["C"] ** 2,
+        flops=lambda a: 0 if a["p_gram"] is None else 2 * a["E"] * a["C"] ** 2,
     ),
     "leff_sum_kernel": KernelCost(reads=_all("p_partial"), writes=_all("p_out")),
     "add_norm_forward_kernel": KernelCost(

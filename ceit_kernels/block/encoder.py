@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..common.children import child_reason
 from ..leff import FrozenLeFF, FusedLeFF
 from ..leff.grid import token_grid
-from ..leff.native.inference import leff_sizes
+from ..leff.cpu import leff_sizes
 from .arguments import are_readable, attention_tensors, may_go_at_once
 
 __all__ = ["EncoderArguments", "EncoderParts", "encoder_arguments", "encoder_inference"]

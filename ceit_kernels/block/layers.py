@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.children import child_reason
-from ..leff.native.stages import activation_index
+from ..leff.activations import INDICES
 from .arguments import are_readable, attention_tensors, is_idle, linear_tensors, may_go_at_once
 
 __all__ = ["LayersArguments", "LayersParts", "layers_arguments", "layers_inference"]
@@ -75,5 +75,5 @@ def layers_arguments(x: Tensor, parts: LayersParts) -> LayersArguments | None:
     if not are_readable(x, parameters):
         return None
     exact = parts.activation.approximate == "none"
-    sizes = [channels, parts.attention.num_heads, hidden, activation_index("gelu" if exact else "gelu_tanh")]
+    sizes = [channels, parts.attention.num_heads, hidden, INDICES["gelu" if exact else "gelu_tanh"]]
     return LayersArguments(parameters, list(scalars), sizes)

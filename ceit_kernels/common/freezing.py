@@ -1,6 +1,8 @@
-"""When a module of a frozen model is computed of what was prepared for it."""
+"""Modules of a frozen model: what is prepared for them, and when they are computed of it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,24 @@ from .autocast import autocast_dtype
 from .calls import is_eager, unsupported_reason
 from .module import Fusion
 
-__all__ = ["is_freezable", "is_frozen_call"]
+__all__ = ["Prepacked", "is_freezable", "is_frozen_call"]
+
+
+class Prepacked:
+    """Base that a frozen class puts before its fused class, ``class FrozenX(Prepacked, FusedX)``.
+
+    ``_prepacked``, which the static ``freeze`` makes of the module's tensors, belongs to this processor: it is not
+    pickled but made again where the module is loaded.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        frozen_class = type(self)
+        self.__class__ = frozen_class.__bases__[-1]
+        frozen_class.freeze(self)
 
 
 def is_freezable(operator: str, module: nn.Module, fused_class: type[Fusion], weight: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""Block sizes: from the table, or, where that was asked for, the fastest of several on this GPU.
+"""Tile sizes: from the table, or, where that was asked for, the fastest of several on this GPU.
 
 Tuning is an opt-in, by ``with autotune():`` or ``CEIT_KERNELS_AUTOTUNE=1``. The first call of a kernel for a class of
 shapes then times its candidates on buffers of their own and writes the winner to a file, ``CEIT_KERNELS_TUNING_CACHE``
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from .launch import is_recording
 
-__all__ = ["Blocks", "autotune", "cache_path", "is_tuning", "tuned_blocks"]
+__all__ = ["Tiles", "autotune", "cache_path", "is_tuning", "tuned_tiles"]
 
 
-class Blocks(NamedTuple):
-    """A kernel's block sizes by name, and how it is compiled."""
+class Tiles(NamedTuple):
+    """A kernel's tile sizes by name, and how it is compiled."""
 
     sizes: dict[str, int]
     num_warps: int
@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
 _REPETITIONS = 7
 _asked: bool | None = None
 # What was read or found in this process, by file and key.
-_known: dict[tuple[Path, str], Blocks] = {}
+_known: dict[tuple[Path, str], Tiles] = {}
 _read: set[Path] = set()
 
 
@@ -67,10 +67,10 @@ def cache_path() -> Path:
     return Path(os.environ.get("CEIT_KERNELS_TUNING_CACHE", default))
 
 
-def tuned_blocks(
-    kernel: str, table: Blocks, shape: Mapping[str, Any], x: Tensor, dtype: torch.dtype, run: Callable[[Blocks], Any]
-) -> Blocks:
-    """The blocks that a launch should use.
+def tuned_tiles(
+    kernel: str, table: Tiles, shape: Mapping[str, Any], x: Tensor, dtype: torch.dtype, run: Callable[[Tiles], Any]
+) -> Tiles:
+    """The tiles that a launch should use.
 
     Args:
         kernel: its name.
@@ -79,7 +79,7 @@ def tuned_blocks(
             of about one size are tuned once.
         x: a tensor of the call, on the GPU that is meant.
         dtype: what products take.
-        run: launches the kernel with the given blocks, into buffers that nothing else reads. It is called only to be
+        run: launches the kernel with the given tiles, into buffers that nothing else reads. It is called only to be
             timed: never while a CUDA graph is captured or launches are recorded.
     """
     if not is_tuning() or is_recording() or not _has_clock(x):
@@ -87,17 +87,17 @@ def tuned_blocks(
     path, key = cache_path(), _key(kernel, shape, x, dtype)
     if path not in _read:
         _read.add(path)
-        for known, blocks in _load(path).items():
-            _known.setdefault((path, known), blocks)
+        for known, tiles in _load(path).items():
+            _known.setdefault((path, known), tiles)
     found = _known.get((path, key))
     if found is not None and found.sizes.keys() == table.sizes.keys():
         return found
     if _is_capturing():
         return table
     times = {}
-    for i, blocks in enumerate(_candidates(table)):
+    for i, tiles in enumerate(_candidates(table)):
         try:
-            times[i] = _seconds(lambda blocks=blocks: run(blocks))
+            times[i] = _seconds(lambda tiles=tiles: run(tiles))
         except _does_not_fit():
             continue
     best = _candidates(table)[min(times, key=times.get)] if times else table
@@ -106,17 +106,17 @@ def tuned_blocks(
     return best
 
 
-def _candidates(table: Blocks) -> list[Blocks]:
-    """The table's blocks first, then its neighbours: fewer or more rows, warps, and stages of the pipeline."""
+def _candidates(table: Tiles) -> list[Tiles]:
+    """The table's tiles first, then its neighbours: fewer or more rows, warps, and stages of the pipeline."""
     rows = next(iter(table.sizes))
     found = [table]
     for scale in (2, 1, 0.5):
-        size = max(4 if rows == "BX" else 16, int(table.sizes[rows] * scale))
+        size = max(4 if rows == "TILE_P" else 16, int(table.sizes[rows] * scale))
         for warps in (4, 8):
             for stages in {table.num_stages, *((2, 3, 4) if table.num_stages > 1 else ())}:
-                blocks = Blocks({**table.sizes, rows: size}, warps, stages)
-                if blocks not in found:
-                    found.append(blocks)
+                tiles = Tiles({**table.sizes, rows: size}, warps, stages)
+                if tiles not in found:
+                    found.append(tiles)
     return found
 
 
@@ -169,35 +169,35 @@ def _versions() -> tuple[str, ...]:
     return tuple(installed(package) for package in ("ceit-kernels", "torch", "triton"))
 
 
-def _load(path: Path) -> dict[str, Blocks]:
+def _load(path: Path) -> dict[str, Tiles]:
     """The winners in a file. One that cannot be read is named in a warning, and counts as empty."""
     try:
         entries = json.loads(path.read_text())
-        return {key: _blocks(entry) for key, entry in entries.items()}
+        return {key: _tiles(entry) for key, entry in entries.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        warnings.warn(f"{path}: expected tuned block sizes, which are found again: {error!r}", stacklevel=2)
+        warnings.warn(f"{path}: expected tuned tile sizes, which are found again: {error!r}", stacklevel=2)
         return {}
 
 
-def _blocks(entry: Mapping[str, Any]) -> Blocks:
+def _tiles(entry: Mapping[str, Any]) -> Tiles:
     numbers = [*entry["sizes"].values(), entry["num_warps"], entry["num_stages"]]
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError(f"expected positive integers, got {entry}")
-    return Blocks(dict(entry["sizes"]), entry["num_warps"], entry["num_stages"])
+    return Tiles(dict(entry["sizes"]), entry["num_warps"], entry["num_stages"])
 
 
-def _store(path: Path, key: str, blocks: Blocks) -> None:
+def _store(path: Path, key: str, tiles: Tiles) -> None:
     """Add a winner to those that other processes may have written meanwhile; the file is replaced as a whole."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a file that was named when it was read
-        entries = {**_load(path), key: blocks}
-    text = json.dumps({key: blocks._asdict() for key, blocks in sorted(entries.items())}, indent=1)
+        entries = {**_load(path), key: tiles}
+    text = json.dumps({key: tiles._asdict() for key, tiles in sorted(entries.items())}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
             file.write(text)
         os.replace(file.name, path)
     except OSError as error:
-        warnings.warn(f"{path}: tuned block sizes hold for this process alone: {error}", stacklevel=2)
+        warnings.warn(f"{path}: tuned tile sizes hold for this process alone: {error}", stacklevel=2)

@@ -10,29 +10,31 @@ from torch import Tensor
 
 from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
+from .activations import ACTIVATIONS
 from .grid import token_grid
 
 __all__ = [
-    "ACTIVATIONS",
     "NORM_MODES",
+    "NORM_TENSORS",
     "PARAMETER_NAMES",
     "PARAMETER_SCHEMA",
     "Settings",
     "check",
+    "check_call",
     "check_weights",
     "convolutions",
-    "kernel_size_limit",
+    "kernel_size_unsupported_reason",
     "out_dtype",
     "parameters_per_layer",
     "require",
 ]
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "hardswish", "identity")
 _KERNEL_SIZES = (3, 5, 7)
 NORM_MODES = ("none", "frozen", "batch")
 
 # weight and bias of the convolution; weight, bias, running mean and running variance of its norm
 parameters_per_layer = 6
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 # One argument each: the gradients of a list with None in it would be lost in silence.
 PARAMETER_NAMES = tuple(
     f"{name}{layer}"
@@ -51,7 +53,7 @@ class Settings(NamedTuple):
         height: H.
         width: W.
         num_prefix_tokens: P.
-        activations: after the first and the second layer, of ``ACTIVATIONS``.
+        activations: names, after the first and the second layer.
         group: name of the process group whose batches are one for the statistics; None for this process alone.
         compute_dtype: what products take, by default the dtype of x.
         backend: which implementation.
@@ -68,21 +70,27 @@ class Settings(NamedTuple):
     backend: str
 
 
-def check(
+def check(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings) -> None:
+    """Check the arguments of a registered operator."""
+    check_weights(parameters[::parameters_per_layer], PARAMETER_NAMES[::parameters_per_layer])
+    check_call(x, parameters, residual, settings, PARAMETER_NAMES)
+
+
+def check_call(
     x: Tensor,
     parameters: Sequence[Tensor | None],
     residual: Tensor | None,
     settings: Settings,
-    names: Sequence[str] = PARAMETER_NAMES,
+    names: Sequence[str],
 ) -> None:
-    """Check the arguments of a call.
+    """Check all arguments of a call but the shapes of the weights.
 
     Args:
         x: tokens (B, P + H * W, C).
         parameters: the tensors of ``PARAMETER_NAMES``.
         residual: (B, P + H * W, O).
-        settings: what is computed of them.
-        names: what the caller's user calls the parameters.
+        settings: of the call.
+        names: of the parameters in messages.
     """
     for name, given, expected in (("eps", settings.eps, 3), ("norms", settings.norms, 3)):
         if len(given) != expected:
@@ -91,13 +99,15 @@ def check(
         raise ValueError(f"activations: expected 2, got {len(settings.activations)}")
     for name in settings.activations:
         if name not in ACTIVATIONS:
-            raise ValueError(f"activations: expected of {ACTIVATIONS}, got {name!r}")
-    _check_convolutions(x, parameters, settings.compute_dtype, names)
-    _check_norms(parameters, settings.norms, names)
-    for name, parameter in zip(names, parameters, strict=True):
-        if parameter is not None:
-            check_device(name, parameter, x, "x")
-
+            raise ValueError(f"activations: expected of {tuple(ACTIVATIONS)}, got {name!r}")
+    weight1 = parameters[0]
+    check_shape("x", x, "B", "N", weight1.shape[1])
+    check_floating("x", x)
+    check_device("x", x, weight1, names[0])
+    if settings.compute_dtype is None:
+        check_dtype("x", x, weight1.dtype, names[0])
+    for layer in range(3):
+        _check_layer(layer, x, parameters, settings, names)
     out_features = parameters[2 * parameters_per_layer].shape[0]
     token_grid(x.shape[1], settings.num_prefix_tokens, (settings.height, settings.width))
     if settings.num_prefix_tokens and out_features != x.shape[2]:
@@ -128,36 +138,29 @@ def check_weights(weights: Sequence[Tensor], names: Sequence[str]) -> None:
             raise ValueError(f"{name}: expected at least one channel, got shape {tuple(weight.shape)}")
 
 
-def _check_convolutions(
-    x: Tensor, parameters: Sequence[Tensor | None], compute_dtype: torch.dtype | None, names: Sequence[str]
+def _check_layer(
+    layer: int, x: Tensor, parameters: Sequence[Tensor | None], settings: Settings, names: Sequence[str]
 ) -> None:
-    check_weights(parameters[::parameters_per_layer], names[::parameters_per_layer])
-    check_shape("x", x, "B", "N", parameters[0].shape[1])
-    check_floating("x", x)
-    for first in range(0, len(parameters), parameters_per_layer):
-        weight, bias = parameters[first : first + 2]
-        if bias is not None:
-            check_shape(names[first + 1], bias, weight.shape[0])
-        for name, parameter in ((names[first], weight), (names[first + 1], bias)):
-            if parameter is not None and compute_dtype is None:
-                check_dtype(name, parameter, x.dtype, "x")
-
-
-def _check_norms(parameters: Sequence[Tensor | None], norms: Sequence[str], names: Sequence[str]) -> None:
-    for layer, mode in enumerate(norms):
-        if mode not in NORM_MODES:
-            raise ValueError(f"norms: expected of {NORM_MODES}, got {mode!r}")
-        first = layer * parameters_per_layer
-        channels = parameters[first].shape[0]
-        for i in range(first + 2, first + parameters_per_layer):
-            if parameters[i] is not None:
-                check_shape(names[i], parameters[i], channels)
-                check_floating(names[i], parameters[i])
-                if mode == "none":
-                    raise ValueError(f"{names[i]}: expected None where the layer has no norm, got a tensor")
-        mean, variance = (parameters[first + i] is None for i in (4, 5))
-        if mean != variance:
-            raise ValueError(f"{names[first + 4 + variance]}: expected both running statistics or none, got one")
+    first, mode = layer * parameters_per_layer, settings.norms[layer]
+    if mode not in NORM_MODES:
+        raise ValueError(f"norms: expected of {NORM_MODES}, got {mode!r}")
+    channels = parameters[first].shape[0]
+    for i in range(first, first + parameters_per_layer):
+        name, tensor = names[i], parameters[i]
+        if tensor is None:
+            continue
+        if i > first:
+            check_shape(name, tensor, channels)
+        if i > first + 1:
+            check_floating(name, tensor)
+            if mode == "none":
+                raise ValueError(f"{name}: expected None where the layer has no norm, got a tensor")
+        elif settings.compute_dtype is None:
+            check_dtype(name, tensor, x.dtype, "x")
+        check_device(name, tensor, x, "x")
+    mean, variance = (parameters[first + i] is None for i in (4, 5))
+    if mean != variance:
+        raise ValueError(f"{names[first + 4 + variance]}: expected both running statistics or none, got one")
 
 
 def out_dtype(x: Tensor, residual: Tensor | None, settings: Settings) -> torch.dtype:
@@ -167,16 +170,16 @@ def out_dtype(x: Tensor, residual: Tensor | None, settings: Settings) -> torch.d
     return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
 
 
-def kernel_size_limit(weight2: Tensor) -> str | None:
-    """Why the kernels cannot take the depthwise convolution, if they cannot."""
+def kernel_size_unsupported_reason(weight2: Tensor) -> str | None:
+    """Why the kernels cannot take a depthwise weight (E, 1, k, k); None if they can."""
     side = weight2.shape[-1]
     return None if side in _KERNEL_SIZES else f"the kernels take depthwise kernels of side {_KERNEL_SIZES}, not {side}"
 
 
 def require(x: Tensor, parameters: Sequence[Tensor | None], settings: Settings) -> None:
     """Raise ``BackendError`` unless the backend can serve the call."""
-    limit = kernel_size_limit(parameters[parameters_per_layer])
-    backends.require("leff", settings.backend, x, settings.compute_dtype or x.dtype, limit)
+    unsupported = kernel_size_unsupported_reason(parameters[parameters_per_layer])
+    backends.require("leff", settings.backend, x, settings.compute_dtype or x.dtype, unsupported)
 
 
 def convolutions(x: Sequence[int], parameters: Sequence, height: int, width: int) -> list[tuple[tuple[int, ...], ...]]:

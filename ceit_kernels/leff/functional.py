@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,30 +11,27 @@ from torch import Tensor
 from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, unsupported_reason
+from ..common.checks import norm_dtype_reason
 from . import op, op_training
-from .arguments import Settings, check, check_weights, kernel_size_limit, parameters_per_layer
+from .activations import ACTIVATIONS
+from .arguments import (
+    NORM_TENSORS,
+    Settings,
+    check_call,
+    check_weights,
+    kernel_size_unsupported_reason,
+    parameters_per_layer,
+)
 from .grid import from_tokens, residual_to_tokens, to_tokens
 from .norms import BatchNorm, norm_mode, process_group_of, update_running_statistics
 from .reference import leff_reference
 
-__all__ = ["leff_block", "leff_fused", "make_settings", "pack", "phase_of"]
+__all__ = ["leff_block", "leff_fused", "pack"]
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "hardswish": F.hardswish,
-    "identity": lambda z: z,
-}
 _NAMES = tuple(
     name
     for i in range(3)
-    for name in (
-        f"weights[{i}]",
-        f"biases[{i}]",
-        *(f"norms[{i}].{tensor}" for tensor in ("weight", "bias", "running_mean", "running_var")),
-    )
+    for name in (f"weights[{i}]", f"biases[{i}]", *(f"norms[{i}].{tensor}" for tensor in NORM_TENSORS))
 )
 
 
@@ -80,24 +77,64 @@ def leff_block(
         if len(given) != 3:
             raise ValueError(f"{name}: expected one for each of 3 layers, got {len(given)}")
     check_weights(weights, _NAMES[::parameters_per_layer])
-    tokens, grid_size = to_tokens(x, weights[0].shape[1], layout, num_prefix_tokens, grid_size)
-    if residual is not None:
-        residual = residual_to_tokens(residual, tokens, weights[2].shape[0], layout, grid_size)
-    parameters = pack(weights, biases, norms)
-    settings, limit = make_settings(tokens, norms, activations, grid_size, num_prefix_tokens)
-    check(tokens, parameters, residual, settings, _NAMES)
     for i, norm in enumerate(norms):
         if norm is not None and not norm.training and (norm.running_mean is None or norm.running_var is None):
             raise ValueError(f"norms[{i}]: expected running statistics where it is not training, got None")
-    phase = phase_of(norms, (tokens, residual, *parameters))
-    limit = limit or kernel_size_limit(weights[1]) or unsupported_reason(tokens, residual, *parameters)
-    choice = backends.choose("leff", x, settings.compute_dtype or x.dtype, limit)
-    if choice.backend != "reference":
-        out = leff_fused(tokens, parameters, norms, residual, settings._replace(backend=choice.backend), phase)
-    else:
-        plain_norms = [_reference_norm(f"norms[{i}]", norm) for i, norm in enumerate(norms)]
-        functions = [_FUNCTIONS[name] for name in activations]
-        out = leff_reference(tokens, weights, biases, plain_norms, functions, grid_size, num_prefix_tokens, residual)
+    where = (activations, grid_size, num_prefix_tokens, residual, layout)
+    out = leff_fused(x, weights, biases, norms, *where, _NAMES)
+    if out is not None:
+        return out
+    tokens, grid_size = to_tokens(x, weights[0].shape[1], layout, num_prefix_tokens, grid_size)
+    if residual is not None:
+        residual = residual_to_tokens(residual, tokens, weights[2].shape[0], layout, grid_size)
+    plain_norms = [_reference_norm(f"norms[{i}]", norm) for i, norm in enumerate(norms)]
+    functions = [ACTIVATIONS[name] for name in activations]
+    out = leff_reference(tokens, weights, biases, plain_norms, functions, grid_size, num_prefix_tokens, residual)
+    return from_tokens(out, layout, grid_size)
+
+
+def leff_fused(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: Sequence[BatchNorm | None],
+    activations: tuple[str, str],
+    grid_size: tuple[int, int] | None,
+    num_prefix_tokens: int,
+    residual: Tensor | None,
+    layout: str,
+    names: Sequence[str],
+) -> Tensor | None:
+    """``leff_block`` by a registered operator; None for a call that the reference serves.
+
+    Args:
+        weights: of shapes that ``check_weights`` lets pass.
+        names: of the parameters in messages, in the order of ``arguments.PARAMETER_NAMES``.
+    """
+    parameters = pack(weights, biases, norms)
+    unsupported = unsupported_reason(x, residual, *parameters)
+    if unsupported is not None:
+        backends.leave_to_reference("leff", unsupported)
+        return None
+    tokens, grid_size = to_tokens(x, weights[0].shape[1], layout, num_prefix_tokens, grid_size)
+    if residual is not None:
+        residual = residual_to_tokens(residual, tokens, weights[2].shape[0], layout, grid_size)
+    eps = [0.0 if norm is None else norm.eps for norm in norms]
+    modes = [norm_mode(norm) for norm in norms]
+    group, unsupported = process_group_of(norms)
+    where = (*grid_size, num_prefix_tokens, list(activations))
+    settings = Settings(eps, modes, *where, group, autocast_dtype(tokens), "reference")
+    check_call(tokens, parameters, residual, settings, names)
+    dtype = settings.compute_dtype or tokens.dtype
+    unsupported = unsupported or kernel_size_unsupported_reason(weights[1])
+    for first in range(2, len(parameters), parameters_per_layer):
+        # Plain PyTorch says what it lacks.
+        name = names[first].removesuffix(".weight")
+        unsupported = unsupported or norm_dtype_reason(name, dtype, *parameters[first : first + len(NORM_TENSORS)])
+    backend = backends.choose("leff", tokens, dtype, unsupported).backend
+    if backend == "reference":
+        return None
+    out = _call_operator(tokens, parameters, norms, residual, settings._replace(backend=backend))
     return from_tokens(out, layout, grid_size)
 
 
@@ -112,42 +149,21 @@ def pack(
     return parameters
 
 
-def make_settings(
-    x: Tensor,
-    norms: Sequence[BatchNorm | None],
-    activations: Sequence[str],
-    grid_size: tuple[int, int],
-    num_prefix_tokens: int,
-) -> tuple[Settings, str | None]:
-    """The settings of a call but for its backend, and why only the reference can serve it, if so."""
-    group, limit = process_group_of(norms)
-    eps = [0.0 if norm is None else norm.eps for norm in norms]
-    modes = [norm_mode(norm) for norm in norms]
-    dtype = autocast_dtype(x)
-    return Settings(eps, modes, *grid_size, num_prefix_tokens, list(activations), group, dtype, "reference"), limit
-
-
-def phase_of(norms: Sequence[BatchNorm | None], tensors: Iterable[Tensor | None]) -> str:
-    """Whether a call is one of "training", which takes batch statistics or a gradient, or of "inference"."""
-    if any(norm is not None and norm.training for norm in norms):
-        return "training"
-    differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return "training" if differentiable and torch.is_grad_enabled() else "inference"
-
-
-def leff_fused(
+def _call_operator(
     x: Tensor,
     parameters: Sequence[Tensor | None],
     norms: Sequence[BatchNorm | None],
     residual: Tensor | None,
     settings: Settings,
-    phase: str,
 ) -> Tensor:
-    """Call the operator of a phase, and update the running statistics."""
+    """Call the operator of inference or of training, which updates the running statistics."""
     eager = settings.backend == "native" and is_eager(x)
-    if phase == "inference" and eager:
+    training = "batch" in settings.norms or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *parameters))
+    )
+    if not training and eager:
         return op.leff_inference_eagerly(x, parameters, residual, settings)
-    if phase == "inference":
+    if not training:
         where = (settings.height, settings.width, settings.num_prefix_tokens, settings.activations)
         return torch.ops.ceit.leff_inference(
             x, *parameters, residual, settings.eps, *where, settings.compute_dtype, settings.backend
@@ -165,7 +181,7 @@ def leff_fused(
 
 def _reference_norm(name: str, norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
     if norm is None:
-        return _FUNCTIONS["identity"]
+        return ACTIVATIONS["identity"]
     if norm.process_group is not None:
         raise backends.BackendError(
             f"{name}: plain PyTorch takes statistics over processes only as torch.nn.SyncBatchNorm, whose module "

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .. import backends
-from ..common.calls import foreign_reason, unsupported_reason
-from ..common.checks import check_input, norm_dtype_reason
 from ..common.children import children_reason, convolution_reason, held
-from ..common.freezing import is_freezable, is_frozen_call
+from ..common.freezing import Prepacked, is_freezable, is_frozen_call
 from ..common.module import Fusion, attributes_of
-from .arguments import kernel_size_limit
-from .functional import leff_fused, make_settings, pack, phase_of
+from .activations import MODULES, activation_name
+from .arguments import NORM_TENSORS, kernel_size_unsupported_reason
+from .cpu import in_compute_dtype, kernels, leff_sizes
+from .functional import leff_fused, pack
 from .grid import LAYOUTS, check_grid_size, from_tokens, residual_to_tokens, to_tokens, token_grid
-from .native.inference import in_compute_dtype, leff_sizes
-from .native.stages import stages
 from .norms import of_module
 
 __all__ = ["FrozenLeFF", "FusedLeFF", "LocallyEnhancedFeedForward"]
 
 _CONVOLUTIONS = ("conv1", "conv2", "conv3")
 _NORM = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
-_ACTIVATION_NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.Identity: "identity"}
+_NAMES = tuple(
+    name
+    for i in (1, 2, 3)
+    for name in (f"conv{i}.weight", f"conv{i}.bias", *(f"bn{i}.{tensor}" for tensor in NORM_TENSORS))
+)
 _CHILDREN = {
     **dict.fromkeys(_CONVOLUTIONS, (nn.Conv2d,)),
     **{f"bn{i}": _NORM for i in (1, 2, 3)},
-    "act": (nn.GELU, *_ACTIVATION_NAMES),
+    "act": MODULES,
 }
 
 # A call of it is a node in graphs of torch.fx, which cannot compare sizes.
@@ -170,31 +172,15 @@ class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
 
     @torch.jit.unused
     def _fused_forward(self, x: Tensor, grid_size: tuple[int, int] | None, residual: Tensor | None) -> Tensor:
-        reason = unsupported_reason(x, residual) or self.plain_reason()
+        reason = self.plain_reason()
         if reason is None:
-            weights, biases, norms = self._tensors()
-            parameters = pack(weights, biases, norms)
-            reason = foreign_reason(*parameters)
-        if reason is not None:
+            where = (self._activations(), grid_size, self.num_prefix_tokens, residual, self.layout)
+            out = leff_fused(x, *self._tensors(), *where, _NAMES)
+            if out is not None:
+                return out
+        else:
             backends.leave_to_reference("leff", reason)
-            return super().forward(x, grid_size, residual)
-        tokens, grid = to_tokens(x, weights[0].shape[1], self.layout, self.num_prefix_tokens, grid_size)
-        check_input("x", tokens, weights[0], "conv1.weight", "B", "N", weights[0].shape[1])
-        added = None
-        if residual is not None:
-            added = residual_to_tokens(residual, tokens, weights[2].shape[0], self.layout, grid)
-        settings, limit = make_settings(tokens, norms, self._activations(), grid, self.num_prefix_tokens)
-        dtype = settings.compute_dtype or x.dtype
-        for name, norm in zip(("bn1", "bn2", "bn3"), norms, strict=True):
-            if norm is not None:
-                tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-                limit = limit or norm_dtype_reason(name, dtype, *tensors)
-        phase = phase_of(norms, (tokens, added, *parameters))
-        choice = backends.choose("leff", tokens, dtype, limit)
-        if choice.backend == "reference":
-            return super().forward(x, grid_size, residual)
-        out = leff_fused(tokens, parameters, norms, added, settings._replace(backend=choice.backend), phase)
-        return from_tokens(out, self.layout, grid)
+        return super().forward(x, grid_size, residual)
 
     def _tensors(self) -> tuple[list[Tensor], list[Tensor | None], list]:
         """Weights and biases of the convolutions, and what the norms compute with."""
@@ -217,7 +203,7 @@ class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
             convolution_reason("conv1", convolutions[0], (1, 1), (0, 0))
             or convolution_reason("conv2", convolutions[1], (1, 1), (side // 2, side // 2), hidden)
             or convolution_reason("conv3", convolutions[2], (1, 1), (0, 0))
-            or kernel_size_limit(weight2)
+            or kernel_size_unsupported_reason(weight2)
         )
 
     def inference_parts(self) -> tuple[list[Tensor | None], tuple[float, ...], tuple[str, str]] | None:
@@ -233,7 +219,7 @@ class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
         return pack(weights, biases, norms), tuple([norm.eps if norm else 0.0 for norm in norms]), self._activations()
 
     def _activations(self) -> tuple[str, str]:
-        activation = _activation_name(self.act)
+        activation = activation_name(self.act)
         return (activation if self.first_act else "identity", activation)
 
 
@@ -246,7 +232,7 @@ class FusedLeFF(LeFFFusion, LocallyEnhancedFeedForward):
     """
 
 
-class FrozenLeFF(FusedLeFF):
+class FrozenLeFF(Prepacked, FusedLeFF):
     """A block of a frozen model: norms folded, and packed on the CPU. Made by ``freeze`` alone."""
 
     @staticmethod
@@ -257,37 +243,24 @@ class FrozenLeFF(FusedLeFF):
         weight = module.conv1.weight
         if is_freezable("leff", module, FusedLeFF, weight):
             module.__class__ = FrozenLeFF
-            module._pack()
+            parameters, eps, activations = module.inference_parts()
+            parameters = in_compute_dtype(parameters, weight.dtype)
+            sizes = leff_sizes(parameters, activations, (1, 1))  # what is packed does not depend on the grid
+            module.__dict__["_prepacked"] = kernels._leff_prepack(weight, parameters, eps, sizes), eps, sizes[:-2]
         elif weight.is_cuda:
             fold_norms(module)
-
-    def _pack(self) -> None:
-        parameters, eps, activations = self.inference_parts()
-        parameters = in_compute_dtype(parameters, self.conv1.weight.dtype)
-        sizes = leff_sizes(parameters, activations, (1, 1))  # what is packed does not depend on the grid
-        packed = stages._leff_prepack(self.conv1.weight, parameters, eps, sizes)
-        self.__dict__["_packed"] = packed, eps, sizes[:-2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # Wherever it was loaded.
-        self.__class__ = FusedLeFF
-        FrozenLeFF.freeze(self)
 
     def _fused_forward(self, x: Tensor, grid_size: tuple[int, int] | None, residual: Tensor | None) -> Tensor:
         weight = self.conv1.weight
         added = residual is None or (residual.dtype, residual.device) == (x.dtype, x.device)
         if not (added and x.numel() and is_frozen_call("leff", self, x, weight)):
             return super()._fused_forward(x, grid_size, residual)
-        packed, eps, sizes = self._packed
+        prepacked, eps, sizes = self._prepacked
         tokens, grid = to_tokens(x, sizes[0], self.layout, self.num_prefix_tokens, grid_size)
         if residual is not None:
             residual = residual_to_tokens(residual, tokens, sizes[2], self.layout, grid).contiguous()
         out = x.new_empty((*tokens.shape[:2], sizes[2]))
-        stages._leff_infer(tokens.contiguous(), [], packed, residual, eps, [*sizes, *grid], out)
+        kernels._leff_infer(tokens.contiguous(), [], prepacked, residual, eps, [*sizes, *grid], out)
         return from_tokens(out, self.layout, grid)
 
 
@@ -299,23 +272,13 @@ def fold_norms(module: LocallyEnhancedFeedForward) -> None:
         if norm is None:
             continue
         convolution = copy.deepcopy(convolution)
-        weight = convolution.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        shift = (
-            -norm.running_mean.to(wide) if convolution.bias is None else convolution.bias.to(wide) - norm.running_mean
-        )
-        shift = shift * scale if norm.bias is None else shift * scale + norm.bias
-        for name, tensor in (("weight", weight * scale[:, None, None, None]), ("bias", shift)):
+        dtype = convolution.weight.dtype
+        acc_dtype = torch.promote_types(dtype, torch.float32)
+        tensors = (convolution.weight, convolution.bias, *norm[:4])
+        weight, bias, mean, var, *affine = (None if tensor is None else tensor.to(acc_dtype) for tensor in tensors)
+        folded = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, *affine)
+        for name, tensor in zip(("weight", "bias"), folded, strict=True):
             convolution._parameters.pop(name, None)
-            convolution.register_buffer(name, tensor.to(weight.dtype))
+            convolution.register_buffer(name, tensor.detach().to(dtype))
         setattr(module, f"conv{i}", convolution)
         setattr(module, f"bn{i}", nn.Identity())
-
-
-def _activation_name(activation: nn.Module) -> str:
-    """What the kernels call an activation module."""
-    if type(activation) is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return _ACTIVATION_NAMES[type(activation)]

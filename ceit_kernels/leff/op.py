@@ -85,21 +85,12 @@ def leff_inference_eagerly(
         parameters: as of the operator.
         settings: with autocast's dtype as ``compute_dtype``.
     """
-    dtype, result_dtype = settings.compute_dtype or x.dtype, out_dtype(x, residual, settings)
+    result_dtype = out_dtype(x, residual, settings)
     if x.shape[0] == 0:
         return x.new_empty((0, x.shape[1], parameters[12].shape[0]), dtype=result_dtype)
     if settings.backend == "native":
-        from .native.inference import leff_inference_native as run
+        from .cpu import leff_inference_native as run
     else:
-        from .launch import leff_inference_triton as run
-    return run(
-        x.contiguous(),
-        parameters,
-        settings.eps,
-        None if residual is None else residual.contiguous(),
-        (settings.height, settings.width),
-        settings.num_prefix_tokens,
-        tuple(settings.activations),
-        dtype,
-        result_dtype,
-    )
+        from .triton.launch_inference import leff_inference_triton as run
+    residual = None if residual is None else residual.contiguous()
+    return run(x.contiguous(), parameters, residual, settings, result_dtype)

@@ -22,7 +22,7 @@ from .arguments import (
     parameters_per_layer,
     require,
 )
-from .kernels import NORM_ROWS
+from .triton import NORM_ROWS
 
 __all__ = ["leff_eagerly"]
 
@@ -73,29 +73,10 @@ def _check_backward(
             raise ValueError(f"needs: expected False for {PARAMETER_NAMES[i]}, which is None, got True")
 
 
-def _problem(x: Tensor, parameters: Sequence[Tensor | None], settings: Settings):
-    from .problem import Problem
-
-    group = None
-    if settings.group is not None:
-        group = torch.distributed.distributed_c10d._resolve_process_group(settings.group)
-    return Problem(
-        x.contiguous(),
-        [None if parameter is None else parameter.contiguous() for parameter in parameters],
-        settings.norms,
-        settings.eps,
-        (settings.height, settings.width),
-        settings.num_prefix_tokens,
-        tuple(settings.activations),
-        settings.compute_dtype or x.dtype,
-        group,
-    )
-
-
 def _outputs(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:
     """Tensors like the results of the forward operator; what a layer without a norm lacks has no element."""
     dtype = settings.compute_dtype or x.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    acc_dtype = torch.promote_types(dtype, torch.float32)
     hidden, outputs = parameters[0].shape[0], parameters[2 * parameters_per_layer].shape[0]
     tokens = x.shape[0] * settings.height * settings.width
     # The products of the CPU take whole images, prefix tokens included.
@@ -107,8 +88,8 @@ def _outputs(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:
         make((tokens1, hidden), dtype=dtype),
         make((tokens, hidden), dtype=dtype),
         make((0,) if settings.norms[2] == "none" else (tokens, outputs), dtype=dtype),
-        *(make(shape, dtype=wide) for shape in norms),
-        make((1 if "batch" in settings.norms else 0,), dtype=wide),
+        *(make(shape, dtype=acc_dtype) for shape in norms),
+        make((1 if "batch" in settings.norms else 0,), dtype=acc_dtype),
     )
 
 
@@ -119,11 +100,11 @@ def _forward(x, *arguments):
     if x.shape[0] == 0:
         return _outputs(x.new_zeros, x, parameters, residual, settings)
     if settings.backend == "native":
-        from .native.training import leff_forward_native as run
+        from .cpu import leff_forward_native as run
     else:
-        from .forward import leff_forward_triton as run
+        from .triton.launch_forward import leff_forward_triton as run
     residual = None if residual is None else residual.contiguous()
-    return tuple(run(_problem(x, parameters, settings), residual, out_dtype(x, residual, settings)))
+    return run(x.contiguous(), parameters, residual, settings, out_dtype(x, residual, settings))
 
 
 torch.library.impl("ceit::leff_forward", "default", _forward)
@@ -166,17 +147,11 @@ def _run_backward(grad_out, x, *arguments):
     parameters, saved, settings, need_x, needs = _unpack_backward(arguments)
     if x.shape[0] == 0:
         return _empty_gradients(torch.zeros_like, x, parameters, need_x, needs)
-    from .problem import Forward, Needs
-
     if settings.backend == "native":
-        from .native.training import leff_backward_native as run
+        from .cpu import leff_backward_native as run
     else:
-        from .backward import leff_backward_triton as run
-    problem = _problem(x, parameters, settings)
-    forward = Forward(grad_out, *saved)  # in the place of the result, which backward does not read
-    layers = [Needs(*needs[i : i + 4]) for i in (0, 4, 8)]
-    grad_x, gradients = run(problem, forward, grad_out.contiguous(), need_x, layers)
-    return grad_x, *gradients
+        from .triton.launch_backward import leff_backward_triton as run
+    return run(grad_out.contiguous(), x.contiguous(), parameters, saved, settings, need_x, needs)
 
 
 @torch.library.register_fake("ceit::leff_backward")

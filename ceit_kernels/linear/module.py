@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from .. import backends
 from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input
 from ..common.children import children_reason
-from ..common.freezing import is_freezable, is_frozen_call
+from ..common.freezing import Prepacked, is_freezable, is_frozen_call
 from ..common.matmul import linear, prepack_linear
 from ..common.module import Fusion, attributes_of
 from .functional import linear_layer
@@ -60,7 +58,7 @@ class FusedLinear(LinearFusion, nn.Linear):
     """
 
 
-class FrozenLinear(FusedLinear):
+class FrozenLinear(Prepacked, FusedLinear):
     """A linear layer of a frozen model, which multiplies with a packed copy of its weight. Made by ``freeze`` alone."""
 
     @staticmethod
@@ -68,26 +66,14 @@ class FrozenLinear(FusedLinear):
         """Make one of a fused layer whose tensors do not change any more, where that is faster."""
         if is_freezable("linear", module, FusedLinear, module._buffers.get("weight")):
             module.__class__ = FrozenLinear
-            module._pack()
-
-    def _pack(self) -> None:
-        self.__dict__["_packed"] = prepack_linear(self.weight, self.bias)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # Wherever it was loaded.
-        self.__class__ = FusedLinear
-        FrozenLinear.freeze(self)
+            module.__dict__["_prepacked"] = prepack_linear(module.weight, module.bias)
 
     def _fused_forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if x.shape[-1:] != weight.shape[1:] or x.numel() == 0 or not is_frozen_call("linear", self, x, weight):
             return super()._fused_forward(x)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return linear(rows, weight, self.bias, self._packed).view(*x.shape[:-1], weight.shape[0])
+        return linear(rows, weight, self.bias, self._prepacked).view(*x.shape[:-1], weight.shape[0])
 
 
 LINEAR = (nn.Linear, FusedLinear, FrozenLinear)

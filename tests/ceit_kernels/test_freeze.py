@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from ceit_kernels import FusedLeFF, freeze, use_backend
 from ceit_kernels.common.matmul import linear
 from ceit_kernels.leff import FrozenLeFF, LocallyEnhancedFeedForward
+from ceit_kernels.leff.cpu import kernels
 from ceit_kernels.leff.module import fold_norms
-from ceit_kernels.leff.native.stages import stages
 from ceit_kernels.linear import FrozenLinear
 
 X = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(1))
@@ -61,10 +61,10 @@ def packed_calls():
         calls.extend(["leff"] * (arguments[2] is not None))
         return infer(*arguments)
 
-    infer = stages._leff_infer
+    infer = kernels._leff_infer
     with (
         mock.patch("ceit_kernels.linear.module.linear", linear_of),
-        mock.patch.object(stages, "_leff_infer", leff_of, create=True),
+        mock.patch.object(kernels, "_leff_infer", leff_of, create=True),
     ):
         yield calls
 

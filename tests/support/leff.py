@@ -1,11 +1,35 @@
-"""LeFF modules and inputs for tests, and running them."""
+"""LeFF modules and inputs for tests, running them, and comparing implementations."""
+
+import copy
 
 import torch
 from torch import nn
 
 from ceit_kernels import FusedLeFF, use_backend
+from ceit_kernels.leff.arguments import Settings
 
+from .accuracy import assert_as_accurate_over_draws
 from .where import DEVICE
+
+# batch, height, width, prefix tokens, channels in, hidden and out, kernel size; norms
+TRAINING_CASES = [
+    ((2, 5, 4, 1, 24, 40, 24, 3), "bbb"),
+    ((3, 1, 1, 2, 16, 16, 16, 7), "bbb"),
+    ((2, 2, 3, 0, 5, 24, 136, 5), "nnn"),
+    ((1, 4, 5, 1, 9, 18, 9, 3), "bfn"),
+    ((2, 3, 2, 0, 8, 70, 20, 3), "nbf"),
+]
+
+# channels, side of the image, prefix tokens; hidden channels are four times the channels, and Mix-FFN has no norms
+SHAPES = {
+    "tiny": (192, 14, 1),
+    "small": (384, 14, 1),
+    "base": (768, 14, 1),
+    "tiny at 384": (192, 24, 1),
+    "small at 384": (384, 24, 1),
+    "Mix-FFN 56x56x64": (64, 56, 0),
+    "Mix-FFN 14x14x320": (320, 14, 0),
+}
 
 
 def make_leff(in_features, hidden, out_features, kernel_size, dtype, prefix=1, seed=0, **options):
@@ -56,11 +80,6 @@ def run(backend, leff, x, grid_size=None, residual=None):
         return leff(x, grid_size, residual)
 
 
-def first_layer_factored(self, g1, gradient1, scratch):
-    """In place of ``_Backward._first_layer``: the way of 16 bits in any type."""
-    return self._first_layer_factored(g1, gradient1)
-
-
 def train_step(backend, leff, x, grad_out, grid_size=None, residual=None):
     """The result, the gradients of all that may have one and the buffers afterwards, by name."""
     leaves = {name: parameter for name, parameter in leff.named_parameters() if parameter.requires_grad}
@@ -72,3 +91,59 @@ def train_step(backend, leff, x, grad_out, grid_size=None, residual=None):
     named = dict(zip((f"{name}.grad" for name in leaves), gradients, strict=True))
     buffers = {name: buffer.clone() for name, buffer in leff.named_buffers()}
     return {"out": out.detach(), **named, **buffers}
+
+
+def make_call(case, dtype, norms="bbb", draw=0, **options):
+    """A module that trains, tokens, a gradient and the grid."""
+    batch, height, width, prefix, channels, hidden, out, kernel_size = case
+    leff = make_training_leff(channels, hidden, out, kernel_size, dtype, prefix, norms, seed=draw, **options)
+    x = make_tokens(batch, prefix + height * width, channels, dtype, seed=2 * draw)
+    grad_out = make_tokens(batch, prefix + height * width, out, dtype, seed=2 * draw + 1)
+    return leff, x, grad_out, (height, width)
+
+
+def compute(backend, leff, x, grad_out, grid_size, residual=None):
+    """Results of a training step by name: fused, plain and exact."""
+    doubled = None if residual is None else residual.double()
+    exact = train_step("reference", copy.deepcopy(leff).double(), x.double(), grad_out.double(), grid_size, doubled)
+    inputs = (x, grad_out, grid_size, residual)
+    fused, plain = (train_step(name, copy.deepcopy(leff), *inputs) for name in (backend, "reference"))
+    assert list(fused) == list(plain) == list(exact)
+    return fused, plain, exact
+
+
+def check(backend, make, most):
+    """The error rule over at most so many draws that ``make`` gives, for the result, every gradient and the running
+    statistics; the fused results of those that it took.
+    """
+    draws = [compute(backend, *make(0))]
+    names = [name for name in draws[0][0] if not name.endswith("num_batches_tracked")]
+
+    def results():
+        yield from draws
+        for draw in range(1, most):
+            draws.append(compute(backend, *make(draw)))
+            yield draws[-1]
+
+    assert_as_accurate_over_draws(names, ([[r[name] for name in names] for r in draw] for draw in results()))
+    return [fused for fused, _, _ in draws]
+
+
+def check_to_rounding(backend, leff, *inputs, tolerance=1e-11):
+    plain, fused = (train_step(name, copy.deepcopy(leff), *inputs) for name in ("reference", backend))
+    for name, expected in plain.items():
+        scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
+        torch.testing.assert_close(fused[name], expected, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: n + m)
+
+
+def make_shape(shape, dtype, mode, batch=256, kernel_size=3, norm_dtype=None):
+    """Tokens, parameters and settings of one of ``SHAPES``; norms in a mode, where it has norms."""
+    channels, side, prefix = SHAPES[shape]
+    hidden, mode = 4 * channels, mode if prefix else "none"
+    x = torch.empty(batch, prefix + side * side, channels, device="cuda", dtype=dtype)
+    parameters = []
+    for size in ((hidden, channels, 1, 1), (hidden, 1, kernel_size, kernel_size), (channels, hidden, 1, 1)):
+        norm = [x.new_empty(size[0], dtype=norm_dtype or dtype) for _ in range(4)] if prefix else [None] * 4
+        parameters += [x.new_empty(size), x.new_empty(size[0]), *norm]
+    activations = ["gelu" if prefix else "identity", "gelu"]
+    return x, parameters, Settings([1e-5] * 3, [mode] * 3, side, side, prefix, activations, None, dtype, "triton")

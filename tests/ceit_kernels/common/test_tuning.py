@@ -7,9 +7,9 @@ import torch
 
 from ceit_kernels.common import tuning
 from ceit_kernels.common.launch import record_launches
-from ceit_kernels.common.tuning import Blocks, autotune, tuned_blocks
+from ceit_kernels.common.tuning import Tiles, autotune, tuned_tiles
 
-TABLE = Blocks({"BM": 64, "BE": 32}, num_warps=8, num_stages=2)
+TABLE = Tiles({"TILE_M": 64, "TILE_E": 32}, num_warps=8, num_stages=2)
 SHAPE = {"tokens": 100, "E": 256}
 
 
@@ -20,7 +20,7 @@ def timed(monkeypatch, tmp_path):
 
     def seconds(run):
         run()
-        return runs[-1].sizes["BM"] + runs[-1].num_warps + runs[-1].num_stages
+        return runs[-1].sizes["TILE_M"] + runs[-1].num_warps + runs[-1].num_stages
 
     monkeypatch.delenv("CEIT_KERNELS_AUTOTUNE", raising=False)
     monkeypatch.setenv("CEIT_KERNELS_TUNING_CACHE", str(tmp_path / "folder" / "tuning.json"))
@@ -37,10 +37,10 @@ def new_process(monkeypatch):
 
 
 def choose(runs, shape=SHAPE, table=TABLE, dtype=torch.bfloat16):
-    return tuned_blocks("kernel", table, shape, torch.empty(1), dtype, runs.append)
+    return tuned_tiles("kernel", table, shape, torch.empty(1), dtype, runs.append)
 
 
-BEST = Blocks({"BM": 32, "BE": 32}, num_warps=4, num_stages=2)
+BEST = Tiles({"TILE_M": 32, "TILE_E": 32}, num_warps=4, num_stages=2)
 
 
 def test_the_table_is_taken_and_nothing_timed_unless_asked_for(timed):
@@ -94,14 +94,14 @@ def test_batches_of_about_one_size_share_a_winner_and_other_calls_do_not(timed, 
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"a": 1}', '{"a": {"sizes": {"BM": "x"}, "num_warps": 4, "num_stages": 1}}']
+    "text", ["{", "[]", '{"a": 1}', '{"a": {"sizes": {"TILE_M": "x"}, "num_warps": 4, "num_stages": 1}}']
 )
 def test_a_file_that_cannot_be_read_is_named_and_replaced(timed, text, monkeypatch):
     path = tuning.cache_path()
     path.parent.mkdir()
     path.write_text(text)
     with autotune():
-        with pytest.warns(UserWarning, match=r"tuning\.json: expected tuned block sizes"):
+        with pytest.warns(UserWarning, match=r"tuning\.json: expected tuned tile sizes"):
             assert choose(timed) == BEST
         new_process(monkeypatch)
         timed.clear()
@@ -124,7 +124,7 @@ def test_a_winner_for_other_blocks_than_the_kernel_has_is_found_again(timed, mon
         choose(timed)
         new_process(monkeypatch)
         timed.clear()
-        table = Blocks({"BM": 64, "BE": 32, "BC": 16}, num_warps=8)
+        table = Tiles({"TILE_M": 64, "TILE_E": 32, "TILE_C": 16}, num_warps=8)
         assert choose(timed, table=table).sizes.keys() == table.sizes.keys()
     assert timed
 
@@ -146,8 +146,8 @@ def test_a_candidate_that_does_not_fit_the_gpu_is_passed_over(timed, monkeypatch
 
     monkeypatch.setattr(tuning, "_does_not_fit", lambda: (DoesNotFitError,))
     with autotune():
-        best = tuned_blocks("kernel", TABLE, SHAPE, torch.empty(1), torch.bfloat16, run)
-    assert best == Blocks({"BM": 32, "BE": 32}, num_warps=8, num_stages=2)
+        best = tuned_tiles("kernel", TABLE, SHAPE, torch.empty(1), torch.bfloat16, run)
+    assert best == Tiles({"TILE_M": 32, "TILE_E": 32}, num_warps=8, num_stages=2)
 
 
 def test_nothing_is_timed_while_a_graph_is_captured_or_launches_are_recorded(timed, monkeypatch):

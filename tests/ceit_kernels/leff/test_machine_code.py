@@ -4,35 +4,18 @@ from math import prod
 
 import pytest
 import torch
+from support.leff import SHAPES, make_shape
 from support.machine_code import CHIPS, SHARED_MEMORY, assert_efficient, compile_for_amd, compile_for_nvidia
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
-from ceit_kernels.leff.launch import leff_inference_triton
-
-# channels, side of the image, prefix tokens; hidden channels are four times the channels, and Mix-FFN has no norms
-SHAPES = {
-    "tiny": (192, 14, 1),
-    "small": (384, 14, 1),
-    "base": (768, 14, 1),
-    "tiny at 384": (192, 24, 1),
-    "small at 384": (384, 24, 1),
-    "Mix-FFN 56x56x64": (64, 56, 0),
-    "Mix-FFN 14x14x320": (320, 14, 0),
-}
+from ceit_kernels.leff.triton.launch_inference import leff_inference_triton
 
 
-def record(shape, dtype, chip, *, batch=256, kernel_size=3, residual=False, norm_dtype=None):
-    channels, side, prefix = SHAPES[shape]
-    hidden = 4 * channels
+def record(shape, dtype, chip, *, residual=False, **options):
     with FakeTensorMode(), record_launches(chip) as launches:
-        x = torch.empty(batch, prefix + side * side, channels, device="cuda", dtype=dtype)
-        parameters = []
-        for size in ((hidden, channels, 1, 1), (hidden, 1, kernel_size, kernel_size), (channels, hidden, 1, 1)):
-            norm = [x.new_empty(size[0], dtype=norm_dtype or dtype) for _ in range(4)] if prefix else [None] * 4
-            parameters += [x.new_empty(size), x.new_empty(size[0]), *norm]
-        settings = ((side, side), prefix, ("gelu" if prefix else "identity", "gelu"), dtype, dtype)
-        leff_inference_triton(x, parameters, [1e-5] * 3, x if residual else None, *settings)
+        x, parameters, settings = make_shape(shape, dtype, "frozen", **options)
+        leff_inference_triton(x, parameters, x if residual else None, settings, dtype)
     return launches
 
 

@@ -2,90 +2,50 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
+import support.leff
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.accuracy import assert_as_accurate, assert_as_accurate_over_draws
-from support.leff import first_layer_factored, make_tokens, make_training_leff, pass_through_with_means, run, train_step
+from support.accuracy import assert_as_accurate
+from support.leff import (
+    TRAINING_CASES,
+    make_call,
+    make_tokens,
+    make_training_leff,
+    pass_through_with_means,
+    run,
+    train_step,
+)
 from support.where import DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
 from torch import nn
 
 from ceit_kernels.common.launch import record_launches
-from ceit_kernels.leff import backward, forward
-from ceit_kernels.leff.blocks import Blocks
+from ceit_kernels.common.tuning import Tiles
+from ceit_kernels.leff.triton import launch_backward, launch_forward
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
-# batch, height, width, prefix tokens, channels in, hidden and out, kernel size; norms
-CASES = [
-    ((2, 5, 4, 1, 24, 40, 24, 3), "bbb"),
-    ((3, 1, 1, 2, 16, 16, 16, 7), "bbb"),
-    ((2, 2, 3, 0, 5, 24, 136, 5), "nnn"),
-    ((1, 4, 5, 1, 9, 18, 9, 3), "bfn"),
-    ((2, 3, 2, 0, 8, 70, 20, 3), "nbf"),
-]
 # Few and small under ttsem, which takes a minute where the interpreter takes seconds.
 TTSEM_CASES = [((2, 2, 3, 1, 16, 24, 16, 3), "bbb"), ((2, 2, 2, 0, 8, 16, 20, 5), "nfn")]
-DRAWS = 8
 # Wider than one program instance of the depthwise kernels.
 WIDE = ((2, 9, 17, 0, 8, 16, 8, 3), "fff")
 
 
-def make_call(case, dtype, norms="bbb", draw=0, **options):
-    """A module, tokens, a gradient and the grid."""
-    batch, height, width, prefix, channels, hidden, out, kernel_size = case
-    leff = make_training_leff(channels, hidden, out, kernel_size, dtype, prefix, norms, seed=draw, **options)
-    x = make_tokens(batch, prefix + height * width, channels, dtype, seed=2 * draw)
-    grad_out = make_tokens(batch, prefix + height * width, out, dtype, seed=2 * draw + 1)
-    return leff, x, grad_out, (height, width)
-
-
-def compute(leff, x, grad_out, grid_size, residual=None):
-    """Results by name: fused, plain and exact."""
-    modules = {"triton": leff, "reference": copy.deepcopy(leff), "exact": copy.deepcopy(leff).double()}
-    wide = (x.double(), grad_out.double(), grid_size, None if residual is None else residual.double())
-    exact = train_step("reference", modules["exact"], *wide)
-    fused, plain = (
-        train_step(backend, modules[backend], x, grad_out, grid_size, residual) for backend in ("triton", "reference")
-    )
-    assert list(fused) == list(plain) == list(exact)
-    return fused, plain, exact
-
-
-def check(make):
-    """The error rule over draws that ``make`` gives; the fused results of those that it took."""
-    draws = [compute(*make(0))]
-    names = [name for name in draws[0][0] if not name.endswith("num_batches_tracked")]
-
-    def results():
-        yield from draws
-        for draw in range(1, DRAWS):
-            draws.append(compute(*make(draw)))
-            yield draws[-1]
-
-    assert_as_accurate_over_draws(names, ([[r[name] for name in names] for r in draw] for draw in results()))
-    return [fused for fused, _, _ in draws]
+check = partial(support.leff.check, "triton", most=8)
+check_to_rounding = partial(support.leff.check_to_rounding, "triton")
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES[2:] if UNDER_TTSEM else DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "norms"), TTSEM_CASES if UNDER_TTSEM else CASES, ids=str)
+@pytest.mark.parametrize(("case", "norms"), TTSEM_CASES if UNDER_TTSEM else TRAINING_CASES, ids=str)
 def test_agrees_with_plain_pytorch(poisoned_memory, case, norms, dtype):
     check(lambda draw: make_call(case, dtype, norms, draw))
 
 
-def check_to_rounding(leff, *inputs):
-    plain, fused = (train_step(backend, copy.deepcopy(leff), *inputs) for backend in ("reference", "triton"))
-    for name, expected in plain.items():
-        scale = expected.abs().max().item() if expected.numel() else 0.0
-        torch.testing.assert_close(
-            fused[name], expected, rtol=0, atol=1e-11 * max(1, scale), msg=lambda m, n=name: n + m
-        )
-
-
-@pytest.mark.parametrize(("case", "norms"), [*CASES, WIDE], ids=str)
+@pytest.mark.parametrize(("case", "norms"), [*TRAINING_CASES, WIDE], ids=str)
 def test_agrees_to_rounding_in_float64(poisoned_memory, case, norms):
     check_to_rounding(*make_call(case, torch.float64, norms))
 
@@ -94,13 +54,13 @@ def test_what_many_program_instances_leave_behind_is_merged(poisoned_memory, mon
     """Several tiles of tokens, ranges of a weight gradient's tokens and images of a program instance, in both ways to
     the first layer's gradients: so many that the merging kernels take several steps.
     """
-    monkeypatch.setattr(forward, "_PROGRAMS", 4)
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "PARTS", Blocks({"BT": 2, "BE": 16}, num_warps=4))
-    monkeypatch.setattr(backward, "sum_blocks", lambda parts: Blocks({"BS": 2, "BN": 64}, num_warps=4))
+    monkeypatch.setattr(launch_forward, "_PROGRAMS", 4)
+    for module in (launch_forward, launch_backward):
+        monkeypatch.setattr(module, "PARTS", Tiles({"TILE_T": 2, "TILE_E": 16}, num_warps=4))
+    monkeypatch.setattr(launch_backward, "sum_tiles", lambda parts: Tiles({"TILE_S": 2, "TILE_N": 64}, num_warps=4))
     call = make_call((7, 9, 10, 1, 20, 36, 20, 3), torch.float64)
     check_to_rounding(*call)
-    monkeypatch.setattr(backward._Backward, "_first_layer", first_layer_factored)
+    monkeypatch.setattr(launch_backward, "_is_factored", lambda dtype: True)
     check_to_rounding(*call)
 
 

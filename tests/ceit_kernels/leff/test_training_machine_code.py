@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.leff import SHAPES, make_shape
 from support.machine_code import (
     CHIPS,
     SHARED_MEMORY,
@@ -13,48 +14,26 @@ from support.machine_code import (
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
-from ceit_kernels.leff.backward import Needs, leff_backward_triton
-from ceit_kernels.leff.forward import leff_forward_triton
-from ceit_kernels.leff.problem import Problem
+from ceit_kernels.leff.triton.launch_backward import leff_backward_triton
+from ceit_kernels.leff.triton.launch_forward import leff_forward_triton
 
-# channels, side of the image, prefix tokens, norms; hidden channels are four times the channels
-SHAPES = {
-    "tiny": (192, 14, 1, "batch"),
-    "small": (384, 14, 1, "batch"),
-    "base": (768, 14, 1, "batch"),
-    "tiny at 384": (192, 24, 1, "batch"),
-    "small at 384": (384, 24, 1, "batch"),
-    "Mix-FFN 56x56x64": (64, 56, 0, "none"),
-    "Mix-FFN 14x14x320": (320, 14, 0, "none"),
-}
-# Products of so few operations that what they run on does not matter.
-SMALL_PRODUCTS = ("leff_fold_gradient_kernel", "leff_factored_weight_kernel")
+# GEMMs of so few operations that it does not matter where they run.
+SMALL_GEMMS = ("leff_fold_gradient_kernel", "leff_factored_weight_kernel")
 
 
-def record(shape, dtype, chip, *, batch=256, kernel_size=3):
+def record(shape, dtype, chip, **options):
     """The launches of one training step."""
-    channels, side, prefix, norm = SHAPES[shape]
-    hidden, has_norm = 4 * channels, norm != "none"
     with FakeTensorMode(), record_launches(chip) as launches:
-
-        def make(*size):
-            return torch.empty(*size, device="cuda", dtype=dtype)
-
-        parameters = []
-        for size in ((hidden, channels, 1, 1), (hidden, 1, kernel_size, kernel_size), (channels, hidden, 1, 1)):
-            parameters += [make(*size), make(size[0]), *(make(size[0]) if has_norm else None for _ in range(4))]
-        x = make(batch, prefix + side * side, channels)
-        activations = ("gelu", "gelu") if has_norm else ("identity", "gelu")
-        problem = Problem(x, parameters, (norm,) * 3, (1e-5,) * 3, (side, side), prefix, activations, dtype)
-        saved = leff_forward_triton(problem, None, dtype)
-        needs = [Needs(weight=True, bias=True, norm_weight=has_norm, norm_bias=has_norm)] * 3
-        leff_backward_triton(problem, saved, torch.empty_like(x), True, needs)
+        x, parameters, settings = make_shape(shape, dtype, "batch", **options)
+        out, *saved = leff_forward_triton(x, parameters, None, settings, dtype)
+        needs = [parameter is not None for i, parameter in enumerate(parameters) if i % 6 < 4]
+        leff_backward_triton(torch.empty_like(out), x, parameters, saved, settings, True, needs)
     return launches
 
 
 def check(launch, chip):
     code = compile_for_nvidia(launch, chip)
-    if code.products and launch.kernel.__name__ not in SMALL_PRODUCTS:
+    if code.products and launch.kernel.__name__ not in SMALL_GEMMS:
         assert_efficient(launch, chip)
     else:
         assert_unspilled(launch, chip)

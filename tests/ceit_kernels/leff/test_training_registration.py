@@ -9,8 +9,9 @@ from support.where import DEVICE
 
 from ceit.recompute import checkpoint_module
 from ceit_kernels import BatchNorm, leff_block, use_backend
-from ceit_kernels.leff.functional import make_settings, pack
-from ceit_kernels.leff.norms import of_module
+from ceit_kernels.leff.arguments import Settings
+from ceit_kernels.leff.functional import pack
+from ceit_kernels.leff.norms import norm_mode, of_module
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
@@ -29,8 +30,9 @@ def make_arguments(norms, **options):
     norms = [n._replace(running_mean=None, running_var=None) if n and n.training else n for n in norms]
     x, residual = (make_tokens(2, 7, 4, torch.float32, seed=seed).requires_grad_() for seed in (0, 1))
     parameters = pack([c.weight for c in convolutions], [c.bias for c in convolutions], norms)
-    settings, _ = make_settings(x, norms, ("gelu", "silu"), GRID, 1)
-    return x, parameters, residual, settings._replace(backend="triton")
+    modes = [norm_mode(norm) for norm in norms]
+    settings = Settings([1e-5] * 3, modes, *GRID, 1, ["gelu", "silu"], None, None, "triton")
+    return x, parameters, residual, settings
 
 
 def test_opcheck():

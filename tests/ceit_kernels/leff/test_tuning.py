@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from support.leff import first_layer_factored, make_leff, make_tokens, make_training_leff, run, train_step
+from support.leff import make_leff, make_tokens, make_training_leff, run, train_step
 
 from ceit_kernels.common import tuning
-from ceit_kernels.common.tuning import Blocks, autotune
-from ceit_kernels.leff import backward
+from ceit_kernels.common.tuning import Tiles, autotune
+from ceit_kernels.leff.triton import launch_backward
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
@@ -26,7 +26,7 @@ def timed(monkeypatch, tmp_path):
 
     def candidates(table):
         rows = next(iter(table.sizes))
-        return [table, Blocks({**table.sizes, rows: table.sizes[rows] // 2}, table.num_warps, table.num_stages)]
+        return [table, Tiles({**table.sizes, rows: table.sizes[rows] // 2}, table.num_warps, table.num_stages)]
 
     monkeypatch.setenv("CEIT_KERNELS_TUNING_CACHE", str(tmp_path / "tuning.json"))
     for name, replacement in {"_has_clock": lambda x: True, "_chip": str, "_known": {}, "_read": set()}.items():
@@ -43,7 +43,7 @@ def tuned_kernels():
 @pytest.mark.parametrize("factored", [False, True])
 def test_timing_leaves_results_gradients_and_running_statistics_those_of_one_step(timed, monkeypatch, factored):
     if factored:
-        monkeypatch.setattr(backward._Backward, "_first_layer", first_layer_factored)
+        monkeypatch.setattr(launch_backward, "_is_factored", lambda dtype: True)
     leff = make_training_leff(8, 16, 8, 3, torch.float64)
     x, grad_out = (make_tokens(2, 13, 8, torch.float64, seed=seed) for seed in (0, 1))
     plain = train_step("reference", copy.deepcopy(leff), x, grad_out, (3, 4))

@@ -2,7 +2,7 @@
 
 The tokens behind the prefix are the channels-last image already, so nothing is split, permuted or copied.
 
-Names: ``p_`` pointer, ``i_`` index of a program instance, ``o_`` offsets, ``m_`` mask, ``b_`` a block in registers
+Names: ``p_`` pointer, ``i_`` index of a program instance, ``o_`` offsets, ``m_`` mask, ``b_`` a tile in registers
 with its shape behind it. HW = H * W counts image tokens of an image, P prefix tokens, M = B * HW image tokens of the
 batch; C, E and O are the channels of the input, in between and of the output. Image token t of the batch is row
 t + (t // HW + 1) * P of x and of the output.

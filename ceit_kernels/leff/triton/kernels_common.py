@@ -1,4 +1,4 @@
-"""What several kernels of LeFF do with a block."""
+"""What several kernels of LeFF do with a tile."""
 
 import triton
 import triton.language as tl
@@ -12,9 +12,11 @@ __all__ = [
     "norm_gradient",
     "norm_rows",
     "normalize",
+    "pass_prefix",
     "store_moments",
     "store_rows",
     "token_rows",
+    "zeros",
 ]
 
 
@@ -26,9 +28,9 @@ def token_rows(o_m, m, HW, P):
 
 
 @triton.jit
-def norm_rows(p_norm, o_e, m_e, E: tl.constexpr, NORM: tl.constexpr):
-    """Mean, scale and shift of a norm; without one nothing is read or computed."""
-    if NORM:
+def norm_rows(p_norm, o_e, m_e, E: tl.constexpr):
+    """Mean, scale and shift of a norm; without one nothing is read."""
+    if p_norm is not None:
         b_mean = tl.load(p_norm + o_e, mask=m_e, other=0.0)
         b_scale = tl.load(p_norm + 3 * E + o_e, mask=m_e, other=0.0)
         b_shift = tl.load(p_norm + 4 * E + o_e, mask=m_e, other=0.0)
@@ -38,9 +40,10 @@ def norm_rows(p_norm, o_e, m_e, E: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def normalize(b_z, b_mean, b_scale, b_shift, NORM: tl.constexpr, EXACT: tl.constexpr):
-    """(z - mean) scale + shift. A 16-bit z has no more digits than one multiply-add keeps."""
-    if not NORM:
+def normalize(b_z, p_norm, b_norm, EXACT: tl.constexpr):
+    """(z - mean) scale + shift, or z without a norm. A 16-bit z has no more digits than one multiply-add keeps."""
+    b_mean, b_scale, b_shift = b_norm
+    if p_norm is None:
         return b_z
     elif EXACT:
         return (b_z - b_mean) * b_scale + b_shift
@@ -59,8 +62,9 @@ def gradient_rows(p_gradient, o_e, m_e, E: tl.constexpr):
 
 
 @triton.jit
-def norm_gradient(b_g, b_z, b_mean, b_a, b_b, b_c, EXACT: tl.constexpr):
+def norm_gradient(b_g, b_z, b_gradient, EXACT: tl.constexpr):
     """a g + b (z - mean) + c: the gradient of a norm's input from that of its output, g, and its input, z."""
+    b_mean, b_a, b_b, b_c = b_gradient
     if EXACT:
         return b_g * b_a + ((b_z - b_mean) * b_b + b_c)
     else:
@@ -70,22 +74,21 @@ def norm_gradient(b_g, b_z, b_mean, b_a, b_b, b_c, EXACT: tl.constexpr):
 @triton.jit
 def load_operand(
     p_a, p_z, p_rows, offsets, mask, o_e, m_e,
-    E: tl.constexpr, OPERAND: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+    E: tl.constexpr, OPERAND: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A block (tokens, E) of a product's operand, computed while it is loaded.
+    """A tile (tokens, E) of a GEMM's operand, computed while it is loaded.
 
-    OPERAND is "plain" (a itself), "activation" (of a after its norm, whose ``norm`` array is ``p_rows``) or "gradient"
-    (of a norm's input z from that of its output, a; ``p_rows`` is its ``gradient`` array).
+    OPERAND is "plain" (a itself), "gradient" (of a norm's input z from that of its output, a; ``p_rows`` is its
+    ``gradient`` array) or an activation (of a after its norm, whose ``norm`` array is ``p_rows``).
     """
     b_a = tl.load(p_a + offsets, mask=mask, other=0.0)
-    if OPERAND == "activation":
-        b_mean, b_scale, b_shift = norm_rows(p_rows, o_e[None, :], m_e[None, :], E, NORM)
-        b_a = activate(normalize(b_a.to(ACC), b_mean, b_scale, b_shift, NORM, EXACT), ACTIVATION, EXACT)
-    elif OPERAND == "gradient":
-        b_mean, b_factor, b_slope, b_offset = gradient_rows(p_rows, o_e[None, :], m_e[None, :], E)
+    if OPERAND == "gradient":
+        b_gradient = gradient_rows(p_rows, o_e[None, :], m_e[None, :], E)
         b_z = tl.load(p_z + offsets, mask=mask, other=0.0)
-        b_a = norm_gradient(b_a.to(ACC), b_z.to(ACC), b_mean, b_factor, b_slope, b_offset, EXACT)
+        b_a = norm_gradient(b_a.to(ACC), b_z.to(ACC), b_gradient, EXACT)
+    elif OPERAND != "plain":
+        b_norm = norm_rows(p_rows, o_e[None, :], m_e[None, :], E)
+        b_a = activate(normalize(b_a.to(ACC), p_rows, b_norm, EXACT), OPERAND, EXACT)
     if OPERAND == "plain":
         return b_a.to(COMPUTE)
     else:
@@ -94,9 +97,9 @@ def load_operand(
 
 @triton.jit
 def compute_once(b_a):
-    """The block as it is, for a product whose operand it becomes.
+    """The tile as it is, for the ``tl.dot`` whose operand it becomes.
 
-    The compiler would compute an operand in the layout in which the product takes it, where each of eight warps has all
+    The compiler would compute an operand in the layout in which the dot takes it, where each of eight warps has all
     of it. It does not look through a reduction, though this one is over one value and takes no instruction.
     """
     return tl.reduce(tl.expand_dims(b_a, len(b_a.shape)), len(b_a.shape), _only)
@@ -117,7 +120,7 @@ def store_rows(p_partial, i_t, b_0, b_1, o_e, m_e, E: tl.constexpr):
 
 @triton.jit
 def store_moments(p_partial, p_count, i_t, b_z, m_m, o_e, m_e, first, E: tl.constexpr, ACC: tl.constexpr):
-    """Mean and centred sum of squares of a block (tokens, E) over its tokens, and how many they are."""
+    """Mean and centred sum of squares of a tile (tokens, E) over its tokens, and how many they are."""
     n = tl.sum(m_m.to(ACC), axis=0)
     m_z = m_m[:, None]
     b_mean = tl.sum(tl.where(m_z, b_z, 0.0), axis=0) / n
@@ -125,3 +128,24 @@ def store_moments(p_partial, p_count, i_t, b_z, m_m, o_e, m_e, first, E: tl.cons
     store_rows(p_partial, i_t, b_mean, tl.sum(b_centred * b_centred, axis=0), o_e, m_e, E)
     if first:
         tl.store(p_count + i_t, n)
+
+
+@triton.jit
+def pass_prefix(p_x, p_residual, p_out, i_p, o_o, B, HW, P, O: tl.constexpr, TILE_P: tl.constexpr):
+    """Copy a tile of TILE_P prefix tokens, which are as wide as the output."""
+    o_p = i_p * TILE_P + tl.arange(0, TILE_P)
+    offsets = (o_p // P * (HW + P) + o_p % P).to(tl.int64)[:, None] * O + o_o[None, :]
+    mask = (o_p < B * P)[:, None] & (o_o < O)[None, :]
+    b_prefix = tl.load(p_x + offsets, mask=mask, other=0.0).to(p_out.dtype.element_ty)
+    if p_residual is not None:
+        b_prefix += tl.load(p_residual + offsets, mask=mask, other=0.0).to(p_out.dtype.element_ty)
+    tl.store(p_out + offsets, b_prefix, mask=mask)
+
+
+@triton.jit
+def zeros(TILE_R: tl.constexpr, TILE_N: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """A tuple of tiles to sum in."""
+    b_zeros = ()
+    for _ in tl.static_range(COUNT):
+        b_zeros = b_zeros + (tl.zeros((TILE_R, TILE_N), dtype=ACC),)
+    return b_zeros

@@ -1,15 +1,15 @@
 """The depthwise convolution in training, forward and backward.
 
-A program instance slides down BW columns of IMAGES images, for BE channels. Its rows are tuples of blocks, a block of
-channels for each place: a shift along the row is another element of the tuple, so that every activation is computed
-once, from one load, and no shared memory is used.
+A program instance slides down TILE_W columns of IMAGES images, for TILE_E channels. Its rows are tuples of vectors of
+channels, one for each place: a shift along the row is another element of the tuple, so that every activation is
+computed once, from one load, and no shared memory is used.
 """
 
 import triton
 import triton.language as tl
 
 from ...common.activations import activate, activate_with_slope
-from .blocks import gradient_rows, norm_gradient, norm_rows, normalize, store_rows
+from .kernels_common import gradient_rows, norm_gradient, norm_rows, normalize, store_rows
 
 __all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel"]
 
@@ -17,23 +17,22 @@ __all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel"]
 @triton.jit
 def leff_depthwise_kernel(
     p_z1, p_norm1, p_taps, p_bias, p_z2, p_partial, p_count, B, H, IMAGES,
-    W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    MOMENTS: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+    W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
+    TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """z2 (M, E) = dw(act(norm z1)) + b_2 from z1 (M, E) and taps (KERNEL^2, E); partial moments of z2."""
     R: tl.constexpr = KERNEL // 2
-    NX: tl.constexpr = (W + BW - 1) // BW
-    NE: tl.constexpr = (E + BE - 1) // BE
+    NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
+    NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
     i_e = tl.program_id(0) % NE
     i_t = tl.program_id(0) // NE
     i_g = i_t // NX
-    o_x = i_t % NX * BW  # the first column
-    o_e = i_e * BE + tl.arange(0, BE)
+    o_x = i_t % NX * TILE_W  # the first column
+    o_e = i_e * TILE_E + tl.arange(0, TILE_E)
     m_e = o_e < E
-    b_mean, b_scale, b_shift = norm_rows(p_norm1, o_e, m_e, E, NORM)
+    b_norm = norm_rows(p_norm1, o_e, m_e, E)
     b_taps = load_taps(p_taps, o_e, m_e, E, KERNEL * KERNEL)
-    b_zero = tl.zeros((BE,), dtype=ACC)
+    b_zero = tl.zeros((TILE_E,), dtype=ACC)
     b_bias = b_zero
     if p_bias is not None:
         b_bias += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
@@ -42,52 +41,52 @@ def leff_depthwise_kernel(
     for i_b in range(i_g * IMAGES, tl.minimum(i_g * IMAGES + IMAGES, B)):
         # Sums of output rows that have not met all of their input rows yet.
         b_open = ()
-        for _ in tl.static_range(2 * R * BW):
+        for _ in tl.static_range(2 * R * TILE_W):
             b_open = b_open + (b_bias,)
         for y in range(0, H + R):
             b_a1 = ()
             p_row = p_z1 + ((i_b * H + y) * W + o_x - R).to(tl.int64) * E + o_e
-            for x in tl.static_range(BW + 2 * R):
+            for x in tl.static_range(TILE_W + 2 * R):
                 if outside(x, W, R, NX):
                     b_a1 = b_a1 + (b_zero,)
                 else:
                     valid = (y < H) & (o_x + x >= R) & (o_x + x < W + R)
                     b_z1 = tl.load(p_row + x * E, mask=m_e & valid, other=0.0).to(ACC)
-                    b_act = activate(normalize(b_z1, b_mean, b_scale, b_shift, NORM, EXACT), ACTIVATION, EXACT)
+                    b_act = activate(normalize(b_z1, p_norm1, b_norm, EXACT), ACTIVATION, EXACT)
                     b_a1 = b_a1 + (tl.where(valid, b_act, 0.0),)
             b_rows = ()
-            for i in tl.static_range((2 * R + 1) * BW):
-                if i < 2 * R * BW:
+            for i in tl.static_range((2 * R + 1) * TILE_W):
+                if i < 2 * R * TILE_W:
                     b_z2 = b_open[i]
                 else:
                     b_z2 = b_bias
                 for j in tl.static_range(KERNEL):
-                    if not outside(i % BW + j, W, R, NX):
-                        b_z2 += b_a1[i % BW + j] * b_taps[(2 * R - i // BW) * KERNEL + j]
+                    if not outside(i % TILE_W + j, W, R, NX):
+                        b_z2 += b_a1[i % TILE_W + j] * b_taps[(2 * R - i // TILE_W) * KERNEL + j]
                 b_rows = b_rows + (b_z2,)
-            b_open = b_rows[BW:]
+            b_open = b_rows[TILE_W:]
 
             if y >= R:
                 p_row2 = p_z2 + ((i_b * H + y - R) * W + o_x).to(tl.int64) * E + o_e
                 b_sum = b_zero
-                for x in tl.static_range(BW):
+                for x in tl.static_range(TILE_W):
                     inside = o_x + x < W
                     b_out = b_rows[x].to(COMPUTE)
                     tl.store(p_row2 + x * E, b_out, mask=m_e & inside)
                     b_sum += tl.where(inside, b_out.to(ACC), 0.0)
-                if MOMENTS:
+                if p_partial is not None:
                     # Chan's rule: the moments so far, and those of a row about its own mean.
-                    n = tl.minimum(W - o_x, BW).to(ACC)
+                    n = tl.minimum(W - o_x, TILE_W).to(ACC)
                     b_row_mean = b_sum / n
                     b_row_squares = b_zero
-                    for x in tl.static_range(BW):
+                    for x in tl.static_range(TILE_W):
                         b_centred = tl.where(o_x + x < W, b_rows[x].to(COMPUTE).to(ACC) - b_row_mean, 0.0)
                         b_row_squares += b_centred * b_centred
                     b_delta = b_row_mean - b_total
                     b_squares += b_row_squares + b_delta * b_delta * (n * count / (count + n))
                     count += n
                     b_total += b_delta * (n / count)
-    if MOMENTS:
+    if p_partial is not None:
         store_rows(p_partial, i_t, b_total, b_squares, o_e, m_e, E)
         if i_e == 0:
             tl.store(p_count + i_t, count)
@@ -96,25 +95,25 @@ def leff_depthwise_kernel(
 @triton.jit
 def leff_depthwise_backward_kernel(
     p_g2, p_z2, p_z1, p_gradient2, p_norm1, p_taps, p_g1, p_taps_gradient, p_partial, B, H, IMAGES,
-    W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    BW: tl.constexpr, BE: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+    W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
+    TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """g1 (M, E), the gradient of norm z1, from g2, that of norm z2; partial gradients of the taps (T, KERNEL^2, E) and
     partial sums (T, 2, E) of g1 and of g1 (z1 - mean).
     """
     R: tl.constexpr = KERNEL // 2
-    NX: tl.constexpr = (W + BW - 1) // BW
-    NE: tl.constexpr = (E + BE - 1) // BE
-    BX: tl.constexpr = BW + 2 * R
+    NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
+    NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
+    TILE_X: tl.constexpr = TILE_W + 2 * R
     i_t = tl.program_id(0) // NE
-    o_x = i_t % NX * BW
+    o_x = i_t % NX * TILE_W
     i_g = i_t // NX
-    o_e = tl.program_id(0) % NE * BE + tl.arange(0, BE)
+    o_e = tl.program_id(0) % NE * TILE_E + tl.arange(0, TILE_E)
     m_e = o_e < E
-    b_mean, b_scale, b_shift = norm_rows(p_norm1, o_e, m_e, E, NORM)
-    b_mean2, b_a, b_b, b_c = gradient_rows(p_gradient2, o_e, m_e, E)
+    b_norm = norm_rows(p_norm1, o_e, m_e, E)
+    b_gradient = gradient_rows(p_gradient2, o_e, m_e, E)
     b_taps = load_taps(p_taps, o_e, m_e, E, KERNEL * KERNEL)
-    b_zero = tl.zeros((BE,), dtype=ACC)
+    b_zero = tl.zeros((TILE_E,), dtype=ACC)
     b_dtaps = ()
     for _ in tl.static_range(KERNEL * KERNEL):
         b_dtaps = b_dtaps + (b_zero,)
@@ -123,27 +122,27 @@ def leff_depthwise_backward_kernel(
     for i_b in range(i_g * IMAGES, tl.minimum(i_g * IMAGES + IMAGES, B)):
         # The gradients of z2 in the rows above and below the current one, of which the lowest comes in the loop.
         b_dz2 = ()
-        for _ in tl.static_range(2 * R * BX):
+        for _ in tl.static_range(2 * R * TILE_X):
             b_dz2 = b_dz2 + (b_zero,)
         for y in range(-R, H):
             p_row = ((i_b * H + y + R) * W + o_x - R).to(tl.int64) * E + o_e
-            for x in tl.static_range(BX):
+            for x in tl.static_range(TILE_X):
                 if outside(x, W, R, NX):
                     b_dz2 = b_dz2 + (b_zero,)
                 else:
                     valid = (y + R < H) & (o_x + x >= R) & (o_x + x < W + R)
                     b_g2 = tl.load(p_g2 + p_row + x * E, mask=m_e & valid, other=0.0).to(ACC)
                     b_z2 = tl.load(p_z2 + p_row + x * E, mask=m_e & valid, other=0.0).to(ACC)
-                    b_new = norm_gradient(b_g2, b_z2, b_mean2, b_a, b_b, b_c, EXACT)
+                    b_new = norm_gradient(b_g2, b_z2, b_gradient, EXACT)
                     b_dz2 = b_dz2 + (tl.where(valid, b_new, 0.0),)
             p_row1 = ((i_b * H + y) * W + o_x).to(tl.int64) * E + o_e
             b_row1 = ()
-            for x in tl.static_range(BW):
+            for x in tl.static_range(TILE_W):
                 b_row1 = b_row1 + (tl.load(p_z1 + p_row1 + x * E, mask=m_e & (y >= 0) & (o_x + x < W), other=0.0),)
-            for x in tl.static_range(BW):
+            for x in tl.static_range(TILE_W):
                 valid = (y >= 0) & (o_x + x < W)
                 b_z1 = b_row1[x].to(ACC)
-                b_input = normalize(b_z1, b_mean, b_scale, b_shift, NORM, EXACT)
+                b_input = normalize(b_z1, p_norm1, b_norm, EXACT)
                 b_a1, b_slope = activate_with_slope(b_input, ACTIVATION, EXACT)
                 b_a1 = tl.where(valid, b_a1, 0.0)
                 b_da1 = b_zero
@@ -153,15 +152,15 @@ def leff_depthwise_backward_kernel(
                     if outside(x + 2 * R - k % KERNEL, W, R, NX):
                         b_sums = b_sums + (b_dtaps[k],)
                     else:
-                        b_near = b_dz2[(2 * R - k // KERNEL) * BX + x + 2 * R - k % KERNEL]
+                        b_near = b_dz2[(2 * R - k // KERNEL) * TILE_X + x + 2 * R - k % KERNEL]
                         b_da1 += b_near * b_taps[k]
                         b_sums = b_sums + (b_dtaps[k] + b_near * b_a1,)
                 b_dtaps = b_sums
                 b_g1 = tl.where(valid, b_da1 * b_slope, 0.0).to(COMPUTE)
                 tl.store(p_g1 + p_row1 + x * E, b_g1, mask=m_e & valid)
                 b_sum += b_g1.to(ACC)
-                b_moment += b_g1.to(ACC) * (b_z1 - b_mean)
-            b_dz2 = b_dz2[BX:]
+                b_moment += b_g1.to(ACC) * (b_z1 - b_norm[0])
+            b_dz2 = b_dz2[TILE_X:]
     store_rows(p_partial, i_t, b_sum, b_moment, o_e, m_e, E)
     for k in tl.static_range(KERNEL * KERNEL):
         p_tap = p_taps_gradient + (i_t * (KERNEL * KERNEL) + k).to(tl.int64) * E + o_e
@@ -170,7 +169,7 @@ def leff_depthwise_backward_kernel(
 
 @triton.jit
 def load_taps(p_taps, o_e, m_e, E: tl.constexpr, TAPS: tl.constexpr):
-    """A tuple of the taps' blocks of channels."""
+    """A tuple of the taps, each a vector of channels."""
     b_taps = ()
     for k in tl.static_range(TAPS):
         b_taps = b_taps + (tl.load(p_taps + k * E + o_e, mask=m_e, other=0.0),)

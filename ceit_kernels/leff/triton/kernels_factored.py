@@ -5,13 +5,13 @@ Behind a norm of this batch, dz1 = a g1 + b (z1 - mean) + c, and z1 - mean = (x 
     dx     = dz1 W_1   = g1 (a W_1) + (x - mean x) (W_1^T b W_1) + c W_1
     dW_1   = dz1^T x   = a g1^T x + b W_1 cov x + c sum x,     cov x = x^T x - sum x sum x^T / M
 
-in which nothing has the hidden width but g1: z1 is not read again, and both products take their operands as they come.
+in which nothing has the hidden width but g1: z1 is not read again, and both GEMMs take their operands as they come.
 """
 
 import triton
 import triton.language as tl
 
-from .blocks import compute_once, gradient_rows
+from .kernels_common import compute_once, gradient_rows
 
 __all__ = ["leff_factored_weight_kernel", "leff_fold_gradient_kernel"]
 
@@ -19,32 +19,32 @@ __all__ = ["leff_factored_weight_kernel", "leff_fold_gradient_kernel"]
 @triton.jit
 def leff_fold_gradient_kernel(
     p_weight, p_gradient, p_folded, p_tail, p_bias, p_total, p_sums, p_mean,
-    C: tl.constexpr, E: tl.constexpr, HAS_TAIL: tl.constexpr,
-    BE: tl.constexpr, BC: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a W_1 (E, C); with HAS_TAIL also W_1^T b W_1 (C, C), c W_1 (C,), and the mean (C,) of x from its sums."""
+    """a W_1 (E, C); with a tail also this, W_1^T b W_1 (C, C), c W_1 (C,), and the mean (C,) of x from its sums."""
     i_r = tl.program_id(0)
-    o_r = i_r * BC + tl.arange(0, BC)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    o_r = i_r * TILE_C + tl.arange(0, TILE_C)
+    o_c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     m_r, m_c = o_r < C, o_c < C
-    b_tail = tl.zeros((BC, BC), dtype=ACC)
-    b_bias = tl.zeros((BC,), dtype=ACC)
-    for e in range(0, E, BE):
-        o_e = e + tl.arange(0, BE)
+    b_tail = tl.zeros((TILE_C, TILE_C), dtype=ACC)
+    b_bias = tl.zeros((TILE_C,), dtype=ACC)
+    for e in range(0, E, TILE_E):
+        o_e = e + tl.arange(0, TILE_E)
         m_e = o_e < E
         offsets = o_e[:, None] * C + o_c[None, :]
         mask = m_e[:, None] & m_c[None, :]
-        b_weight = tl.load(p_weight + offsets, mask=mask, other=0.0)  # [BE, BC]
+        b_weight = tl.load(p_weight + offsets, mask=mask, other=0.0)  # [TILE_E, TILE_C]
         _, b_a, b_b, b_c = gradient_rows(p_gradient, o_e[:, None], m_e[:, None], E)
         if i_r == 0:
             tl.store(p_folded + offsets, (b_weight.to(ACC) * b_a).to(COMPUTE), mask=mask)
-            if HAS_TAIL:
+            if p_tail is not None:
                 b_bias += tl.sum(b_weight.to(ACC) * b_c, axis=0)
-        if HAS_TAIL:
+        if p_tail is not None:
             b_left = tl.load(p_weight + o_e[:, None] * C + o_r[None, :], mask=m_e[:, None] & m_r[None, :], other=0.0)
             b_right = compute_once((b_weight.to(ACC) * b_b).to(COMPUTE))
             b_tail = tl.dot(tl.trans(b_left), b_right, b_tail, input_precision=PRECISION, out_dtype=ACC)
-    if HAS_TAIL:
+    if p_tail is not None:
         tl.store(p_tail + o_r[:, None] * C + o_c[None, :], b_tail.to(COMPUTE), mask=m_r[:, None] & m_c[None, :])
         if i_r == 0:
             b_mean = tl.load(p_sums + o_c, mask=m_c, other=0.0) / tl.load(p_total)
@@ -54,34 +54,34 @@ def leff_fold_gradient_kernel(
 
 @triton.jit
 def leff_factored_weight_kernel(
-    p_partial, p_weight, p_gradient, p_products, p_sums, p_mean, p_out, S,
-    C: tl.constexpr, E: tl.constexpr, HAS_TAIL: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    p_partial, p_weight, p_gradient, p_gram, p_sums, p_mean, p_out, S,
+    C: tl.constexpr, E: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, TILE_K: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """dW_1 (E, C) from partial sums (S, E, C) of g1^T x and, with HAS_TAIL, from x^T x (C, C), the sums (C,) of x
-    and its mean (C,), which differ where other processes' tokens count for the norm.
+    """dW_1 (E, C) from partial sums (S, E, C) of g1^T x and, behind a norm of this batch, from x^T x (C, C), the sums
+    (C,) of x and its mean (C,), which differ where other processes' tokens count for the norm.
     """
-    o_e = tl.program_id(0) * BE + tl.arange(0, BE)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    o_e = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
+    o_c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     m_e, m_c = o_e < E, o_c < C
     offsets = o_e[:, None] * C + o_c[None, :]
     mask = m_e[:, None] & m_c[None, :]
-    b_sum = tl.zeros((BE, BC), dtype=ACC)
+    b_sum = tl.zeros((TILE_E, TILE_C), dtype=ACC)
     for s in range(S):
         b_sum += tl.load(p_partial + s * (E * C) + offsets, mask=mask, other=0.0)
     _, b_a, b_b, b_c = gradient_rows(p_gradient, o_e[:, None], m_e[:, None], E)
     b_sum *= b_a
-    if HAS_TAIL:
+    if p_gram is not None:
         b_right = tl.load(p_sums + o_c, mask=m_c, other=0.0)
-        b_product = tl.zeros((BE, BC), dtype=ACC)
-        for k in range(0, C, BK):
-            o_k = k + tl.arange(0, BK)
+        b_weighted = tl.zeros((TILE_E, TILE_C), dtype=ACC)
+        for k in range(0, C, TILE_K):
+            o_k = k + tl.arange(0, TILE_K)
             m_k = o_k < C
             b_left = tl.load(p_mean + o_k, mask=m_k, other=0.0)
-            b_cov = tl.load(p_products + o_k[:, None] * C + o_c[None, :], mask=m_k[:, None] & m_c[None, :], other=0.0)
+            b_cov = tl.load(p_gram + o_k[:, None] * C + o_c[None, :], mask=m_k[:, None] & m_c[None, :], other=0.0)
             b_cov -= b_left[:, None] * b_right[None, :]
             m_w = m_e[:, None] & m_k[None, :]
             b_weight = tl.load(p_weight + o_e[:, None] * C + o_k[None, :], mask=m_w, other=0.0).to(ACC)
-            b_product = tl.dot(b_weight, b_cov, b_product, input_precision="tf32", out_dtype=ACC)
-        b_sum += b_product * b_b + b_c * b_right[None, :]
+            b_weighted = tl.dot(b_weight, b_cov, b_weighted, input_precision="tf32", out_dtype=ACC)
+        b_sum += b_weighted * b_b + b_c * b_right[None, :]
     tl.store(p_out + offsets, b_sum.to(p_out.dtype.element_ty), mask=mask)

@@ -3,30 +3,26 @@
 import copy
 import itertools
 import threading
+from functools import partial
 
 import pytest
+import support.leff
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.accuracy import assert_as_accurate, assert_as_accurate_over_draws
-from support.leff import make_leff, make_tokens, make_training_leff, pass_through_with_means, run, train_step
+from support.accuracy import assert_as_accurate
+from support.leff import TRAINING_CASES, make_call, make_leff, make_tokens, pass_through_with_means, run, train_step
 from support.processors import KINDS, run_with
 from torch import nn
 
 from ceit_kernels import use_backend
 
-# batch, height, width, prefix tokens, channels in, hidden and out, kernel size; norms
 CASES = [
-    ((2, 5, 4, 1, 24, 40, 24, 3), "bbb"),
-    ((3, 1, 1, 2, 16, 16, 16, 7), "bbb"),
-    ((2, 2, 3, 0, 5, 24, 136, 5), "nnn"),
-    ((1, 4, 5, 1, 9, 18, 9, 3), "bfn"),
-    ((2, 3, 2, 0, 8, 70, 20, 3), "nbf"),
+    *TRAINING_CASES,
     ((1, 14, 14, 1, 48, 192, 48, 3), "bbb"),
     ((2, 9, 37, 0, 16, 100, 16, 7), "fnb"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-DRAWS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -44,35 +40,8 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def make_call(case, dtype, norms="bbb", draw=0, **options):
-    batch, height, width, prefix, channels, hidden, out, kernel_size = case
-    leff = make_training_leff(channels, hidden, out, kernel_size, dtype, prefix, norms, seed=draw, **options)
-    x = make_tokens(batch, prefix + height * width, channels, dtype, seed=2 * draw)
-    grad_out = make_tokens(batch, prefix + height * width, out, dtype, seed=2 * draw + 1)
-    return leff, x, grad_out, (height, width)
-
-
-def compute(leff, x, grad_out, grid_size):
-    """Results by name: fused, plain and exact."""
-    exact = train_step("reference", copy.deepcopy(leff).double(), x.double(), grad_out.double(), grid_size)
-    inputs = (x, grad_out, grid_size)
-    fused, plain = (train_step(backend, copy.deepcopy(leff), *inputs) for backend in ("native", "reference"))
-    return fused, plain, exact
-
-
-def check(make):
-    """The error rule over draws that ``make`` gives, for the result, every gradient and the running statistics."""
-    first = compute(*make(0))
-    names = [name for name in first[0] if not name.endswith("num_batches_tracked")]
-    draws = itertools.chain([first], (compute(*make(draw)) for draw in range(1, DRAWS)))
-    assert_as_accurate_over_draws(names, ([[r[name] for name in names] for r in results] for results in draws))
-
-
-def check_to_rounding(leff, *inputs, tolerance=1e-11):
-    plain, fused = (train_step(backend, copy.deepcopy(leff), *inputs) for backend in ("reference", "native"))
-    for name, expected in plain.items():
-        scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
-        torch.testing.assert_close(fused[name], expected, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: n + m)
+check = partial(support.leff.check, "native", most=12)
+check_to_rounding = partial(support.leff.check_to_rounding, "native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

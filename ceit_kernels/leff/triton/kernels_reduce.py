@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import store_rows
+from .kernels_common import store_rows
 
 __all__ = ["leff_coefficients_kernel", "leff_statistics_kernel", "leff_sum_kernel"]
 
@@ -11,31 +11,31 @@ __all__ = ["leff_coefficients_kernel", "leff_statistics_kernel", "leff_sum_kerne
 @triton.jit
 def leff_statistics_kernel(
     p_partial, p_count, p_weight, p_bias, p_norm, p_total, T, EPS: tl.constexpr,
-    E: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, ACC: tl.constexpr,
+    E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The ``norm`` array (5, E) and the count (1,) from T partial moments (T, 2, E) and their counts (T,)."""
-    o_e = tl.program_id(0) * BE + tl.arange(0, BE)
+    o_e = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
     m_e = o_e < E
     # About the mean of the first part, so that a mean far from zero costs no digits.
     b_first = tl.load(p_partial + o_e, mask=m_e, other=0.0)
-    b_means = tl.zeros((BT, BE), dtype=ACC)
-    b_counts = tl.zeros((BT,), dtype=ACC)
-    for t in range(0, T, BT):
-        b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, BT)
+    b_means = tl.zeros((TILE_T, TILE_E), dtype=ACC)
+    b_counts = tl.zeros((TILE_T,), dtype=ACC)
+    for t in range(0, T, TILE_T):
+        b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, TILE_T)
         b_mean = tl.load(p_rows, mask=mask, other=0.0)
         b_means += b_n[:, None] * (b_mean - b_first[None, :])
         b_counts += b_n
     n = tl.sum(b_counts, axis=0)
     b_offset = tl.sum(b_means, axis=0) / n
-    b_squares = tl.zeros((BT, BE), dtype=ACC)
-    for t in range(0, T, BT):
-        b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, BT)
+    b_squares = tl.zeros((TILE_T, TILE_E), dtype=ACC)
+    for t in range(0, T, TILE_T):
+        b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, TILE_T)
         b_centred = tl.load(p_rows, mask=mask, other=0.0) - b_first[None, :] - b_offset[None, :]
         b_squares += tl.load(p_rows + E, mask=mask, other=0.0) + b_n[:, None] * b_centred * b_centred
 
     b_variance = tl.sum(b_squares, axis=0) / n
     b_rstd = tl.rsqrt(b_variance + EPS)
-    b_scale, b_shift = b_rstd, tl.zeros((BE,), dtype=ACC)
+    b_scale, b_shift = b_rstd, tl.zeros((TILE_E,), dtype=ACC)
     if p_weight is not None:
         b_scale *= tl.load(p_weight + o_e, mask=m_e, other=0.0).to(ACC)
     if p_bias is not None:
@@ -48,30 +48,30 @@ def leff_statistics_kernel(
 
 
 @triton.jit
-def _part(p_partial, p_count, t, o_e, m_e, T, E: tl.constexpr, BT: tl.constexpr):
-    """Counts of BT parts, 0 behind the last, and where their means are."""
-    o_t = t + tl.arange(0, BT)
+def _part(p_partial, p_count, t, o_e, m_e, T, E: tl.constexpr, TILE_T: tl.constexpr):
+    """Counts of TILE_T parts, 0 behind the last, and where their means are."""
+    o_t = t + tl.arange(0, TILE_T)
     p_rows = p_partial + o_t.to(tl.int64)[:, None] * (2 * E) + o_e[None, :]
     return tl.load(p_count + o_t, mask=o_t < T, other=0.0), p_rows, (o_t < T)[:, None] & m_e[None, :]
 
 
 @triton.jit
 def leff_coefficients_kernel(
-    p_partial, p_norm, p_total, p_sums, p_gradient, p_dweight, p_dbias, p_dconvolution, T,
-    E: tl.constexpr, NORM: tl.constexpr, BATCH: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, ACC: tl.constexpr,
+    p_partial, p_norm, p_total, p_sums, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias, T,
+    E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """From partial sums (T, 2, E) of a norm's gradient g and of g (z - mean): the sums (2, E), the ``gradient`` array
     (4, E), and the gradients, where wanted, of the norm's weight and bias and of the bias of the convolution before it.
 
-    BATCH says that mean and variance are those of this batch, so that they have gradients too; such a norm takes the
-    convolution's bias away, whose gradient is exactly 0.
+    A total (1,) of tokens says that mean and variance are those of this batch, so that they have gradients too; such a
+    norm takes the convolution's bias away, whose gradient is exactly 0.
     """
-    o_e = tl.program_id(0) * BE + tl.arange(0, BE)
+    o_e = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
     m_e = o_e < E
-    b_sums = tl.zeros((BT, BE), dtype=ACC)
-    b_moments = tl.zeros((BT, BE), dtype=ACC)
-    for t in range(0, T, BT):
-        o_t = t + tl.arange(0, BT)
+    b_sums = tl.zeros((TILE_T, TILE_E), dtype=ACC)
+    b_moments = tl.zeros((TILE_T, TILE_E), dtype=ACC)
+    for t in range(0, T, TILE_T):
+        o_t = t + tl.arange(0, TILE_T)
         mask = (o_t < T)[:, None] & m_e[None, :]
         p_rows = p_partial + o_t.to(tl.int64)[:, None] * (2 * E) + o_e[None, :]
         b_sums += tl.load(p_rows, mask=mask, other=0.0)
@@ -79,35 +79,35 @@ def leff_coefficients_kernel(
     b_sum, b_moment = tl.sum(b_sums, axis=0), tl.sum(b_moments, axis=0)
     store_rows(p_sums, 0, b_sum, b_moment, o_e, m_e, E)
 
-    b_mean = tl.zeros((BE,), dtype=ACC)
+    b_mean = tl.zeros((TILE_E,), dtype=ACC)
     b_rstd, b_scale, b_slope, b_offset = b_mean + 1.0, b_mean + 1.0, b_mean, b_mean
-    if NORM:
+    if p_norm is not None:
         b_mean += tl.load(p_norm + o_e, mask=m_e, other=0.0)
         b_rstd = tl.load(p_norm + 2 * E + o_e, mask=m_e, other=0.0)
         b_scale = tl.load(p_norm + 3 * E + o_e, mask=m_e, other=0.0)
     b_bias = b_scale * b_sum
-    if BATCH:
+    if p_total is not None:
         n = tl.load(p_total)
         b_slope = -b_scale * b_rstd * b_rstd * (b_moment / n)
         b_offset = -b_scale * (b_sum / n)
-        b_bias = tl.zeros((BE,), dtype=ACC)
+        b_bias = tl.zeros((TILE_E,), dtype=ACC)
     store_rows(p_gradient, 0, b_mean, b_scale, o_e, m_e, E)
     store_rows(p_gradient, 1, b_slope, b_offset, o_e, m_e, E)
-    if p_dweight is not None:
-        tl.store(p_dweight + o_e, (b_moment * b_rstd).to(p_dweight.dtype.element_ty), mask=m_e)
+    if p_dnorm_weight is not None:
+        tl.store(p_dnorm_weight + o_e, (b_moment * b_rstd).to(p_dnorm_weight.dtype.element_ty), mask=m_e)
+    if p_dnorm_bias is not None:
+        tl.store(p_dnorm_bias + o_e, b_sum.to(p_dnorm_bias.dtype.element_ty), mask=m_e)
     if p_dbias is not None:
-        tl.store(p_dbias + o_e, b_sum.to(p_dbias.dtype.element_ty), mask=m_e)
-    if p_dconvolution is not None:
-        tl.store(p_dconvolution + o_e, b_bias.to(p_dconvolution.dtype.element_ty), mask=m_e)
+        tl.store(p_dbias + o_e, b_bias.to(p_dbias.dtype.element_ty), mask=m_e)
 
 
 @triton.jit
-def leff_sum_kernel(p_partial, p_out, S, N, BS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+def leff_sum_kernel(p_partial, p_out, S, N, TILE_S: tl.constexpr, TILE_N: tl.constexpr, ACC: tl.constexpr):
     """The sum (N,) of S partial results (S, N), in the type of the result."""
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    b_sum = tl.zeros((BS, BN), dtype=ACC)
-    for s in range(0, S, BS):
-        o_s = s + tl.arange(0, BS)
+    o_n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    b_sum = tl.zeros((TILE_S, TILE_N), dtype=ACC)
+    for s in range(0, S, TILE_S):
+        o_s = s + tl.arange(0, TILE_S)
         mask = (o_s < S)[:, None] & (o_n < N)[None, :]
         b_sum += tl.load(p_partial + o_s.to(tl.int64)[:, None] * N + o_n[None, :], mask=mask, other=0.0)
     tl.store(p_out + o_n, tl.sum(b_sum, axis=0).to(p_out.dtype.element_ty), mask=o_n < N)

@@ -1,0 +1,82 @@
+"""The last norm in training, forward and backward: the kernels that take one pass over tokens and compute little."""
+
+import triton
+import triton.language as tl
+
+from .kernels_common import gradient_rows, norm_gradient, norm_rows, normalize, pass_prefix, store_rows, token_rows
+
+__all__ = ["leff_norm_gradient_kernel", "leff_norm_kernel", "leff_norm_sums_kernel"]
+
+
+@triton.jit
+def leff_norm_kernel(
+    p_z3, p_norm3, p_x, p_residual, p_out, M, B, HW, P, O: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out (B, P + HW, O) = norm z3 (+ residual) from z3 (M, O); the prefix tokens are those of x."""
+    i_m = tl.program_id(0)
+    o_o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
+    m_o = o_o < O
+    if i_m >= tl.cdiv(M, TILE_M):
+        pass_prefix(p_x, p_residual, p_out, i_m - tl.cdiv(M, TILE_M), o_o, B, HW, P, O, TILE_M)
+    else:
+        o_r = tl.arange(0, TILE_M)
+        o_m = i_m * TILE_M + o_r
+        mask = (o_m < M)[:, None] & m_o[None, :]
+        b_norm = norm_rows(p_norm3, o_o[None, :], m_o[None, :], O)
+        p_tile = p_z3 + (i_m * TILE_M).to(tl.int64) * O
+        b_z3 = tl.load(p_tile + (o_r[:, None] * O + o_o[None, :]), mask=mask, other=0.0).to(ACC)
+        b_out = normalize(b_z3, p_norm3, b_norm, EXACT)
+        row, o_t = token_rows(o_m, i_m * TILE_M, HW, P)
+        offsets = row * O + (o_t[:, None] * O + o_o[None, :])
+        if p_residual is not None:
+            b_out += tl.load(p_residual + offsets, mask=mask, other=0.0).to(ACC)
+        tl.store(p_out + offsets, b_out.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def leff_norm_sums_kernel(
+    p_dout, p_z3, p_norm3, p_partial, M, HW, P, ROWS, O: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Partial sums (T, 2, O) of the output's gradient and of it times (z3 - mean), over ROWS tokens each."""
+    i_t = tl.program_id(0)
+    o_o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
+    m_o = o_o < O
+    b_norm = norm_rows(p_norm3, o_o[None, :], m_o[None, :], O)
+    b_sum = tl.zeros((TILE_M, TILE_O), dtype=ACC)
+    b_moment = tl.zeros((TILE_M, TILE_O), dtype=ACC)
+    o_r = tl.arange(0, TILE_M)
+    for k in range(tl.cdiv(tl.minimum(ROWS, M - i_t * ROWS), TILE_M)):
+        m = i_t * ROWS + k * TILE_M
+        o_m = m + o_r
+        mask = (o_m < M)[:, None] & m_o[None, :]
+        row, o_t = token_rows(o_m, m, HW, P)
+        b_dout = tl.load(p_dout + row * O + (o_t[:, None] * O + o_o[None, :]), mask=mask, other=0.0).to(ACC)
+        b_sum += b_dout
+        if p_norm3 is not None:
+            p_tile = p_z3 + m.to(tl.int64) * O
+            b_z3 = tl.load(p_tile + (o_r[:, None] * O + o_o[None, :]), mask=mask, other=0.0).to(ACC)
+            b_moment += b_dout * (b_z3 - b_norm[0])
+    store_rows(p_partial, i_t, tl.sum(b_sum, axis=0), tl.sum(b_moment, axis=0), o_o, m_o, O)
+
+
+@triton.jit
+def leff_norm_gradient_kernel(
+    p_dout, p_z3, p_gradient3, p_dz3, M, HW, P, O: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dz3 (M, O), the gradient of the last norm's input z3 (M, O), from that of the output."""
+    m = tl.program_id(0) * TILE_M
+    o_r = tl.arange(0, TILE_M)
+    o_m = m + o_r
+    o_o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
+    m_o = o_o < O
+    mask = (o_m < M)[:, None] & m_o[None, :]
+    offsets = m.to(tl.int64) * O + (o_r[:, None] * O + o_o[None, :])
+    row, o_t = token_rows(o_m, m, HW, P)
+    b_dout = tl.load(p_dout + row * O + (o_t[:, None] * O + o_o[None, :]), mask=mask, other=0.0).to(ACC)
+    b_z3 = tl.load(p_z3 + offsets, mask=mask, other=0.0).to(ACC)
+    b_gradient = gradient_rows(p_gradient3, o_o[None, :], m_o[None, :], O)
+    b_dz3 = norm_gradient(b_dout, b_z3, b_gradient, EXACT)
+    tl.store(p_dz3 + offsets, b_dz3.to(p_dz3.dtype.element_ty), mask=mask)

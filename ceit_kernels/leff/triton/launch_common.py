@@ -1,0 +1,104 @@
+"""What the launches of LeFF's kernels share: sizes, parameters, buffers, tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from ...common.launch import launch, target_chip
+from ...common.precision import precision_arguments
+from ...common.tuning import Tiles, tuned_tiles
+from ..arguments import Settings, parameters_per_layer
+
+__all__ = ["Call", "Layer"]
+
+Result = TypeVar("Result")
+
+
+class Layer(NamedTuple):
+    """A convolution and its norm, the tensors in the order of the registered operators."""
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+class Call:
+    """What a call computes, by the names that the kernels have.
+
+    Args:
+        x: tokens (B, P + H * W, C), contiguous.
+        parameters: the tensors of ``arguments.PARAMETER_NAMES``.
+        settings: of the call.
+
+    Attributes:
+        layers: the three layers, their tensors contiguous.
+        dtype: of the GEMMs.
+        acc_dtype: of accumulators and statistics.
+        M, C, E, O: image tokens of the batch; channels of the input, in between and of the output.
+        kernel_size: side of the depthwise kernels.
+        chip: compute capability, times ten.
+    """
+
+    def __init__(self, x: Tensor, parameters: Sequence[Tensor | None], settings: Settings) -> None:
+        held = [None if parameter is None else parameter.contiguous() for parameter in parameters]
+        self.layers = [Layer(*held[i : i + parameters_per_layer]) for i in range(0, len(held), parameters_per_layer)]
+        self.x, self.settings, self.chip = x, settings, target_chip(x)
+        self.dtype = settings.compute_dtype or x.dtype
+        self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        batch, height, width = x.shape[0], settings.height, settings.width
+        weight1, weight2, weight3 = (layer.weight for layer in self.layers)
+        self.M, self.C, self.E, self.O = batch * height * width, x.shape[2], weight1.shape[0], weight3.shape[0]
+        self.kernel_size = weight2.shape[-1]
+        self._known = {
+            **precision_arguments(self.dtype),
+            "EXACT": self.dtype.itemsize > 2,
+            "B": batch,
+            "M": self.M,
+            "HW": height * width,
+            "H": height,
+            "W": width,
+            "P": settings.num_prefix_tokens,
+            "C": self.C,
+            "E": self.E,
+            "O": self.O,
+            "KERNEL": self.kernel_size,
+        }
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer on the device of x, in ``acc_dtype`` unless told otherwise."""
+        return torch.empty(shape, dtype=dtype or self.acc_dtype, device=self.x.device)
+
+    def weight(self, i: int) -> Tensor:
+        """The weight matrix of a pointwise layer in the dtype of the GEMMs."""
+        return self.layers[i].weight.flatten(1).to(self.dtype)
+
+    def taps(self) -> Tensor:
+        """The depthwise kernels as (k * k, E), so that neighbouring channels are neighbours in memory."""
+        return self.layers[1].weight.flatten(1).t().to(self.acc_dtype).contiguous()
+
+    def prefix_tiles(self, rows: int) -> int:
+        """Tiles of so many rows that the prefix tokens take."""
+        return cdiv(self.x.shape[0] * self.settings.num_prefix_tokens, rows)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], tiles: Tiles, **arguments: Any) -> None:
+        """Launch a kernel with the sizes and constants that it takes; a pointer that is not given is None."""
+        known = {**self._known, **tiles.sizes}
+        taken = {name: known.get(name) for name in kernel.arg_names}
+        launch(kernel, grid, {**taken, **arguments}, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+
+    def tuned(self, kernel: str, table: Tiles, shape: dict[str, Any], run: Callable[[Tiles], Result]) -> Result:
+        """What ``run`` returns with the tiles that ``tuned_tiles`` finds; it launches into buffers that it makes.
+
+        Processes that wait for one another keep to the table.
+        """
+        if self.settings.group is None:
+            table = tuned_tiles(kernel, table, {"tokens": self.M, **shape}, self.x, self.dtype, run)
+        return run(table)

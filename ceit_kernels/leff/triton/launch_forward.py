@@ -1,0 +1,191 @@
+"""LeFF's forward pass in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from ...common.tuning import Tiles
+from ..arguments import Settings
+from ..norms import gather_moments
+from . import NORM_ROWS
+from .kernels_depthwise import leff_depthwise_kernel
+from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kernel
+from .kernels_norm import leff_norm_kernel
+from .kernels_reduce import leff_statistics_kernel
+from .launch_common import Call
+from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, row_tiles
+
+__all__ = ["depthwise_grid", "leff_forward_triton"]
+
+_PROGRAMS = 4096  # enough one-warp program instances for the largest chip, few enough for their partial results
+
+
+def leff_forward_triton(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    residual: Tensor | None,
+    settings: Settings,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The results of ``ceit::leff_forward``, by at most four passes over the tokens.
+
+    Args:
+        x, residual: tokens, contiguous, B at least 1.
+        parameters, settings: of the call.
+        out_dtype: of the first result.
+    """
+    call = Call(x, parameters, settings)
+    count = call.empty(1 if "batch" in settings.norms else 0)
+    z1, norm1 = _expand(call, count)
+    z2, norm2 = _depthwise(call, z1, norm1, count)
+    if settings.norms[2] == "none":
+        z3, norm3 = call.empty(0, dtype=call.dtype), None
+        out, _ = _contract(call, z2, norm2, count, residual, (*x.shape[:2], call.O), out_dtype)
+    else:
+        z3, norm3 = _contract(call, z2, norm2, count, None, (call.M, call.O), call.dtype)
+        out, tiles = call.empty(*x.shape[:2], call.O, dtype=out_dtype), row_tiles(call.O)
+        rows = tiles.sizes["TILE_M"]
+        grid = (cdiv(call.M, rows) + call.prefix_tiles(rows), cdiv(call.O, tiles.sizes["TILE_O"]))
+        call.launch(leff_norm_kernel, grid, tiles, p_z3=z3, p_norm3=norm3, p_x=x, p_residual=residual, p_out=out)
+    norms = (call.empty(0) if norm is None else norm for norm in (norm1, norm2, norm3))
+    return out, z1, z2, z3, *norms, count
+
+
+def _expand(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = cdiv(call.M, tiles.sizes["TILE_M"])
+        z1, moments = call.empty(call.M, call.E, dtype=call.dtype), _moments(call, 0, rows, call.E)
+        call.launch(
+            leff_expand_moments_kernel,
+            (rows * cdiv(call.E, tiles.sizes["TILE_E"]),),
+            tiles,
+            p_x=call.x,
+            p_weight=call.weight(0),
+            p_bias=call.layers[0].bias,
+            p_z1=z1,
+            **moments,
+        )
+        return z1, moments
+
+    table = expand_tiles(call.C, call.E, call.dtype, call.chip)
+    shape = {"C": call.C, "E": call.E, "norm": call.settings.norms[0]}
+    z1, moments = call.tuned("leff_expand_moments", table, shape, run)
+    return z1, _norm(call, 0, count, **moments)
+
+
+def depthwise_grid(call: Call, tiles: Tiles) -> tuple[int, int, tuple[int]]:
+    """Images that a program instance takes one after another, partial results that this leaves, and the grid."""
+    columns = cdiv(call.settings.width, tiles.sizes["TILE_W"])
+    channels = cdiv(call.E, tiles.sizes["TILE_E"])
+    images = max(1, call.x.shape[0] * columns * channels // _PROGRAMS)
+    parts = cdiv(call.x.shape[0], images) * columns
+    return images, parts, (parts * channels,)
+
+
+def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor | None]:
+    tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
+    images, parts, grid = depthwise_grid(call, tiles)
+    z2, moments = torch.empty_like(z1), _moments(call, 1, parts, call.E)
+    call.launch(
+        leff_depthwise_kernel,
+        grid,
+        tiles,
+        p_z1=z1,
+        p_norm1=norm1,
+        p_taps=call.taps(),
+        p_bias=call.layers[1].bias,
+        p_z2=z2,
+        IMAGES=images,
+        ACTIVATION=call.settings.activations[0],
+        **moments,
+    )
+    return z2, _norm(call, 1, count, **moments)
+
+
+def _contract(
+    call: Call,
+    z2: Tensor,
+    norm2: Tensor | None,
+    count: Tensor,
+    residual: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """z3 (M, O) or, with prefix tokens before those of each image, the result (B, P + HW, O); and its norm array."""
+    has_prefix = len(shape) == 3
+
+    def run(tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = cdiv(call.M, tiles.sizes["TILE_M"])
+        prefix = call.prefix_tiles(tiles.sizes["TILE_M"]) if has_prefix else 0
+        out, moments = call.empty(*shape, dtype=dtype), _moments(call, 2, rows, call.O)
+        call.launch(
+            leff_contract_operand_kernel,
+            ((rows + prefix) * cdiv(call.O, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"]),),
+            tiles,
+            p_a=z2,
+            p_rows=norm2,
+            p_weight=call.weight(2),
+            p_bias=call.layers[2].bias,
+            p_out=out,
+            p_prefix=call.x,
+            p_residual=residual,
+            P=call.settings.num_prefix_tokens if has_prefix else 0,
+            STRIDE_O=call.E,
+            STRIDE_E=1,
+            OPERAND=call.settings.activations[1],
+            **moments,
+        )
+        return out, moments
+
+    table = contract_tiles(call.O, call.dtype, call.chip)
+    key = {"E": call.E, "O": call.O, "operand": call.settings.activations[1], "norm": call.settings.norms[2]}
+    out, moments = call.tuned("leff_contract_operand", table, key, run)
+    return out, _norm(call, 2, count, **moments)
+
+
+def _moments(call: Call, layer: int, parts: int, channels: int) -> dict[str, Tensor]:
+    """Where a kernel leaves partial moments of a layer's output, if the norm behind it takes batch statistics."""
+    if call.settings.norms[layer] != "batch":
+        return {}
+    return {"p_partial": call.empty(parts, 2, channels), "p_count": call.empty(parts)}
+
+
+def _norm(
+    call: Call, layer: int, count: Tensor, p_partial: Tensor | None = None, p_count: Tensor | None = None
+) -> Tensor | None:
+    """A layer's norm array; ``count`` receives the tokens that batch statistics were taken of."""
+    _, _, weight, bias, running_mean, running_var = call.layers[layer]
+    if call.settings.norms[layer] == "none":
+        return None
+    if p_partial is None:
+        mean, variance = running_mean.to(call.acc_dtype), running_var.to(call.acc_dtype)
+        rstd = torch.rsqrt(variance + call.settings.eps[layer])
+        scale = rstd if weight is None else rstd * weight.to(call.acc_dtype)
+        shift = torch.zeros_like(mean) if bias is None else bias.to(call.acc_dtype)
+        return torch.stack((mean, variance, rstd, scale, shift))
+    channels = p_partial.shape[2]
+
+    def merge(partial: Tensor, counts: Tensor) -> Tensor:
+        norm = call.empty(NORM_ROWS, channels)
+        call.launch(
+            leff_statistics_kernel,
+            (cdiv(channels, PARTS.sizes["TILE_E"]),),
+            PARTS,
+            p_partial=partial,
+            p_count=counts,
+            p_weight=weight,
+            p_bias=bias,
+            p_norm=norm,
+            p_total=count,
+            EPS=call.settings.eps[layer],
+            T=partial.shape[0],
+            E=channels,
+        )
+        return norm
+
+    norm, group = merge(p_partial, p_count), call.settings.group
+    return norm if group is None else merge(*gather_moments(norm, count, group))

@@ -1,0 +1,127 @@
+"""Tiles of LeFF's kernels by shape, dtype and chip."""
+
+from __future__ import annotations
+
+import torch
+from triton import cdiv, next_power_of_2
+
+from ...common.tuning import Tiles
+
+__all__ = [
+    "PARTS",
+    "Tiles",
+    "contract_tiles",
+    "depthwise_tiles",
+    "expand_tiles",
+    "factored_weight_tiles",
+    "fold_gradient_tiles",
+    "hidden_gradient_tiles",
+    "inference_contract_tiles",
+    "inference_expand_tiles",
+    "row_tiles",
+    "sum_tiles",
+    "weight_gradient_tiles",
+]
+
+
+# Tensor cores of these chips read operands from shared memory, which leaves registers for larger tiles.
+_OPERANDS_FROM_SHARED_MEMORY = (90, 100)
+
+# Of the kernels that merge what program instances left behind.
+PARTS = Tiles({"TILE_T": 64, "TILE_E": 16}, num_warps=4)
+
+
+def _fit(size: int, channels: int) -> int:
+    """A tile no larger than the channels need, and no smaller than a tensor core's smallest side."""
+    return min(size, max(16, next_power_of_2(channels)))
+
+
+def _cover(channels: int) -> tuple[int, int]:
+    """The tile, and how many of it, that cover channels with the least waste, up to 384 of them."""
+    ways = [(size, count) for size in (64, 128) for count in (1, 2, 3)]
+    return min(ways, key=lambda way: (cdiv(channels, way[0] * way[1]), way[0] * way[1], way[1]))
+
+
+def inference_expand_tiles(in_features: int, hidden_features: int, dtype: torch.dtype) -> Tiles:
+    """act(x W_1^T): tokens, hidden channels and the depth of the GEMM."""
+    size, stages = (64, 2) if dtype.itemsize > 2 else (128, 3)
+    return Tiles(
+        {"TILE_M": size, "TILE_E": _fit(size, hidden_features), "TILE_C": _fit(size // 2, in_features)}, 8, stages
+    )
+
+
+def inference_contract_tiles(out_features: int, dtype: torch.dtype, chip: int, has_residual: bool) -> Tiles:
+    """Patches of two by two outputs, hidden channels, output channels, and how many tiles of these."""
+    if dtype.itemsize > 2:
+        return Tiles({"TILE_P": 8, "TILE_E": 16, "TILE_O": _fit(64, out_features), "NUM_O": 1}, 8)
+    size, count = _cover(out_features)
+    # A residual needs registers. More than 64 outputs of 384 channels would take all of them, and the loads of a step
+    # would wait for one another.
+    roomy = chip in _OPERANDS_FROM_SHARED_MEMORY and not has_residual and size * count <= 192
+    return Tiles({"TILE_P": 32 if roomy else 16, "TILE_E": 32, "TILE_O": size, "NUM_O": count}, 8)
+
+
+def expand_tiles(in_features: int, hidden_features: int, dtype: torch.dtype, chip: int) -> Tiles:
+    """x W_1^T: tokens, hidden channels and the depth of the GEMM."""
+    if dtype.itemsize > 2:
+        return Tiles({"TILE_M": 64, "TILE_E": _fit(64, hidden_features), "TILE_C": _fit(32, in_features)}, 8, 2)
+    # On cc 90 four warps hold the tile, so that two program instances share an SM and hide each other's waits.
+    depth, warps = (64, 4) if chip == 90 else (32, 8)
+    return Tiles({"TILE_M": 128, "TILE_E": _fit(128, hidden_features), "TILE_C": _fit(depth, in_features)}, warps, 3)
+
+
+def hidden_gradient_tiles(out_features: int, hidden_features: int, dtype: torch.dtype, chip: int) -> Tiles:
+    """dz3 W_3, likewise; the activation's slope takes registers of its own."""
+    if dtype.itemsize > 2:
+        return Tiles({"TILE_M": 64, "TILE_E": _fit(64, hidden_features), "TILE_O": _fit(32, out_features)}, 8, 2)
+    depth, warps = (32, 8) if chip == 120 else (64, 4)
+    return Tiles({"TILE_M": 64, "TILE_E": _fit(128, hidden_features), "TILE_O": _fit(depth, out_features)}, warps, 3)
+
+
+def contract_tiles(out_features: int, dtype: torch.dtype, chip: int) -> Tiles:
+    """Operand times W^T: tokens, depth, and tiles of output channels, all of them where the registers hold them."""
+    if dtype.itemsize > 2:
+        return Tiles({"TILE_M": 64, "TILE_E": 16, "TILE_O": _fit(64, out_features), "NUM_O": 1}, 8, 2)
+    size, count = _cover(out_features)
+    tokens = 128 if chip in _OPERANDS_FROM_SHARED_MEMORY and out_features <= 384 else 64
+    return Tiles({"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count}, 8, 2)
+
+
+def weight_gradient_tiles(channels: int, width: int, dtype: torch.dtype, chip: int) -> Tiles:
+    """operand^T tokens: tokens at a time, the operand's channels, and tiles of the tokens' channels."""
+    if dtype.itemsize > 2:
+        return Tiles({"TILE_M": 16, "TILE_E": _fit(64, width), "TILE_C": _fit(64, channels), "NUM_C": 1}, 8, 2)
+    size, count = _cover(channels)
+    columns = 128 if chip in _OPERANDS_FROM_SHARED_MEMORY else 64
+    depth = 16 if chip == 120 and size == 128 else 32
+    return Tiles(
+        {"TILE_M": depth, "TILE_E": _fit(columns, width), "TILE_C": _fit(size, channels), "NUM_C": count}, 8, 3
+    )
+
+
+def fold_gradient_tiles(channels: int) -> Tiles:
+    """W_1^T b W_1 of the factored gradients; every program instance reads the weight along one side."""
+    large = channels % 128 == 0
+    return Tiles({"TILE_E": 32, "TILE_C": _fit(128 if large else 64, channels)}, 8 if large else 4, 2)
+
+
+def factored_weight_tiles(channels: int) -> Tiles:
+    """W_1 cov x of the factored gradient of the first weight."""
+    return Tiles({"TILE_E": 32, "TILE_C": _fit(64, channels), "TILE_K": 32}, 4, 2)
+
+
+def depthwise_tiles(width: int, hidden_features: int, kernel_size: int, dtype: torch.dtype) -> Tiles:
+    """Columns of a program instance, and hidden channels: two a thread, or one where their registers would not do."""
+    most = {3: 14, 5: 7, 7: 4}[kernel_size]
+    tiles = cdiv(width, most)
+    return Tiles({"TILE_W": cdiv(width, tiles), "TILE_E": 64 if dtype.itemsize <= 2 and kernel_size == 3 else 32}, 1)
+
+
+def row_tiles(channels: int) -> Tiles:
+    """Kernels that take tokens as they come."""
+    return Tiles({"TILE_M": 16, "TILE_O": _fit(128, channels)}, 4)
+
+
+def sum_tiles(parts: int) -> Tiles:
+    """Sums of partial results."""
+    return Tiles({"TILE_S": min(32, next_power_of_2(parts)), "TILE_N": 64 if parts > 32 else 256}, 4)
