@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,28 @@ from ..common.children import child_reason
 from ..lca import FusedLCAAttention
 from ..linear.module import LINEAR
 
-__all__ = ["are_readable", "attention_tensors", "is_idle", "linear_tensors", "may_go_at_once"]
+__all__ = ["CallArguments", "are_readable", "attention_tensors", "can_run_fused", "is_idle", "linear_tensors"]
 
 _DROPOUT = (nn.Dropout, nn.Identity)
 
 
-def may_go_at_once(x: Tensor, operators: Sequence[str]) -> bool:
-    """Whether several operators may run as one: no gradient is wanted, nobody watches, and all would run natively."""
+class CallArguments(NamedTuple):
+    """What a compiled call takes of modules beside tokens, as csrc/cpu/block has it."""
+
+    parameters: list[Tensor | None]
+    scalars: list[float]
+    sizes: list[int]
+
+
+def can_run_fused(x: Tensor, dims: int, operators: Sequence[str]) -> bool:
+    """Whether one call may stand for several operators on a tensor x of so many dimensions.
+
+    It may where no gradient is wanted, no hook, transform or autocast is active, and every operator would run natively.
+    """
     return (
-        not torch.is_grad_enabled()
+        x.dim() == dims
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
         and is_eager(x)
         and unsupported_reason(x) is None
         and autocast_dtype(x) is None
@@ -34,11 +48,9 @@ def may_go_at_once(x: Tensor, operators: Sequence[str]) -> bool:
     )
 
 
-def is_idle(dropout: nn.Module, *more: type[nn.Module]) -> bool:
-    """Whether a dropout, or another module that does nothing at inference, may be left out."""
-    return child_reason("dropout", dropout, (*_DROPOUT, *more)) is None and not (
-        dropout.training and getattr(dropout, "p", 1.0)
-    )
+def is_idle(dropout: nn.Module) -> bool:
+    """Whether a dropout may be left out at inference."""
+    return child_reason("dropout", dropout, _DROPOUT) is None and not (dropout.training and getattr(dropout, "p", 1.0))
 
 
 def linear_tensors(layer: nn.Module, out_features: int, in_features: int) -> list[Tensor | None] | None:
@@ -50,7 +62,7 @@ def linear_tensors(layer: nn.Module, out_features: int, in_features: int) -> lis
 
 def attention_tensors(
     norm1: nn.Module, attention: nn.Module, norm2: nn.Module, channels: int
-) -> tuple[list[Tensor | None], tuple[float, float, float]] | None:
+) -> tuple[list[Tensor | None], list[float]] | None:
     """The parameters of norm, attention and norm, and eps, factor of the scores and eps; None where one is called.
 
     Weights and biases in the order of the calls: norm1, qkv, proj, norm2.
@@ -61,21 +73,20 @@ def attention_tensors(
         return None
     if not (is_plain_layer_norm(norm1) and is_plain_layer_norm(norm2)):
         return None
-    tensors: list[Tensor | None] = [norm1.weight, norm1.bias]
-    for layer, features in ((attention.qkv, 3 * channels), (attention.proj, channels)):
-        found = linear_tensors(layer, features, channels)
-        if found is None:
-            return None
-        tensors += found
-    return [*tensors, norm2.weight, norm2.bias], (norm1.eps, attention.scale, norm2.eps)
+    qkv = linear_tensors(attention.qkv, 3 * channels, channels)
+    proj = linear_tensors(attention.proj, channels, channels)
+    if qkv is None or proj is None:
+        return None
+    tensors = [norm1.weight, norm1.bias, *qkv, *proj, norm2.weight, norm2.bias]
+    return tensors, [norm1.eps, attention.scale, norm2.eps]
 
 
 def are_readable(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Whether compiled code may read parameters beside x: on its device, of its dtype but for vectors in float32."""
-    dtype, device = x.dtype, x.device
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device != device or (tensor.dtype != dtype and (tensor.dtype != torch.float32 or tensor.dim() > 1)):
+        alike = tensor.dtype == x.dtype or (tensor.dtype == torch.float32 and tensor.dim() <= 1)
+        if not alike or tensor.device != x.device:
             return False
     return unsupported_reason(x, *tensors) is None

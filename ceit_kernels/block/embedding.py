@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..common.children import child_reason
 from ..i2t import FusedImage2Tokens
 from ..linear import FusedPatchProjection
-from .arguments import are_readable, may_go_at_once
+from .arguments import are_readable, can_run_fused
 
 __all__ = ["EmbeddingArguments", "embedding_arguments", "embedding_inference"]
 
@@ -48,7 +48,7 @@ def embedding_inference(
         class_token: (1, 1, C).
         positions: (1, 1 + tokens, C).
     """
-    if x.dim() != 4 or x.numel() == 0 or not may_go_at_once(x, _OPERATORS):
+    if not can_run_fused(x, 4, _OPERATORS):
         return None
     arguments = embedding_arguments(x, stem, projection, class_token, positions)
     if arguments is None:
@@ -62,11 +62,9 @@ def embedding_arguments(
     x: Tensor, stem: nn.Module, projection: nn.Module, class_token: Tensor, positions: Tensor
 ) -> EmbeddingArguments | None:
     """What the compiled call takes of the modules as they are now; None where one has to be called."""
-    if child_reason("stem", stem, (FusedImage2Tokens,)) or child_reason(
-        "projection", projection, (FusedPatchProjection,)
-    ):
+    if child_reason("stem", stem, (FusedImage2Tokens,)) is not None:
         return None
-    if projection.plain_reason() is not None:
+    if child_reason("projection", projection, (FusedPatchProjection,)) or projection.plain_reason():
         return None
     weight = projection.weight
     parameters = [weight, projection.bias, class_token, positions]

@@ -1,6 +1,6 @@
 """Encoder blocks at inference on the CPU in one call, where each of their operators would run by compiled code.
 
-One image takes half a millisecond of a block in products and stages, and as much in Python between them.
+One image takes half a millisecond of a block in compiled code, and operator by operator as much in Python between them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..common.children import child_reason
 from ..leff import FrozenLeFF, FusedLeFF
-from ..leff.grid import token_grid
 from ..leff.cpu import leff_sizes
-from .arguments import are_readable, attention_tensors, may_go_at_once
+from ..leff.grid import token_grid
+from .arguments import CallArguments, are_readable, attention_tensors, can_run_fused
 
-__all__ = ["EncoderArguments", "EncoderParts", "encoder_arguments", "encoder_inference"]
+__all__ = ["EncoderParts", "encoder_arguments", "encoder_inference"]
 
 torch.library.define(
     "ceit::_encoder_infer",
@@ -37,14 +37,6 @@ class EncoderParts(NamedTuple):
     leff: nn.Module
 
 
-class EncoderArguments(NamedTuple):
-    """What the compiled call takes of some blocks beside tokens, as csrc/cpu/block has it."""
-
-    parameters: list[Tensor | None]
-    scalars: list[float]
-    sizes: list[int]
-
-
 def encoder_inference(
     x: Tensor,
     blocks: Sequence[nn.Module],
@@ -54,9 +46,9 @@ def encoder_inference(
 ) -> tuple[Tensor, Tensor] | None:
     """Tokens (B, P + H * W, C) behind the last block, and the first token behind every block (B, len(blocks), C).
 
-    None where that takes other calls: a gradient may be wanted, someone watches (hooks, a compiler, a dispatch mode), a
-    module is not the fused or plain one that is known or is in training mode, an operator does not run natively, or it
-    is a class token that cannot be computed alone.
+    None where that takes other calls: a gradient may be wanted, a hook, compiler or dispatch mode is active, a module
+    is not the fused or plain one that is known or is in training mode, an operator does not run natively, or the class
+    token cannot be computed alone.
 
     Args:
         x: tokens (B, P + H * W, C) on the CPU.
@@ -68,7 +60,7 @@ def encoder_inference(
     Raises:
         ValueError: the tokens make no such image.
     """
-    if x.dim() != 3 or x.numel() == 0 or not may_go_at_once(x, _OPERATORS):
+    if not can_run_fused(x, 3, _OPERATORS):
         return None
     arguments = encoder_arguments(x, [parts_of(block) for block in blocks], grid_size, class_token_only)
     if arguments is None:
@@ -84,45 +76,43 @@ def encoder_arguments(
     parts: Sequence[EncoderParts | None],
     grid_size: tuple[int, int] | None = None,
     class_token_only: bool = False,
-) -> EncoderArguments | None:
+) -> CallArguments | None:
     """What the compiled call takes of blocks as they are now; None where one has to be called.
 
     Args:
         x, grid_size, class_token_only: as of ``encoder_inference``.
         parts: of each block.
     """
-    parameters: list[Tensor | None] = []
-    scalars: list[float] = []
-    sizes: list[int] | None = None
+    found: list[CallArguments] = []
     for part in parts:
-        found = None if part is None else _block_arguments(x, part, grid_size, class_token_only)
+        arguments = None if part is None else _block_arguments(x, part, grid_size, class_token_only)
         # One call takes blocks of one size.
-        if found is None or (sizes is not None and found.sizes != sizes):
+        if arguments is None or (found and arguments.sizes != found[0].sizes):
             return None
-        parameters += found.parameters
-        scalars += found.scalars
-        sizes = found.sizes
-    if sizes is None or not are_readable(x, parameters):
+        found.append(arguments)
+    parameters = [tensor for arguments in found for tensor in arguments.parameters]
+    if not found or not are_readable(x, parameters):
         return None
-    return EncoderArguments(parameters, scalars, [*sizes, len(parts)])
+    scalars = [scalar for arguments in found for scalar in arguments.scalars]
+    return CallArguments(parameters, scalars, [*found[0].sizes, len(found)])
 
 
 def _block_arguments(
     x: Tensor, parts: EncoderParts, grid_size: tuple[int, int] | None, class_token_only: bool
-) -> EncoderArguments | None:
+) -> CallArguments | None:
     norm1, attention, norm2, leff = parts
     channels = x.shape[2]
     found = attention_tensors(norm1, attention, norm2, channels)
     if found is None or child_reason("leff", leff, (FusedLeFF, FrozenLeFF)) is not None or leff.layout != "tokens":
         return None
-    of_leff = leff.inference_parts()
+    leff_parts = leff.inference_parts()
     # LeFF leaves one prefix token as it is.
-    if of_leff is None or (class_token_only and leff.num_prefix_tokens != 1):
+    if leff_parts is None or (class_token_only and leff.num_prefix_tokens != 1):
         return None
-    parameters, eps, activations = of_leff
-    height, width = token_grid(x.shape[1], leff.num_prefix_tokens, grid_size)
-    _, hidden, outputs, *rest = sizes = leff_sizes(parameters, activations, (height, width))
-    if sizes[0] != channels or outputs != channels:
+    parameters, eps, activations = leff_parts
+    grid_size = token_grid(x.shape[1], leff.num_prefix_tokens, grid_size)
+    inputs, hidden, outputs, *rest = leff_sizes(parameters, activations, grid_size)
+    if (inputs, outputs) != (channels, channels):
         return None
     tensors, scalars = found
-    return EncoderArguments([*tensors, *parameters], [*scalars, *eps], [channels, attention.num_heads, hidden, *rest])
+    return CallArguments([*tensors, *parameters], [*scalars, *eps], [channels, attention.num_heads, hidden, *rest])

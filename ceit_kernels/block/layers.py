@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..common.children import child_reason
 from ..leff.activations import INDICES
-from .arguments import are_readable, attention_tensors, is_idle, linear_tensors, may_go_at_once
+from .arguments import CallArguments, are_readable, attention_tensors, can_run_fused, is_idle, linear_tensors
 
-__all__ = ["LayersArguments", "LayersParts", "layers_arguments", "layers_inference"]
+__all__ = ["LayersParts", "layers_arguments", "layers_inference"]
 
 torch.library.define(
     "ceit::_layers_infer",
@@ -33,14 +33,6 @@ class LayersParts(NamedTuple):
     dropouts: tuple[nn.Module, ...] = ()
 
 
-class LayersArguments(NamedTuple):
-    """What the compiled call takes of a block beside tokens, as csrc/cpu/block has it."""
-
-    parameters: list[Tensor | None]
-    scalars: list[float]
-    sizes: list[int]
-
-
 def layers_inference(x: Tensor, parts: LayersParts) -> Tensor | None:
     """The last of x (B, L, C), having asked all of them: (B, 1, C). None as for ``encoder_inference``.
 
@@ -48,7 +40,7 @@ def layers_inference(x: Tensor, parts: LayersParts) -> Tensor | None:
         x: class tokens of all layers, on the CPU.
         parts: of a block that does nothing else.
     """
-    if x.dim() != 3 or x.numel() == 0 or not may_go_at_once(x, _OPERATORS):
+    if not can_run_fused(x, 3, _OPERATORS):
         return None
     arguments = layers_arguments(x, parts)
     if arguments is None:
@@ -58,7 +50,7 @@ def layers_inference(x: Tensor, parts: LayersParts) -> Tensor | None:
     return out
 
 
-def layers_arguments(x: Tensor, parts: LayersParts) -> LayersArguments | None:
+def layers_arguments(x: Tensor, parts: LayersParts) -> CallArguments | None:
     """What the compiled call takes of a block as it is now; None where a part has to be called."""
     channels = x.shape[2]
     found = attention_tensors(parts.norm1, parts.attention, parts.norm2, channels)
@@ -74,6 +66,5 @@ def layers_arguments(x: Tensor, parts: LayersParts) -> LayersArguments | None:
     parameters = [*tensors, *fc1, *fc2]
     if not are_readable(x, parameters):
         return None
-    exact = parts.activation.approximate == "none"
-    sizes = [channels, parts.attention.num_heads, hidden, INDICES["gelu" if exact else "gelu_tanh"]]
-    return LayersArguments(parameters, list(scalars), sizes)
+    gelu = "gelu" if parts.activation.approximate == "none" else "gelu_tanh"
+    return CallArguments(parameters, scalars, [channels, parts.attention.num_heads, hidden, INDICES[gelu]])

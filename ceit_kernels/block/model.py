@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..add_norm.module import is_plain_layer_norm
-from .arguments import are_readable, linear_tensors, may_go_at_once
+from .arguments import are_readable, can_run_fused, linear_tensors
 from .embedding import embedding_arguments
 from .encoder import EncoderParts, encoder_arguments
 from .layers import LayersParts, layers_arguments
@@ -51,9 +51,7 @@ class WholeModel:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The logits of images x."""
-        if x.device.type != "cpu" or not may_go_at_once(x, _OPERATORS):
-            return None
-        if x.dim() != 4 or (x.shape[1:], x.dtype) != self._like or x.numel() == 0:
+        if x.device.type != "cpu" or (x.shape[1:], x.dtype) != self._like or not can_run_fused(x, 4, _OPERATORS):
             return None
         return torch.ops.ceit._model_infer(x, *self._stem, self._packed, self._scalars, self._sizes)
 
@@ -70,7 +68,7 @@ def prepare_model(parts: ModelParts, image_size: tuple[int, int]) -> WholeModel 
     if weight.device.type != "cpu":
         return None
     image = weight.new_empty(1, weight.shape[1], *image_size)
-    if not may_go_at_once(image, _OPERATORS) or not is_plain_layer_norm(parts.norm):
+    if not can_run_fused(image, 4, _OPERATORS) or not is_plain_layer_norm(parts.norm):
         return None
     embedding = embedding_arguments(image, parts.stem, parts.projection, parts.class_token, parts.positions)
     if embedding is None:

@@ -48,7 +48,7 @@ def test_is_as_accurate_as_plain_pytorch(dtype, threads, batch, img_size, embed_
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = fuse(plain).tokens_at_once(*inputs)
+        found = fuse(plain).tokens_fused(*inputs)
     finally:
         torch.set_num_threads(before)
     assert_as_accurate(["tokens"], [found], [expected], [exact])
@@ -58,15 +58,15 @@ def test_is_as_accurate_as_plain_pytorch(dtype, threads, batch, img_size, embed_
 def test_takes_images_of_any_strides_and_follows_what_changes():
     embed = fuse(make_embed())
     images, class_token, positions = make_inputs(embed)
-    found = embed.tokens_at_once(images, class_token, positions)
+    found = embed.tokens_fused(images, class_token, positions)
     last = images.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(embed.tokens_at_once(last, class_token, positions), found)
-    moved = embed.tokens_at_once(images, class_token, positions + 1)
+    assert torch.equal(embed.tokens_fused(last, class_token, positions), found)
+    moved = embed.tokens_fused(images, class_token, positions + 1)
     torch.testing.assert_close(moved, found + 1)
     for tensor in (embed.proj.weight, embed.backbone.bn.running_var, embed.backbone.conv.weight):
-        before = embed.tokens_at_once(images, class_token, positions)
+        before = embed.tokens_fused(images, class_token, positions)
         tensor.mul_(1.5)
-        after = embed.tokens_at_once(images, class_token, positions)
+        after = embed.tokens_fused(images, class_token, positions)
         assert not torch.allclose(after, before)
         torch.testing.assert_close(after, one_by_one(embed, images, class_token, positions), rtol=1e-4, atol=1e-4)
 
@@ -74,18 +74,18 @@ def test_takes_images_of_any_strides_and_follows_what_changes():
 def test_declines_where_someone_would_notice():
     embed = fuse(make_embed())
     images, *others = make_inputs(embed)
-    assert embed.tokens_at_once(images, *others) is None  # gradients
+    assert embed.tokens_fused(images, *others) is None  # gradients
     with torch.no_grad():
-        assert embed.tokens_at_once(images, *others) is not None
+        assert embed.tokens_fused(images, *others) is not None
         for operator in ("i2t", "linear"):
             with use_backend(f"{operator}=reference"):
-                assert embed.tokens_at_once(images, *others) is None
+                assert embed.tokens_fused(images, *others) is None
         for module in (embed, embed.backbone, embed.backbone.bn, embed.proj):
             handle = module.register_forward_hook(lambda *_: None)
-            assert embed.tokens_at_once(images, *others) is None
+            assert embed.tokens_fused(images, *others) is None
             handle.remove()
         embed.backbone.bn.train()
-        assert embed.tokens_at_once(images, *others) is None
+        assert embed.tokens_fused(images, *others) is None
         plain = make_embed()
         assert embedding_inference(images, plain.backbone, plain.proj, *others) is None
 
@@ -95,4 +95,4 @@ def test_images_of_another_size_are_an_error():
     embed = fuse(make_embed())
     _, *others = make_inputs(embed)
     with pytest.raises(ValueError, match="x: expected images of 64x48 pixels, got 32x32"):
-        embed.tokens_at_once(torch.zeros(1, 3, 32, 32), *others)
+        embed.tokens_fused(torch.zeros(1, 3, 32, 32), *others)

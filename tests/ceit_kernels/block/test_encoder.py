@@ -33,7 +33,7 @@ def parts_of(block: Block) -> EncoderParts:
     return EncoderParts(block.norm1, block.attn, block.norm2, block.leff)
 
 
-def at_once(block: Block, x, grid_size=(4, 5)):
+def run_fused(block: Block, x, grid_size=(4, 5)):
     with torch.no_grad():
         found = encoder_inference(x, [block], parts_of, grid_size)
     return None if found is None else found[0]
@@ -45,7 +45,7 @@ def test_is_as_accurate_as_plain_pytorch(dtype, batch):
     plain, x = make_block(dtype, qkv_bias=True), make_tokens(batch, dtype=dtype)
     with torch.no_grad():
         expected, exact = plain(x, (4, 5)), copy.deepcopy(plain).double()(x.double(), (4, 5))
-    assert_as_accurate(["tokens"], [at_once(fuse(plain), x)], [expected], [exact])
+    assert_as_accurate(["tokens"], [run_fused(fuse(plain), x)], [expected], [exact])
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,15 @@ def test_agrees_to_rounding_in_float64(options, batch, grid):
     plain, x = make_block(torch.float64, **options), make_tokens(batch, grid, torch.float64)
     with torch.no_grad():
         expected = plain(x, grid)
-    torch.testing.assert_close(at_once(fuse(plain), x, grid), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(run_fused(fuse(plain), x, grid), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_takes_tokens_of_any_strides():
     block, x = fuse(make_block(torch.float64)), make_tokens(dtype=torch.float64)
     scattered = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(at_once(block, scattered), at_once(block, x))
+    assert torch.equal(run_fused(block, scattered), run_fused(block, x))
     expanded = x[:1].expand(3, -1, -1)
-    torch.testing.assert_close(at_once(block, expanded)[2], at_once(block, x[:1])[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run_fused(block, expanded)[2], run_fused(block, x[:1])[0], rtol=1e-12, atol=1e-12)
 
 
 def test_the_block_runs_it(monkeypatch):
@@ -94,7 +94,7 @@ def test_several_blocks_give_the_class_token_of_each(dtype, class_token_only, ba
     with torch.no_grad():
         class_tokens = []
         for block in blocks:
-            expected = at_once(block, expected)
+            expected = run_fused(block, expected)
             class_tokens.append(expected[:, 0])
         result = encoder_inference(x, blocks, parts_of, (4, 5), class_token_only)
     if class_token_only:
@@ -119,7 +119,7 @@ def test_panels_of_any_width_on_any_number_of_threads(dtype, threads, dim, heads
     try:
         with torch.no_grad():
             expected, exact = plain(x, grid), copy.deepcopy(plain).double()(x.double(), grid)
-        assert_as_accurate(["tokens"], [at_once(fuse(plain), x, grid)], [expected], [exact])
+        assert_as_accurate(["tokens"], [run_fused(fuse(plain), x, grid)], [expected], [exact])
     finally:
         torch.set_num_threads(before)
 
@@ -130,13 +130,13 @@ def test_follows_whatever_is_written_to_a_weight_or_put_in_its_place():
         for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
             if not tensor.is_floating_point() or name.endswith("conv1.bias"):  # the first norm is not far from it
                 continue
-            before = at_once(block, x)
+            before = run_fused(block, x)
             tensor.data.numpy()[...] *= 1.5
-            assert not torch.allclose(at_once(block, x), before, rtol=1e-6, atol=1e-6), name
+            assert not torch.allclose(run_fused(block, x), before, rtol=1e-6, atol=1e-6), name
             owner, _, last = name.rpartition(".")
             setattr(block.get_submodule(owner), last, type(tensor)(tensor.clone()))
             expected = block.train().eval()(x, (4, 5))
-            assert torch.equal(at_once(block, x), expected), name
+            assert torch.equal(run_fused(block, x), expected), name
 
 
 class Watching(torch.utils._python_dispatch.TorchDispatchMode):
@@ -146,32 +146,32 @@ class Watching(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_declines_where_someone_would_notice():
     block, x = fuse(make_block()), make_tokens()
-    assert at_once(block, x) is not None
+    assert run_fused(block, x) is not None
     assert encoder_inference(x, [block], parts_of, (4, 5)) is None  # gradients
     with torch.no_grad():
         assert encoder_inference(x, [block], lambda _: None, (4, 5)) is None  # a block that does more
     with Watching():
-        assert at_once(block, x) is None
+        assert run_fused(block, x) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert at_once(block, x) is None
+        assert run_fused(block, x) is None
     for operator in ("add_norm", "linear", "attention", "leff"):
         with use_backend(f"{operator}=reference"):
-            assert at_once(block, x) is None
+            assert run_fused(block, x) is None
     for module in (block.norm1, block.attn, block.attn.proj, block.leff, block.leff.bn1):
         handle = module.register_forward_hook(lambda *_: None)
-        assert at_once(block, x) is None, module
+        assert run_fused(block, x) is None, module
         handle.remove()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert at_once(block, x) is None
+    assert run_fused(block, x) is None
     handle.remove()
     block.attn.proj_drop.p = block.attn.attn_drop.p = 0.5
     for module in (block.attn, block.attn.proj_drop, block.leff, block.leff.bn3):
         module.train()
-        assert at_once(block, x) is None, module
+        assert run_fused(block, x) is None, module
         module.eval()
-    assert at_once(block, x.double()) is None
-    assert at_once(block, x[:0]) is None
-    assert at_once(make_block(), x) is None  # plain
+    assert run_fused(block, x.double()) is None
+    assert run_fused(block, x[:0]) is None
+    assert run_fused(make_block(), x) is None  # plain
 
 
 def test_a_hook_inside_the_block_sees_its_calls():
@@ -185,4 +185,4 @@ def test_a_hook_inside_the_block_sees_its_calls():
 
 def test_a_grid_that_the_tokens_do_not_make_is_an_error():
     with pytest.raises(ValueError, match="x: expected 1 prefix and grid_size 4 \\* 4 = 16 patch tokens, got 21"):
-        at_once(fuse(make_block()), make_tokens(), (4, 4))
+        run_fused(fuse(make_block()), make_tokens(), (4, 4))
