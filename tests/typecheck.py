@@ -12,11 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # What users import: files, and the modules of every operator.
 PUBLIC = (
-    *("ceit_kernels/__init__.py", "ceit/__init__.py", "ceit/checkpoint.py", "ceit/embed.py", "ceit/layers.py"),
-    *("ceit/model.py", "ceit/registry.py"),
+    *("ceit_kernels/__init__.py", "ceit_kernels/backends.py", "ceit_kernels/freeze.py", "ceit_kernels/fuse.py"),
+    *("ceit_kernels/*/__init__.py", "ceit_kernels/*/functional.py", "ceit_kernels/*/module.py"),
+    *("ceit_kernels/linear/patches.py", "ceit_kernels/operators.py"),
+    *("ceit/__init__.py", "ceit/blocks.py", "ceit/checkpoint.py", "ceit/embed.py", "ceit/encode.py"),
+    *("ceit/freezing.py", "ceit/layers.py", "ceit/model.py", "ceit/registry.py", "ceit/shortcuts.py"),
 )
 # Errors elsewhere. It only ever falls: lower it with them.
-BASELINE = 366
+BASELINE = 260
 
 
 def errors() -> list[tuple[str, str]]:

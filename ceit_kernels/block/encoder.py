@@ -6,7 +6,7 @@ One image takes half a millisecond of a block in compiled code, and operator by 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ torch.library.define(
 
 _OPERATORS = ("add_norm", "linear", "attention", "leff")
 
+Block = TypeVar("Block", bound=nn.Module)
+
 
 class EncoderParts(NamedTuple):
     """What an encoder block is made of: ``y = x + attention(norm1(x)); y + leff(norm2(y))`` (CeiT, section 3.3)."""
@@ -39,8 +41,8 @@ class EncoderParts(NamedTuple):
 
 def encoder_inference(
     x: Tensor,
-    blocks: Sequence[nn.Module],
-    parts_of: Callable[[nn.Module], EncoderParts | None],
+    blocks: Sequence[Block],
+    parts_of: Callable[[Block], EncoderParts | None],
     grid_size: tuple[int, int] | None = None,
     class_token_only: bool = False,
 ) -> tuple[Tensor, Tensor] | None:

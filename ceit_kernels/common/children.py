@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ["ANY", "IDENTITY", "child_reason", "children_reason", "convolution_reason", "held"]
@@ -53,8 +54,8 @@ def children_reason(module: nn.Module, expected: Mapping[str, Classes], own: Col
     return None
 
 
-def held(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter of a module, which looking it up as an attribute takes several times as long for."""
+def held(module: nn.Module, name: str) -> Any:
+    """A parameter of a module or None, which looking it up as an attribute takes several times as long for."""
     tensor = module._parameters.get(name)
     return getattr(module, name) if tensor is None else tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends
 from .autocast import autocast_dtype
@@ -22,6 +22,8 @@ class Prepacked:
     pickled but made again where the module is loaded.
     """
 
+    _prepacked: Any
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
 
@@ -32,9 +34,9 @@ class Prepacked:
         frozen_class.freeze(self)
 
 
-def is_freezable(operator: str, module: nn.Module, fused_class: type[Fusion], weight: Tensor | None) -> bool:
-    """Whether compiled code on the CPU serves a module that is exactly of a fused class and in evaluation mode."""
-    if type(module) is not fused_class or weight is None or weight.device.type != "cpu":
+def is_freezable(operator: str, module: Fusion, weight: Tensor | None) -> bool:
+    """Whether compiled code on the CPU serves a fused module in evaluation mode."""
+    if weight is None or weight.device.type != "cpu":
         return False
     if module.plain_reason() is not None or unsupported_reason(weight) is not None:
         return False

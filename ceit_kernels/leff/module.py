@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -184,16 +185,18 @@ class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
 
     def _tensors(self) -> tuple[list[Tensor], list[Tensor | None], list]:
         """Weights and biases of the convolutions, and what the norms compute with."""
-        convolutions = [self._modules[name] for name in _CONVOLUTIONS]
-        weights, biases = ([held(convolution, name) for convolution in convolutions] for name in ("weight", "bias"))
+        weights, biases = ([held(each, name) for each in self._convolutions()] for name in ("weight", "bias"))
         return weights, biases, [of_module(norm) for norm in (self.bn1, self.bn2, self.bn3)]
+
+    def _convolutions(self) -> list[nn.Conv2d]:
+        return cast("list[nn.Conv2d]", [self._modules[name] for name in _CONVOLUTIONS])
 
     def plain_reason(self) -> str | None:
         """As of ``Fusion``."""
         reason = children_reason(self, _CHILDREN)
         if reason is not None:
             return reason
-        convolutions = [self._modules[name] for name in _CONVOLUTIONS]
+        convolutions = self._convolutions()
         weight1, weight2, weight3 = [held(convolution, "weight") for convolution in convolutions]
         hidden, side = weight2.shape[0], weight2.shape[-1]
         shapes = ((hidden, weight1.shape[1], 1, 1), (hidden, 1, side, side), (weight3.shape[0], hidden, 1, 1))
@@ -238,12 +241,15 @@ class FrozenLeFF(Prepacked, FusedLeFF):
     @staticmethod
     def freeze(module: nn.Module) -> None:
         """Make one of a fused block whose tensors do not change any more; on a GPU fold its norms."""
-        if type(module) is not FusedLeFF or module.inference_parts() is None:
+        if type(module) is not FusedLeFF:
+            return
+        parts = module.inference_parts()
+        if parts is None:
             return
         weight = module.conv1.weight
-        if is_freezable("leff", module, FusedLeFF, weight):
+        if is_freezable("leff", module, weight):
             module.__class__ = FrozenLeFF
-            parameters, eps, activations = module.inference_parts()
+            parameters, eps, activations = parts
             parameters = in_compute_dtype(parameters, weight.dtype)
             sizes = leff_sizes(parameters, activations, (1, 1))  # what is packed does not depend on the grid
             module.__dict__["_prepacked"] = kernels._leff_prepack(weight, parameters, eps, sizes), eps, sizes[:-2]
@@ -275,7 +281,8 @@ def fold_norms(module: LocallyEnhancedFeedForward) -> None:
         dtype = convolution.weight.dtype
         acc_dtype = torch.promote_types(dtype, torch.float32)
         tensors = (convolution.weight, convolution.bias, *norm[:4])
-        weight, bias, mean, var, *affine = (None if tensor is None else tensor.to(acc_dtype) for tensor in tensors)
+        exact: list[Any] = [None if tensor is None else tensor.to(acc_dtype) for tensor in tensors]
+        weight, bias, mean, var, *affine = exact
         folded = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, *affine)
         for name, tensor in zip(("weight", "bias"), folded, strict=True):
             convolution._parameters.pop(name, None)

@@ -64,7 +64,7 @@ class FrozenLinear(Prepacked, FusedLinear):
     @staticmethod
     def freeze(module: nn.Module) -> None:
         """Make one of a fused layer whose tensors do not change any more, where that is faster."""
-        if is_freezable("linear", module, FusedLinear, module._buffers.get("weight")):
+        if type(module) is FusedLinear and is_freezable("linear", module, module._buffers.get("weight")):
             module.__class__ = FrozenLinear
             module.__dict__["_prepacked"] = prepack_linear(module.weight, module.bias)
 
