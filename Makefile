@@ -35,7 +35,7 @@ prove: $(READY)
 bench: $(READY)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --retries 1 -c constraints.txt $(RUNTIMES) \
 		|| echo "Going on without those of $(RUNTIMES) that are not installed."
-	$(RUN) -m benchmarks $(ARGS)
+	$(RUN) -m benchmarks --report runs/bench $(ARGS)
 
 # One wheel for every Python from 3.10 and PyTorch from 2.10, with code for every GPU that the kernels run on.
 wheel: export TORCH_CUDA_ARCH_LIST ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX

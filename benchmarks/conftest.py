@@ -1,122 +1,135 @@
-"""Parameters of the benchmarks, and how a workload that is measured in turns becomes times of single tests.
+"""How workloads that are measured in turns become tests, and what the run says at its end.
 
 A workload is measured when its first test runs. pytest-benchmark then reads the times of each implementation from a
 clock that replays them, so its tables and its JSON hold the interleaved measurement.
 """
 
-from __future__ import annotations
-
-import os
-
-# The profiler that sums up memory otherwise speaks of every start and stop.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
-import torch
 
-from .harness.implementations import COSTLY, IMPLEMENTATIONS
-from .harness.measure import Clock, Result, measure_workload
-from .harness.workloads import Workload, plan
+from benchmarks.harness.compare import Worker, checkout, comparison_rows
+from benchmarks.harness.targets import target_rows
+from benchmarks.session import OPTIONS, Session
+from benchmarks.tables import format_table, result_rows
+from ceit.runtime.options import UsageError
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-QUICK_SECONDS, FULL_SECONDS = 150.0, 840.0
+SESSION = pytest.StashKey[Session]()
 
 
 class ReplayClock:
     """A timer for pytest-benchmark that goes on only when `advance` is called, by the next measured time."""
 
-    def __init__(self) -> None:
-        self._now, self._times = 0.0, iter(())
+    def __init__(self):
+        self.now, self.times = 0.0, []
 
-    def load(self, seconds: list[float]) -> None:
-        """Set the times that follow; the last one repeats."""
-        self._times = _repeating_last(seconds)
+    def advance(self):
+        """Let one call pass; the last time repeats."""
+        self.now += self.times.pop(0) if len(self.times) > 1 else self.times[0]
 
-    def advance(self) -> None:
-        """Let one call pass."""
-        self._now += next(self._times)
-
-    def __call__(self) -> float:
-        return self._now
-
-
-def _repeating_last(seconds: list[float]) -> Iterator[float]:
-    yield from seconds
-    while True:
-        yield seconds[-1]
+    def __call__(self):
+        return self.now
 
 
 REPLAY = ReplayClock()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="a few workloads and implementations: 3 minutes on two cores")
+    group = parser.getgroup("ceit benchmarks")
+    for name, settings in OPTIONS.items():
+        group.addoption(name, **settings)
+
+
+def pytest_configure(config):
+    options = {name.strip("-"): config.getoption(name) for name in OPTIONS if name != "--report"}
+    try:
+        config.stash[SESSION] = Session(**options)
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc):
-    operator = getattr(metafunc.module, "OPERATOR", None)
-    if operator is not None:
-        workloads = [g for g in plan(DEVICE, quick=metafunc.config.getoption("--quick")) if g.operator == operator]
-        metafunc.parametrize("workload", workloads, ids=[workload.name for workload in workloads])
-        metafunc.parametrize("implementation", IMPLEMENTATIONS)
+    session = metafunc.config.stash[SESSION]
+    if "target" in metafunc.fixturenames:
+        names = [f"{target.workload.name}-{target.ours}" for target in session.targets]
+        metafunc.parametrize("target", session.targets, ids=names)
+        return
+    wanted = bool(session.base) == ("workers" in metafunc.fixturenames)
+    cases = [(workload, name) for workload, names in session.cases.items() for name in names if wanted]
+    metafunc.parametrize(("workload", "implementation"), cases, ids=[f"{w.name}-{name}" for w, name in cases])
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    # Without parameters a test is there once, to be skipped.
+    items[:] = [item for item in items if not item.get_closest_marker("skip")]
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY, disable_gc=True))
 
 
-@pytest.fixture(scope="session")
-def measure(request) -> Callable[[Workload], Result]:
-    """Measure a workload once, with the implementations whose tests were selected."""
-    quick = request.config.getoption("--quick")
-    clock, results = Clock(QUICK_SECONDS if quick else FULL_SECONDS), {}
-
-    def measured(workload: Workload) -> Result:
-        if workload.name not in results:
-            chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-            names = [p["implementation"] for p in chosen if p.get("workload") == workload]
-            names = [name for name in names if not (quick and name in COSTLY)]
-            seconds = 1.0 if quick else 4.0
-            results[workload.name] = measure_workload(
-                workload, DEVICE, seconds=seconds, implementations=names, clock=clock
-            )
-        return results[workload.name]
-
-    return measured
+def pytest_collection_finish(session):
+    """Measure what was selected, and of the workloads of targets all."""
+    found = session.config.stash[SESSION]
+    selected = defaultdict(list)
+    for item in session.items:
+        if item.originalname == "test_time":
+            selected[item.callspec.params["workload"]].append(item.callspec.params["implementation"])
+    if not found.targets:
+        found.cases = dict(selected)
 
 
 @pytest.fixture
-def report_time(benchmark, measure) -> Callable[[Workload, str], None]:
-    """Give an implementation's times to pytest-benchmark, or say why there are none."""
+def session(request):
+    return request.config.stash[SESSION]
 
-    def report(workload: Workload, implementation: str) -> None:
-        result = measure(workload)
-        entry = next((e for e in result.entries if e.implementation == implementation), None)
-        if entry is None:
-            pytest.skip("left out by --quick")
-        if entry.status == "absent":
-            pytest.skip(entry.reason)
-        if entry.status != "timed":
-            pytest.fail(f"{implementation} {entry.status}: {entry.reason}", pytrace=False)
+
+@pytest.fixture(scope="session")
+def workers(request):
+    """Processes that time the other commit and this checkout."""
+    try:
+        base = request.config.stash[SESSION].base
+        with checkout(base) as root, Worker(root) as base, Worker(Path(__file__).parents[1]) as head:
+            yield base, head
+    except UsageError as error:
+        pytest.exit(str(error), returncode=4)
+
+
+@pytest.fixture
+def report_times(benchmark):
+    """Give times, and what else is known of them, to pytest-benchmark."""
+
+    def report(workload, seconds, facts):
         benchmark.group = workload.name
-        kept = dataclasses.asdict(entry)
-        del kept["seconds"]
-        per_second = {"GB/s": result.compulsory_bytes / 1e9, "TFLOP/s": result.flops / 1e12}
-        benchmark.extra_info |= kept | {unit: amount / entry.median for unit, amount in per_second.items()}
-        REPLAY.load(entry.seconds)
-        benchmark.pedantic(REPLAY.advance, rounds=len(entry.seconds))
+        benchmark.extra_info |= facts
+        REPLAY.times = list(seconds)
+        benchmark.pedantic(REPLAY.advance, rounds=len(seconds))
 
     return report
 
 
-def pytest_terminal_summary(terminalreporter):
-    """List who was not timed and why, whatever the verbosity."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    if skipped:
-        terminalreporter.section("not timed")
-        for report in skipped:
-            terminalreporter.line(f"{report.nodeid.split('::')[-1]}: {report.longrepr[2].removeprefix('Skipped: ')}")
+def pytest_terminal_summary(terminalreporter, config):
+    session, folder = config.stash[SESSION], config.getoption("--report")
+    tables = {result.workload.name: result_rows(result) for result in session.results.values()}
+    if session.judged:
+        tables["targets"] = target_rows(session.judged)
+    if session.comparisons:
+        tables[f"this checkout against {session.base}"] = comparison_rows(session.comparisons)
+    for title, rows in tables.items():
+        terminalreporter.section(title)
+        terminalreporter.write_line(format_table(rows))
+    if folder is not None and session.results:
+        from benchmarks.report import make_report, write_report
+
+        write_report(make_report(session, _command(config)), Path(folder))
+        terminalreporter.write_line(f"\nthe report is {Path(folder, 'report.md')}")
+
+
+def _command(config):
+    """The options that decide over the numbers, as they were given."""
+    words = ["python -m benchmarks"]
+    for name, settings in OPTIONS.items():
+        value = config.getoption(name)
+        if name != "--report" and value not in (None, False, settings.get("default")):
+            words += [name] if value is True else [name, f"{value:g}" if isinstance(value, float) else value]
+    return " ".join(words)

@@ -4,212 +4,216 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .harness.command import entry_row
-from .harness.implementations import DESCRIPTIONS, OURS
-from .harness.measure import Entry, Result
-from .pictures import draw_all
-from .traffic import format_table
+import torch
 
-Report = Mapping[str, Any]
+from .harness.implementations import IMPLEMENTATIONS, OURS
+from .harness.machine import environment, measure_ceilings
+from .harness.measure import Result
+from .pictures import draw_all
+from .scaling import AXES, scaling_curves
+from .session import Session
+from .tables import format_table, result_rows
+from .traffic import model_gpu
+
 _LONG_CALL_SECONDS = 0.01
 
 
-def write_report(data: Report, folder: Path) -> list[str]:
-    """Write report.json, report.md, scaling.md and the pictures.
+@dataclass
+class Report:
+    """What a run measured.
 
-    Args:
-        data: what `benchmarks.__main__` measured.
-        folder: where to, which exists.
-
-    Returns:
-        A line for every refused implementation.
+    Attributes:
+        command: that made it.
+        environment: see `machine.environment`.
+        ceilings: see `machine.measure_ceilings`, by dtype.
+        results: of the workloads.
+        left_out: names of workloads for which no time was left.
+        modelled: see `traffic.model_gpu`.
+        seconds: that the run took.
     """
-    (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n")
-    pictures = draw_all(data, folder)
-    (folder / "report.md").write_text(report_text(data, pictures))
-    if data["scaling"]:
-        (folder / "scaling.md").write_text(scaling_text(data))
-    results = [to_result(result) for result in data["measured"]]
-    refused = [f"{r.name}: {e.implementation}: {e.reason}" for r in results for e in r.entries if e.status == "refused"]
-    return refused + list(data.get("scaling_refused", []))
+
+    command: str
+    environment: dict[str, Any]
+    ceilings: dict[str, dict[str, float]]
+    results: list[Result]
+    left_out: list[str]
+    modelled: dict[str, Any]
+    seconds: float
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """The report of a file that `write_report` wrote."""
+        stored = json.loads(path.read_text())
+        return cls(**{**stored, "results": [Result.from_dict(result) for result in stored["results"]]})
+
+    @property
+    def measured(self) -> list[Result]:
+        """The results that are no points of scaling curves."""
+        return [result for result in self.results if not result.workload.axis]
+
+    @property
+    def machine(self) -> str:
+        """Where it was measured, in words."""
+        return f"{self.environment['chip']}, {self.environment['threads']} threads"
+
+    def again(self, workload: str) -> str:
+        """The command that measures a workload again; those of a quick run are in no other plan."""
+        return f"python -m benchmarks {'--quick ' if '--quick' in self.command else ''}--only {workload}"
+
+    def disturbances(self) -> list[str]:
+        """Signs that something else used the machine: the same code at another speed, or a rate beyond a ceiling."""
+        signs = []
+        for result in self.measured:
+            name, ceiling = result.workload.name, self.ceilings[result.workload.dtype]["flops_per_second"]
+            # Other runtimes choose their own algorithms, a matmul of theirs may beat this one; fused LCA needs a sixth
+            # of plain's FLOPs.
+            same_matmuls = ("plain",) if result.workload.operator == "lca" else ("plain", *OURS)
+            for entry in (e for e in result.entries if e.median is not None):
+                if result.flops / entry.median > 1.1 * ceiling and entry.implementation in same_matmuls:
+                    signs.append(f"{name}: {entry.implementation} is above the ceiling of a matmul")
+                same_code = {by["backend"] for by in entry.backends.values()} == {"reference"}
+                # To choose the reference takes the fused modules some time, which shows in a short call.
+                slower = entry.ratio.value < 0.9 and entry.median > _LONG_CALL_SECONDS
+                if same_code and (slower or entry.ratio.value > 1.1):
+                    share = f"1/{entry.ratio.value:.2f} of its time"
+                    signs.append(f"{name}: {entry.implementation} is plain PyTorch here, yet took {share}")
+        return signs
+
+    def warning(self) -> list[str]:
+        """A paragraph on disturbances, if there were any."""
+        signs = "; ".join(self.disturbances())
+        return [f"**The machine was disturbed; do not rely on these times.** {signs}."] if signs else []
 
 
-def to_result(stored: Mapping[str, Any]) -> Result:
-    """A `Result` from its JSON."""
-    return Result(**{**stored, "entries": [Entry(**entry) for entry in stored["entries"]]})
+def make_report(session: Session, command: str) -> Report:
+    """The report of a run, with the ceilings of the machine and the modelled part."""
+    dtypes = dict.fromkeys(workload.dtype for workload in session.results)
+    return Report(
+        command,
+        environment(session.device),
+        {dtype: measure_ceilings(session.device, getattr(torch, dtype)) for dtype in dtypes},
+        list(session.results.values()),
+        [workload.name for workload in session.cases if workload not in session.results],
+        model_gpu(),
+        session.clock.spent,
+    )
 
 
-def report_text(data: Report, pictures: Mapping[str, str]) -> str:
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json, report.md, scaling.md and the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+    pictures = draw_all(report, folder)
+    (folder / "report.md").write_text(_report_text(report, pictures))
+    if any(result.workload.axis for result in report.results):
+        (folder / "scaling.md").write_text(_scaling_text(report))
+
+
+def _report_text(report: Report, pictures: Mapping[str, str]) -> str:
     """The report in Markdown; `pictures` has file names by title."""
-    parts = ["# Benchmarks", f"Made by `{data['command']}` in {data['seconds'] / 60:.0f} minutes.", _environment(data)]
-    parts += filter(None, [disturbance_text(data)])
+    parts = ["# Benchmarks", f"Made by `{report.command}` in {report.seconds / 60:.0f} minutes.", _environment(report)]
+    parts += report.warning()
     parts += [f"![{title}]({name})" for title, name in pictures.items()]
-    parts.append(f"## Measured on {data['environment']['chip']}\n\n{_legend()}")
-    for stored in data["measured"]:
-        result = to_result(stored)
-        head = [
-            "implementation",
-            "ms",
-            "plain / this",
-            "99% interval",
-            "GB/s",
-            "TFLOP/s",
-            "peak MB",
-            "saved MB",
-            "note",
-        ]
-        methods = sorted({entry.method for entry in result.entries if entry.method})
-        launches = {e.implementation: e.launches for e in result.entries if e.launches is not None}
-        parts.append(
-            f"### {result.name}\n\n"
-            + format_table([head, *(entry_row(entry, result) for entry in result.entries)], markdown=True)
-            + f"\n\n{_rounds(result)}, {', '.join(methods)}"
-            + (f"; launches: {', '.join(f'{k} {v}' for k, v in launches.items())}" if launches else "")
-            + f". Again: `{again(data, result.name)}`"
-            + _kernels_text(result)
-        )
-    if data.get("failed"):
-        parts.append("Not measured, because plain PyTorch failed:\n\n" + "\n".join(f"- {it}" for it in data["failed"]))
-    if data["left_out"]:
-        parts.append(f"Left out, because the run's time was used up: {', '.join(data['left_out'])}.")
-    parts.append(modelled_text(data))
+    parts.append(f"## Measured on {report.environment['chip']}\n\n{_LEGEND}")
+    parts += [_result_text(report, result) for result in report.measured]
+    if report.left_out:
+        parts.append(f"Left out, because the run's time was used up: {', '.join(report.left_out)}.")
+    parts.append(_modelled_text(report.modelled))
     return "\n\n".join(parts) + "\n"
 
 
-def again(data: Report, workload: str) -> str:
-    """The command that measures a workload of a report again; those of a quick run are in no other plan."""
-    return f"python -m ceit bench {'--quick ' if '--quick' in data['command'] else ''}--only {workload}"
-
-
-def _kernels_text(result: Result) -> str:
-    """The fused kernels of a workload that were timed on a GPU, and those that could not be told apart."""
-    rows = [["kernel", "launches", "us", "GB/s", "TFLOP/s"]]
-    unmatched = []
-    for entry in result.entries:
-        unmatched += entry.unmatched
-        for kernel in entry.kernels:
-            seconds = kernel["seconds"]
-            rates = f"{kernel['bytes'] / seconds / 1e9:,.0f}", f"{kernel['flops'] / seconds / 1e12:,.1f}"
-            rows.append([kernel["name"], str(kernel["launches"]), f"{1e6 * seconds:,.1f}", *rates])
-    table = "\n\nIts kernels, profiled; bytes and products as counted:\n\n" + format_table(rows, markdown=True)
-    return (table if len(rows) > 1 else "") + "".join(f"\n\nNo time for {line}." for line in unmatched)
-
-
-def disturbances(data: Report) -> list[str]:
-    """Signs that something else used the machine: the same code at another speed, or a rate beyond a ceiling."""
-    signs = []
-    for result in map(to_result, data["measured"]):
-        ceiling = data["ceilings"][result.workload["dtype"]]["flops_per_second"]
-        for entry in result.entries:
-            if entry.median is None:
-                continue
-            # Other runtimes choose their own algorithms, a product of theirs may beat this one; fused LCA needs a sixth
-            # of plain's products.
-            same_products = ("plain",) if result.workload["operator"] == "lca" else ("plain", *OURS)
-            if result.flops / entry.median > 1.1 * ceiling and entry.implementation in same_products:
-                signs.append(f"{result.name}: {entry.implementation} is above the ceiling of a product")
-            same_code = {by["backend"] for by in entry.backends.values()} == {"reference"}
-            # To choose the reference takes the fused modules some time, which shows in a short call.
-            slower = entry.ratio["value"] < 0.9 and entry.median > _LONG_CALL_SECONDS
-            if same_code and (slower or entry.ratio["value"] > 1.1):
-                share = f"1/{entry.ratio['value']:.2f} of its time"
-                signs.append(f"{result.name}: {entry.implementation} is plain PyTorch here, yet took {share}")
-    return signs
-
-
-def disturbance_text(data: Report) -> str:
-    """A warning, or nothing."""
-    signs = disturbances(data)
-    return f"**The machine was disturbed; do not rely on these times.** {'; '.join(signs)}." if signs else ""
-
-
-def _rounds(result: Result) -> str:
-    rounds = max(len(entry.seconds) for entry in result.entries)
+def _result_text(report: Report, result: Result) -> str:
+    methods = sorted({entry.method for entry in result.entries if entry.method})
+    launches = [f"{e.implementation} {e.launches}" for e in result.entries if e.launches is not None]
     inputs = f", {result.rotating_inputs} inputs in rotation" if result.rotating_inputs > 1 else ""
-    return f"{rounds} rounds{inputs}"
+    facts = f"{max(len(entry.seconds) for entry in result.entries)} rounds{inputs}, {', '.join(methods)}"
+    facts += f"; launches: {', '.join(launches)}" if launches else ""
+    parts = [
+        f"### {result.workload.name}",
+        format_table(result_rows(result), markdown=True),
+        f"{facts}. Again: `{report.again(result.workload.name)}`",
+    ]
+    rows = [["kernel", "launches", "us", "GB/s", "TFLOP/s"]]
+    for kernel in (kernel for entry in result.entries for kernel in entry.kernels):
+        seconds = kernel["seconds"]
+        rates = f"{kernel['bytes'] / seconds / 1e9:,.0f}", f"{kernel['flops'] / seconds / 1e12:,.1f}"
+        rows.append([kernel["name"], str(kernel["launches"]), f"{1e6 * seconds:,.1f}", *rates])
+    if len(rows) > 1:
+        parts += ["Its kernels, profiled; bytes and FLOPs as counted:", format_table(rows, markdown=True)]
+    parts += [f"No time for {line}." for entry in result.entries for line in entry.unmatched]
+    return "\n\n".join(parts)
 
 
-def _legend() -> str:
-    lines = [f"- `{name}`: {what}" for name, what in DESCRIPTIONS.items()]
-    return (
-        "Medians of rounds in which the implementations take turns. Above 1, plain / this is faster than plain. "
-        "Outputs, and in training gradients, were compared with plain PyTorch's before a time counted. GB/s are those "
-        "of the input, the output and the parameters, which nothing avoids; TFLOP/s those of plain PyTorch's products; "
-        "peak MB what PyTorch allocates during a call.\n\n" + "\n".join(lines)
-    )
+_LEGEND = (
+    "Medians of rounds in which the implementations take turns. Above 1, plain / this is faster than plain PyTorch. "
+    "Outputs, and in training gradients, were compared with plain PyTorch's before a time counted. GB/s are those of "
+    "the input, the output and the parameters, which nothing avoids; TFLOP/s those of plain PyTorch's matmuls and "
+    "convolutions; peak MB what PyTorch allocates during a call.\n\n"
+) + "\n".join(f"- `{name}`: {what}" for name, what in IMPLEMENTATIONS.items())
 
 
-def _environment(data: Report) -> str:
-    environment = data["environment"]
+def _environment(report: Report) -> str:
+    environment = report.environment
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     ceilings = "; ".join(
-        f"copy {c['bytes_per_second'] / 1e9:,.1f} GB/s, product in {dtype} {c['flops_per_second'] / 1e12:,.2f} TFLOP/s"
-        for dtype, c in data["ceilings"].items()
+        f"copy {c['bytes_per_second'] / 1e9:,.1f} GB/s, matmul in {dtype} {c['flops_per_second'] / 1e12:,.2f} TFLOP/s"
+        for dtype, c in report.ceilings.items()
     )
-    backends = format_table(
-        [
-            ["fused operator", "runs by", "why"],
-            *([b["operator"], b["backend"] or "none", b["reason"]] for b in environment["backends"]),
-        ],
-        markdown=True,
-    )
+    columns = [name for name in environment["backends"][0] if name != "device"]
+    backends = [columns, *([str(row[name]) for name in columns] for row in environment["backends"])]
     return (
-        f"{environment['chip']}, {environment['threads']} threads of {environment['cores']} cores, "
-        f"{environment['system']}; {versions}; commit {environment['commit']}.\n\n"
-        f"Ceilings of this machine, measured: {ceilings}.\n\n{backends}\n\n"
+        f"{report.machine} of {environment['cores']} cores, {environment['system']}; {versions}; commit "
+        f"{environment['commit']}.\n\nCeilings of this machine, measured: {ceilings}.\n\n"
+        f"{format_table(backends, markdown=True)}\n\n"
         "Where it says reference, the fused side is plain PyTorch, and no gain is claimed for it."
     )
 
 
-def modelled_text(data: Report) -> str:
-    """The modelled part in Markdown."""
-    modelled = data["modelled"]
+def _modelled_text(modelled: Mapping[str, Any]) -> str:
     given = modelled["assumptions"]
     rows = [["what", "size", "phase", "implementation", "launches", "MB", "GFLOP", "modelled us"]]
     for row in modelled["rows"]:
-        names = [row[key] for key in ("operator", "size", "phase", "implementation", "launches")]
-        amounts = [row["bytes"] / 1e6, row["flops"] / 1e9, 1e6 * row["modelled_seconds"]]
-        rows.append([*map(str, names), *(f"{amount:,.1f}" for amount in amounts)])
-    reasons = {row["compile_reason"] for row in modelled["rows"]} - {""}
+        names = [str(row[key]) for key in ("operator", "size", "phase", "implementation", "launches")]
+        amounts = row["bytes"] / 1e6, row["flops"] / 1e9, 1e6 * row["modelled_seconds"]
+        rows.append([*names, *(f"{amount:,.1f}" for amount in amounts)])
+    missing = modelled["compile_missing"]
     return (
         "## Modelled for an H100, not measured\n\n"
         f"Batch {given['batch']}, {given['dtype']}: kernels counted without a GPU, each its bytes at "
-        f"{given['bytes_per_second'] / 1e12:.1f} TB/s or its products at {given['flops_per_second'] / 1e12:.0f} "
+        f"{given['bytes_per_second'] / 1e12:.1f} TB/s or its matmuls at {given['flops_per_second'] / 1e12:.0f} "
         f"TFLOP/s, whichever takes longer, and {1e6 * given['launch_seconds']:.0f} us a launch. The stem's compiled "
-        "operators count as one launch each, and their products as plain PyTorch's, which is less than they do. "
-        "Counted again by `python -m benchmarks.traffic` and `python -m benchmarks.traffic.model`.\n\n"
+        "operators count as one launch each, and their FLOPs as plain PyTorch's, which is less than they do. "
+        "Counted again by `python -m benchmarks.traffic`.\n\n"
         + format_table(rows, markdown=True)
-        + "".join(f"\n\n`torch.compile` is missing: {reason}" for reason in sorted(reasons))
+        + (f"\n\n`torch.compile` is missing: {missing}" if missing else "")
     )
 
 
-def scaling_text(data: Report) -> str:
+def _scaling_text(report: Report) -> str:
     """The scaling page: the picture, the points and the fitted exponents."""
     rows = [["axis", "phase", "implementation", "sizes", "ms", "peak MB", "time exponent", "memory exponent"]]
-    for curve in data["scaling"]:
-        memory = curve["memory_exponent"]
-        rows.append(
-            [
-                curve["axis"],
-                curve["phase"],
-                curve["implementation"],
-                " ".join(map(str, curve["sizes"])),
-                " ".join(f"{1e3 * seconds:,.0f}" for seconds in curve["seconds"]),
-                " ".join("-" if peak is None else f"{peak / 1e6:,.0f}" for peak in curve["peak_bytes"]),
-                f"{curve['time_exponent']:.2f}",
-                "-" if memory is None else f"{memory:.2f}",
-            ]
-        )
+    for it in scaling_curves(report.results):
+        times = " ".join(f"{1e3 * seconds:,.0f}" for seconds in it.seconds)
+        memory = " ".join("-" if peak is None else f"{peak / 1e6:,.0f}" for peak in it.peak_bytes)
+        exponents = [f"{it.time_exponent:.2f}", "-" if it.memory_exponent is None else f"{it.memory_exponent:.2f}"]
+        names = [AXES[it.axis], it.phase, it.implementation, " ".join(map(str, it.sizes))]
+        rows.append([*names, times, memory, *exponents])
+    without = [
+        f"\n\nNo point: {result.workload.name}: {entry.implementation} {entry.status}: {entry.reason}."
+        for result in report.results
+        for entry in result.entries
+        if result.workload.axis and entry.median is None
+    ]
     return (
-        f"# Scaling of CeiT-T on {data['environment']['chip']}, measured\n\n"
+        f"# Scaling of CeiT-T on {report.environment['chip']}, measured\n\n"
         "float32; along the image's side and the depth, batch 2. An exponent p says that time or memory grows as the "
-        "size to the power p. Doubling the side makes four times the tokens. Again: `python -m benchmarks --only "
-        "scaling`\n\n"
+        f"size to the power p. Doubling the side makes four times the tokens. Again: `{report.again('scaling')}`\n\n"
         "![time and memory by batch, image size and depth](scaling.png)\n\n"
         + format_table(rows, markdown=True)
-        + "".join(f"\n\nNo point: {line}." for line in data.get("scaling_refused", []))
+        + "".join(without)
         + "\n"
     )

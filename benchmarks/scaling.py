@@ -1,98 +1,52 @@
-"""How time and memory of CeiT-T grow with batch, image size and depth, plain and fused."""
+"""How time and memory of CeiT-T grow with the batch, the image's side and the depth, plain and fused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-
-from .harness.implementations import ImplementationError
-from .harness.measure import Clock, measure_workload
+from .harness.measure import Result
 from .harness.statistics import fit_exponent
-from .harness.workloads import Workload
 
-IMPLEMENTATIONS = ("plain", "fused")
-AXES: dict[str, Sequence[int]] = {
-    "batch": (1, 2, 4, 8),
-    "image side, pixels": (128, 192, 256, 320),
-    "depth, blocks": (3, 6, 9, 12),
-}
-_GPU_BATCHES = (1, 4, 16, 64, 256)
+AXES = {"batch": "batch", "image_size": "image side, pixels", "depth": "depth, blocks"}
 
 
-def measure_scaling(
-    device: torch.device,
-    say: Callable[[str], None],
-    *,
-    clock: Clock,
-    left_out: list[str],
-    refused: list[str],
-    seconds: float = 0.5,
-    axes: dict[str, Sequence[int]] | None = None,
-) -> list[dict[str, Any]]:
-    """Measure along each axis, inference and training.
+@dataclass
+class Curve:
+    """The times of an implementation along an axis, and the exponents p of time and memory ~ size ** p.
 
-    Args:
-        device: where.
-        say: takes lines of progress.
-        clock: what the run may spend; points are left out when it is used up.
-        left_out: takes the names of those.
-        refused: takes a line for every implementation that computed something wrong or failed, and so has no point.
-        seconds: to time each point.
-        axes: sizes by axis; unless given, by the device.
-
-    Returns:
-        A curve for each axis, phase and implementation: sizes, seconds, peak bytes, and the fitted exponents of both.
+    Attributes:
+        axis: one of `AXES`.
+        phase: "inference" or "training".
+        implementation: "plain" or "fused".
+        sizes: along the axis.
+        seconds: of a call, the median at each size.
+        peak_bytes: allocated during a call at its peak, at each size.
+        time_exponent: of the seconds.
+        memory_exponent: of the peak bytes; None where one is not known.
     """
-    if axes is None:
-        axes = {**AXES, "batch": _GPU_BATCHES} if device.type == "cuda" else AXES
+
+    axis: str
+    phase: str
+    implementation: str
+    sizes: Sequence[int]
+    seconds: Sequence[float]
+    peak_bytes: Sequence[int | None]
+    time_exponent: float
+    memory_exponent: float | None
+
+
+def scaling_curves(results: Sequence[Result]) -> list[Curve]:
+    """The curves that have two points or more."""
+    points: dict[tuple[str, str, str], list[tuple[int, float, int | None]]] = {}
+    for workload, entries in ((r.workload, r.entries) for r in results if r.workload.axis):
+        for entry in (e for e in entries if e.median is not None):
+            curve = points.setdefault((workload.axis, workload.phase, entry.implementation), [])
+            curve.append((getattr(workload, workload.axis), entry.median, entry.peak_bytes))
     curves = []
-    for axis, sizes in axes.items():
-        for phase in ("inference", "training"):
-            points: dict[str, list[tuple[int, float, int | None]]] = {name: [] for name in IMPLEMENTATIONS}
-            for size in sizes:
-                if clock.used(1.0):
-                    left_out.append(f"scaling, {axis} {size}, {phase}")
-                    continue
-                where = f"scaling, {axis} {size}, {phase}"
-                say(where)
-                try:
-                    result = measure_workload(
-                        _workload(axis, size, phase), device, seconds=seconds, implementations=IMPLEMENTATIONS
-                    )
-                except ImplementationError as error:
-                    refused.append(f"{where}: plain failed: {error}")
-                    continue
-                for entry in result.entries:
-                    if entry.median is not None:
-                        points[entry.implementation].append((size, entry.median, entry.peak_bytes))
-                    else:
-                        refused.append(f"{where}: {entry.implementation} {entry.status}: {entry.reason}")
-            curves += [_curve(axis, phase, name, found) for name, found in points.items() if len(found) > 1]
+    for names, found in points.items():
+        if len(found) > 1:
+            sizes, seconds, memory = zip(*found, strict=True)
+            memory_exponent = fit_exponent(sizes, memory) if all(memory) else None
+            curves.append(Curve(*names, sizes, seconds, memory, fit_exponent(sizes, seconds), memory_exponent))
     return curves
-
-
-def _workload(axis: str, size: int, phase: str) -> Workload:
-    if axis == "batch":
-        return Workload("model", "tiny", phase, "float32", size)
-    if axis.startswith("image"):
-        return Workload("model", "tiny", phase, "float32", 2, image_size=size)
-    return Workload("model", "tiny", phase, "float32", 2, model_kwargs={"depth": size})
-
-
-def _curve(
-    axis: str, phase: str, implementation: str, points: Sequence[tuple[int, float, int | None]]
-) -> dict[str, Any]:
-    sizes, seconds, memory = (list(column) for column in zip(*points, strict=True))
-    known = all(memory)
-    return {
-        "axis": axis,
-        "phase": phase,
-        "implementation": implementation,
-        "sizes": sizes,
-        "seconds": seconds,
-        "peak_bytes": memory,
-        "time_exponent": fit_exponent(sizes, seconds),
-        "memory_exponent": fit_exponent(sizes, memory) if known else None,
-    }

@@ -86,11 +86,11 @@ def _evaluate(options: EvaluateOptions) -> None:
 def _bench(arguments: list[str]) -> int:
     """Run the benchmarks of the checkout that this package is in."""
     root = Path(__file__).parents[1]
-    if not (root / "benchmarks" / "harness").is_dir():
+    if not (root / "benchmarks" / "__main__.py").is_file():
         print("error: bench works in a checkout only, the installed packages have no benchmarks", file=sys.stderr)
         return 2
     sys.path.insert(0, str(root))
-    return importlib.import_module("benchmarks.harness.command").main(arguments)
+    return importlib.import_module("benchmarks.__main__").main(arguments)
 
 
 def _info(_: None) -> None:

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCES", "check_outputs"]
-
 # Largest relative error, in the 2-norm, of an output and of a gradient. A training model's norms multiply rounding.
 TOLERANCES = {"float64": (1e-9, 1e-8), "float32": (1e-4, 2e-3), "bfloat16": (3e-2, 1.5e-1), "float16": (1e-2, 5e-2)}
 # A gradient that is zero but for rounding is compared with the others' size.
@@ -15,18 +13,15 @@ _SMALL = 1e-2
 
 def check_outputs(
     out: Tensor, expected: Tensor, gradients: Mapping[str, Tensor], expected_gradients: Mapping[str, Tensor], dtype: str
-) -> str | None:
-    """Compare an implementation's output and gradients with the reference's.
+) -> str:
+    """What is wrong with an implementation's output or gradients by name; empty if they agree with the plain module's.
 
     Args:
         out: the implementation's output.
-        expected: the reference's.
+        expected: the plain module's.
         gradients: the implementation's gradients by name.
-        expected_gradients: the reference's.
+        expected_gradients: the plain module's; none at inference.
         dtype: which tolerance to take, as in `TOLERANCES`.
-
-    Returns:
-        What is wrong, or None.
     """
     tolerance, gradient_tolerance = TOLERANCES[dtype]
     if out.shape != expected.shape:
@@ -44,7 +39,7 @@ def check_outputs(
         error = _relative_error(gradients[name], wanted, _SMALL * largest)
         if not error <= gradient_tolerance:
             return f"gradient of {name}: relative error {error:.1e}, expected at most {gradient_tolerance:.0e}"
-    return None
+    return ""
 
 
 def _norm(x: Tensor) -> float:

@@ -6,41 +6,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ceit.runtime.options import UsageError
 
+from ..workloads import Workload
 from .statistics import Ratio, median_ratio, verdict
-from .workloads import Workload
-
-__all__ = ["Comparison", "Worker", "checkout", "compare_commits", "compare_workloads"]
 
 _ROOT = Path(__file__).parents[2]
-_WORKER = Path(__file__).with_name("worker.py")
 _MIN_ROUNDS, _MAX_ROUNDS = 9, 60
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """A workload's verdict, for its live modules or for frozen ones.
+    """A workload's verdict, by live modules ("fused") or by frozen ones.
 
     Attributes:
-        name: of the workload, with "frozen" behind it for these.
+        workload: what is computed.
+        implementation: "fused" or "frozen".
+        base: what the other commit computed by: "fused" where it has no frozen modules.
         base_seconds: of a call, one for each round, with the other commit.
-        head_seconds: likewise with this one.
+        head_seconds: likewise with this checkout.
         ratio: head / base, with its interval.
         verdict: "slower", "faster", "no difference beyond the noise", or why there is none.
     """
 
-    name: str
-    base_seconds: list[float]
-    head_seconds: list[float]
-    ratio: Ratio | None
-    verdict: str
+    workload: Workload
+    implementation: str
+    base: str = "-"
+    base_seconds: list[float] = field(default_factory=list)
+    head_seconds: list[float] = field(default_factory=list)
+    ratio: Ratio | None = None
+    verdict: str = ""
 
 
 class Worker:
@@ -50,18 +52,17 @@ class Worker:
         root: the checkout.
 
     Raises:
-        RuntimeError: from `freezes`, `prepare` and `sample`, if the process fails at it.
+        RuntimeError: from `prepare` and `sample`, if the process fails at it.
     """
 
     def __init__(self, root: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(_WORKER)],
+            [sys.executable, "-m", "benchmarks.harness.worker", str(root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"},
+            env={**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONSAFEPATH": "1"},
         )
 
     def __enter__(self) -> "Worker":
@@ -73,19 +74,15 @@ class Worker:
         self._process.wait()
         self._process.stdout.close()
 
-    def freezes(self) -> bool:
-        """Whether the checkout has `ceit_kernels.freeze`."""
-        return self._ask(["freezes"])["freezes"]
-
-    def prepare(self, workload: Workload, *, frozen: bool = False) -> None:
-        """Make the workload's fused modules ready, live or frozen."""
-        self._ask(["prepare", asdict(workload), frozen])
+    def prepare(self, workload: Workload, implementation: str) -> str:
+        """Make a workload's modules ready; returns the implementation that the checkout has for it."""
+        return self._ask("prepare", asdict(workload), implementation)
 
     def sample(self) -> float:
         """Seconds of a call of what was prepared last."""
-        return self._ask(["sample"])["seconds"]
+        return self._ask("sample")
 
-    def _ask(self, request: list[Any]) -> dict[str, Any]:
+    def _ask(self, *request: Any) -> Any:
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
@@ -96,11 +93,11 @@ class Worker:
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return answer
+        return answer["answer"]
 
 
 @contextmanager
-def checkout(base: str, say: Callable[[str], None]) -> Iterator[Path]:
+def checkout(base: str) -> Iterator[Path]:
     """The commit `base` in a temporary worktree, with its native code compiled if this checkout has any.
 
     Raises:
@@ -115,8 +112,11 @@ def checkout(base: str, say: Callable[[str], None]) -> Iterator[Path]:
             raise UsageError(f"--compare: cannot check out {base!r}: {reason}") from error
         try:
             if any(_ROOT.glob("ceit_kernels/*.so")):
-                say(f"compiling the native code of {base}")
-                _compile(root, say)
+                print(f"compiling the native code of {base}", flush=True)
+                command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+                failed = subprocess.run(command, cwd=root, capture_output=True, check=False).returncode
+                if failed or not any(root.glob("ceit_kernels/*.so")):
+                    print("it did not compile: its fused operators run without native code", flush=True)
             yield root
         finally:
             _git("worktree", "remove", "--force", str(root))
@@ -126,60 +126,43 @@ def _git(*words: str) -> None:
     subprocess.run(["git", *words], cwd=_ROOT, check=True, capture_output=True, text=True)
 
 
-def _compile(root: Path, say: Callable[[str], None]) -> None:
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if result.returncode or not any(root.glob("ceit_kernels/*.so")):
-        say("it did not compile: its fused operators run without native code")
-
-
-def compare_commits(
-    base: str, workloads: Sequence[Workload], *, seconds: float, say: Callable[[str], None]
-) -> list[Comparison]:
-    """Compare this checkout, changes included, with the commit `base`.
+def compare(base: Worker, head: Worker, workload: Workload, implementation: str, seconds: float) -> Comparison:
+    """Time a workload in both processes by turns; the first sample of a round alternates between them.
 
     Args:
-        base: a commit, branch or tag.
-        workloads: what to time; the fused modules of each, live, and frozen as well where both commits freeze.
-        seconds: to spend on each workload, live and frozen alike.
-        say: takes lines of progress.
-
-    Raises:
-        UsageError: `base` cannot be checked out.
+        base: the process of the other commit.
+        head: the process of this checkout.
+        workload: what is computed.
+        implementation: "fused", or "frozen", against live modules where the other commit has no frozen ones.
+        seconds: to spend.
     """
-    with checkout(base, say) as root:
-        return compare_workloads(root, _ROOT, workloads, seconds=seconds, say=say)
-
-
-def compare_workloads(
-    base: Path, head: Path, workloads: Sequence[Workload], *, seconds: float, say: Callable[[str], None]
-) -> list[Comparison]:
-    """Compare two checkouts; the first sample of a round alternates between them. Arguments as of `compare_commits`."""
-    with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(root)) for root in (base, head)]
-        results, both_freeze = [], all(worker.freezes() for worker in workers)
-        for workload in workloads:
-            for frozen in (False, True) if both_freeze and workload.served else (False,):
-                results.append(_compare(workers, workload, seconds, frozen))
-                ratio = results[-1].ratio
-                interval = "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] "
-                say(f"{results[-1].name}: {interval}{results[-1].verdict}")
-        return results
-
-
-def _compare(workers: Sequence[Worker], workload: Workload, seconds: float, frozen: bool) -> Comparison:
-    name = f"{workload.name} frozen" if frozen else workload.name
-    times: tuple[list[float], list[float]] = [], []
-    for worker, where in zip(workers, ("base", "this checkout"), strict=True):
+    comparison = Comparison(workload, implementation)
+    for worker, where in ((head, "this checkout"), (base, "base")):
         try:
-            worker.prepare(workload, frozen=frozen)
+            comparison.base = worker.prepare(workload, implementation)
         except RuntimeError as error:
-            return Comparison(name, [], [], None, f"not comparable, {where}: {error}")
+            comparison.verdict = f"not comparable, {where}: {error}"
+            return comparison
+    turns = [(base, comparison.base_seconds), (head, comparison.head_seconds)]
     start = time.perf_counter()
     for done in range(_MAX_ROUNDS):
         if done >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
-        for i in (0, 1) if done % 2 == 0 else (1, 0):
-            times[i].append(workers[i].sample())
-    ratio = median_ratio(times[1], times[0])
-    return Comparison(name, *times, ratio, verdict(ratio))
+        for worker, times in turns:
+            times.append(worker.sample())
+        turns.reverse()
+    comparison.ratio = median_ratio(comparison.head_seconds, comparison.base_seconds)
+    comparison.verdict = verdict(comparison.ratio)
+    return comparison
+
+
+def comparison_rows(comparisons: list[Comparison]) -> list[list[str]]:
+    """The comparisons as rows of a table, with the head."""
+    rows = [["workload", "head", "ms", "base", "ms", "head / base", "99% interval", "verdict"]]
+    for it in comparisons:
+        head, base, ratio = ["-", "-", ["-", "-"]]
+        if it.ratio is not None:
+            head, base = (f"{1e3 * median(times):,.2f}" for times in (it.head_seconds, it.base_seconds))
+            ratio = it.ratio.cells()
+        rows.append([it.workload.name, it.implementation, head, it.base, base, *ratio, it.verdict])
+    return rows

@@ -9,26 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ceit_kernels import freeze, fuse
+import ceit_kernels
 
+from ..workloads import Workload
 from .exported import EXPORTERS, SPINNING, missing_packages
-from .rewrite import rewrite, with_mlp
-from .workloads import Workload
 
-__all__ = [
-    "COSTLY",
-    "DESCRIPTIONS",
-    "FLOOR",
-    "IMPLEMENTATIONS",
-    "OURS",
-    "ImplementationError",
-    "Step",
-    "absence",
-    "build",
-    "first_line",
-]
-
-DESCRIPTIONS = {
+IMPLEMENTATIONS = {
     "plain": "plain PyTorch as shipped",
     "channels-last": "plain PyTorch, images and weights of convolutions in channels-last memory",
     "compile": "torch.compile of plain, default settings",
@@ -41,7 +27,6 @@ DESCRIPTIONS = {
     "fused": "the fused operators of this project, live: they prepare the present weights in every call",
     "frozen": "the fused operators in a frozen snapshot, which prepared its own copies of the weights once",
 }
-IMPLEMENTATIONS = tuple(DESCRIPTIONS)
 OURS = ("fused", "frozen")
 FLOOR = "mlp"
 # Left out first when time is short: each costs as much compilation as the default does.
@@ -49,7 +34,7 @@ COSTLY = ("compile-freezing", "compile-max-autotune")
 
 
 class ImplementationError(RuntimeError):
-    """An implementation could not be built or run."""
+    """An implementation could not be built or run; the message says why in one line."""
 
 
 @dataclass
@@ -81,24 +66,25 @@ class Step:
 
 def absence(implementation: str, workload: Workload, device: torch.device) -> str | None:
     """Why an implementation does not take part in a workload on a device, None if it does."""
+    operator, on_cpu = workload.operator, device.type == "cpu"
     if implementation in EXPORTERS:
-        if device.type != "cpu":
+        if not on_cpu:
             return "taken for the CPU only"
-        if workload.phase != "inference":
+        if workload.training:
             return "it does not train"
         if workload.dtype != "float32":
             return "taken in float32 only"
         missing = missing_packages(implementation)
         return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
-    if implementation == "compile-freezing" and workload.phase != "inference":
+    if implementation == "compile-freezing" and workload.training:
         return "freezing is for inference"
     if implementation == "frozen" and not workload.served:
         return "taken for inference of LeFF and of whole models only"
-    if implementation == "compile-max-autotune" and device.type == "cpu" and workload.operator == "model":
+    if implementation == "compile-max-autotune" and on_cpu and operator == "model":
         return "on the CPU taken for operators only: for a model it tunes for minutes"
-    if implementation in ("channels-last", "rewrite") and workload.operator in ("lca", "attention", "add_norm"):
+    if implementation in ("channels-last", "rewrite") and operator in ("lca", "attention", "add_norm"):
         return "the plain operator has no convolution and no foldable norm"
-    if implementation == FLOOR and workload.operator not in ("leff", "model"):
+    if implementation == FLOOR and operator not in ("leff", "model"):
         return "there is no feed-forward layer in it"
     return None
 
@@ -127,30 +113,10 @@ def build(implementation: str, workload: Workload, module: nn.Module, x: Tensor)
 
 def first_line(error: Exception) -> str:
     """An error in one line: its class and the beginning of its message."""
+    if isinstance(error, ImplementationError):
+        return str(error)
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0][:200]}"
-
-
-def _build(implementation: str, workload: Workload, module: nn.Module, x: Tensor) -> Step:
-    if implementation in EXPORTERS:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return Step(EXPORTERS[implementation](module, x), None, SPINNING[implementation])
-    if implementation == "fused":
-        module = fuse(module)
-    elif implementation == "frozen":
-        module = freeze(module)
-    elif implementation == "rewrite":
-        module = rewrite(module)
-    elif implementation == FLOOR:
-        module = with_mlp(module)
-    elif implementation == "channels-last":
-        module = module.to(memory_format=torch.channels_last)
-    elif implementation.startswith("compile"):
-        # Code compiled for earlier workloads would count towards the limit of recompilations.
-        torch.compiler.reset()
-        module = torch.compile(module, dynamic=False, **_COMPILE[implementation])
-    convert = _channels_last if implementation == "channels-last" and x.ndim == 4 else None
-    return Step(_training(module, convert) if workload.phase == "training" else _inference(module, convert), module)
 
 
 _COMPILE: dict[str, dict] = {
@@ -160,25 +126,37 @@ _COMPILE: dict[str, dict] = {
 }
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _build(implementation: str, workload: Workload, module: nn.Module, x: Tensor) -> Step:
+    if implementation in EXPORTERS:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return Step(EXPORTERS[implementation](module, x), None, SPINNING[implementation])
+    if implementation == "fused":
+        module = ceit_kernels.fuse(module)
+    elif implementation == "frozen":
+        module = ceit_kernels.freeze(module)
+    elif implementation in ("rewrite", FLOOR):
+        from . import rewrite
+
+        module = rewrite.rewrite(module) if implementation == "rewrite" else rewrite.with_mlp(module)
+    elif implementation == "channels-last":
+        module = module.to(memory_format=torch.channels_last)
+        if x.ndim == 4:
+            module.register_forward_pre_hook(lambda _, x: x[0].contiguous(memory_format=torch.channels_last))
+    elif implementation in _COMPILE:
+        # Code compiled for earlier workloads would count towards the limit of recompilations.
+        torch.compiler.reset()
+        module = torch.compile(module, dynamic=False, **_COMPILE[implementation])
+    return Step(_training(module) if workload.training else torch.no_grad()(module.__call__), module)
 
 
-def _inference(module: nn.Module, convert: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return module(x if convert is None else convert(x))
-
-    return run
-
-
-def _training(module: nn.Module, convert: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+def _training(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function of the input that leaves its gradients, by an output's gradient that is always the same."""
     gradient: list[Tensor] = []
 
     def run(x: Tensor) -> Tensor:
         module.zero_grad(set_to_none=True)
         x.grad = None
-        out = module(x if convert is None else convert(x))
+        out = module(x)
         if not gradient:
             generator = torch.Generator().manual_seed(2)
             gradient.append(torch.randn(out.shape, generator=generator).to(out.device, out.dtype))

@@ -1,17 +1,15 @@
 """Every kernel of this project on a GPU: the time that a call takes in it, beside its counted bytes and products."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..traffic import Call, Kernel
-
-__all__ = ["KernelTime", "kernel_times", "profile_kernels", "with_stem_products"]
+from ..traffic import Call
 
 _ROUNDS = 5
 
@@ -35,15 +33,6 @@ class KernelTime:
     seconds: float
 
 
-def with_stem_products(call: Call, plain_stem: Call) -> Call:
-    """Give the stem's compiled operators, whose products are not counted, those of the plain stem: they do no fewer."""
-    sides = []
-    for kernels, plain in ((call.forward, plain_stem.forward), (call.backward, plain_stem.backward)):
-        products = sum(kernel.flops for kernel in plain)
-        sides.append([replace(k, flops=products) if k.fused and "i2t" in k.name else k for k in kernels])
-    return Call(*sides, call.saved_bytes)
-
-
 def profile_kernels(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
     """Name and seconds of every kernel that a call runs on a GPU, and of every operator of this project.
 
@@ -61,21 +50,19 @@ def profile_kernels(call: Callable[[], Any], device: torch.device) -> list[tuple
     return found
 
 
-def kernel_times(
-    call: Callable[[], Any], device: torch.device, counted: Sequence[Kernel]
-) -> tuple[list[KernelTime], list[str]]:
+def kernel_times(call: Callable[[], Any], device: torch.device, counted: Call) -> tuple[list[KernelTime], list[str]]:
     """Measure the fused kernels of a call.
 
     Args:
         call: runs the call; its caches are warm.
         device: the GPU.
-        counted: the kernels of the call, from `benchmarks.traffic.count_call`.
+        counted: the call, as `benchmarks.traffic.count_workload` counts it.
 
     Returns:
         A `KernelTime` for each name, the least of a few calls; and a line for each kernel that was not launched as
         often as it was counted, for which there is none.
     """
-    fused = [kernel for kernel in counted if kernel.fused]
+    fused = [kernel for kernel in counted.kernels if kernel.fused]
     expected = Counter(kernel.name for kernel in fused)
     rounds = []
     for _ in range(_ROUNDS):

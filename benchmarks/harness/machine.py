@@ -5,6 +5,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,14 @@ from ceit.runtime.machine import versions
 
 from .exported import EXPORTERS, missing_packages
 
-__all__ = ["commit", "environment", "measure_ceilings"]
-
 _ROOT = Path(__file__).parents[2]
-_CPU_SIZES = {"copy_bytes": 256 << 20, "product": 2048}
-_GPU_SIZES = {"copy_bytes": 2 << 30, "product": 8192}
+# Bytes of the copied tensor and side of the multiplied matrices, by device.
+_SIZES = {"cpu": (256 << 20, 2048), "cuda": (2 << 30, 8192)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, chip, threads, commit and the backends of the fused operators, as JSON has them."""
     packages = {name: _version(name) for name in EXPORTERS}
-    status = [
-        {"operator": row.operator, "backend": row.backend, "reason": row.reason}
-        for row in ceit_kernels.status()
-        if row.device == device.type
-    ]
     return {
         "device": device.type,
         "chip": _chip(device),
@@ -38,7 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         "versions": {**versions(), **packages},
         "commit": commit(),
-        "backends": status,
+        "backends": [asdict(row) for row in ceit_kernels.status() if row.device == device.type],
     }
 
 
@@ -54,33 +48,27 @@ def commit() -> str:
     return f"{name} + changes" if changes else name
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, sizes: dict[str, int] | None = None) -> dict[str, float]:
-    """The most that this machine reaches: bytes/s of a large copy, FLOP/s of a large product.
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The most that this machine reaches: bytes/s of a large copy, FLOP/s of a large matmul in a dtype.
 
-    On the CPU the product is that of the fastest library that PyTorch carries: MKL and oneDNN differ by a factor of two
+    On the CPU the matmul is that of the fastest library that PyTorch carries: MKL and oneDNN differ by a factor of two
     where one does not know the chip.
-
-    Args:
-        device: where.
-        dtype: of the product.
-        sizes: {"copy_bytes": of the copied tensor, "product": side of the matrices}; unless given, by the device.
     """
-    sizes = sizes or (_GPU_SIZES if device.type == "cuda" else _CPU_SIZES)
-    source = torch.ones(sizes["copy_bytes"] // 4, device=device)
+    size, side = _SIZES[device.type]
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    side = sizes["product"]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    products = [lambda: torch.mm(a, b, out=out)]
+    matmuls = [lambda: torch.mm(a, b, out=out)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+        matmuls.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     return {
-        "bytes_per_second": 2 * sizes["copy_bytes"] / _best(lambda: target.copy_(source), device),
-        "flops_per_second": 2 * side**3 / min(_best(product, device) for product in products),
+        "bytes_per_second": 2 * size / _best(lambda: target.copy_(source), device),
+        "flops_per_second": 2 * side**3 / min(_best(matmul, device) for matmul in matmuls),
     }
 
 
-def _best(call: Callable[[], Any], device: torch.device, rounds: int = 7) -> float:
+def _best(call: Callable[[], Any], device: torch.device, rounds: int = 15) -> float:
     """Seconds of the fastest call: a ceiling is what the machine can do."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = []

@@ -1,28 +1,27 @@
-"""Measuring a workload: implementations are built, checked against the reference, and timed in turns."""
+"""Measuring a workload: implementations are built, checked against the plain module, and timed in turns."""
 
 import gc
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ceit.runtime.machine import fused_operators
-from ceit_kernels import fuse
 
-from ..traffic import Call, Kernel, count_call
+from ..traffic import count_workload
+from ..workloads import Workload
 from .checking import check_outputs
-from .implementations import COSTLY, FLOOR, IMPLEMENTATIONS, OURS, ImplementationError, Step, absence, build, first_line
-from .kernels import kernel_times, with_stem_products
-from .statistics import median_ratio
+from .implementations import COSTLY, FLOOR, IMPLEMENTATIONS, OURS, Step, absence, build, first_line
+from .kernels import kernel_times
+from .statistics import Ratio, median_ratio
 from .timing import Sampler, interleave, make_timer
 from .usage import compulsory_bytes, count_launches, peak_memory, saved_bytes
-from .workloads import Workload
-
-__all__ = ["Clock", "Entry", "Result", "measure_workload"]
 
 _MAX_INPUTS = 64
 
@@ -31,25 +30,20 @@ class Clock:
     """What a run may spend, and what it has spent.
 
     Args:
-        seconds: of the whole run; None for no limit.
+        seconds: of the whole run.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
-        self._seconds, self._start = seconds, time.perf_counter()
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.seconds, self._start = seconds, time.perf_counter()
 
     @property
     def spent(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._start
 
-    @property
-    def limited(self) -> bool:
-        """Whether there is a limit."""
-        return self._seconds is not None
-
     def used(self, share: float) -> bool:
         """Whether a share of the limit is spent."""
-        return self._seconds is not None and self.spent > share * self._seconds
+        return self.spent > share * self.seconds
 
 
 @dataclass
@@ -75,7 +69,7 @@ class Entry:
     status: str
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
-    ratio: dict[str, float] | None = None
+    ratio: Ratio | None = None
     method: str = ""
     backends: dict[str, dict[str, str]] = field(default_factory=dict)
     peak_bytes: int | None = None
@@ -95,24 +89,27 @@ class Result:
     """A workload's implementations and what is the same for all of them.
 
     Attributes:
-        workload: fields of the `Workload`.
-        name: the workload's.
+        workload: what they compute.
         entries: one for each implementation.
-        flops: of the plain module's products in a call.
+        flops: of the plain module's matmuls and convolutions in a call.
         compulsory_bytes: see `usage.compulsory_bytes`.
         rotating_inputs: inputs that the calls went through.
     """
 
-    workload: dict[str, Any]
-    name: str
+    workload: Workload
     entries: list[Entry]
-    flops: int
-    compulsory_bytes: int
-    rotating_inputs: int
+    flops: int = 0
+    compulsory_bytes: int = 0
+    rotating_inputs: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The result as JSON has it."""
-        return asdict(self)
+    def __getitem__(self, implementation: str) -> Entry | None:
+        return next((entry for entry in self.entries if entry.implementation == implementation), None)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Result":
+        """The result of `dataclasses.asdict`."""
+        entries = [Entry(**{**e, "ratio": Ratio(**e["ratio"]) if e["ratio"] else None}) for e in stored["entries"]]
+        return cls(**{**stored, "workload": Workload(**stored["workload"]), "entries": entries})
 
 
 def measure_workload(
@@ -120,13 +117,13 @@ def measure_workload(
     device: torch.device,
     *,
     seconds: float = 4.0,
-    implementations: Sequence[str] = IMPLEMENTATIONS,
+    implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
     clock: Clock | None = None,
-    details: bool = True,
 ) -> Result:
     """Build, check and time the implementations of a workload.
 
-    The reference is the plain module in the same dtype. Nothing that fails, is refused or is absent leaves the result.
+    The reference is the plain module in the same dtype. Nothing that fails, is refused or is absent leaves the result;
+    where plain fails, all do.
 
     Args:
         workload: what is computed.
@@ -135,130 +132,90 @@ def measure_workload(
         implementations: who takes part; the plain module always does.
         clock: what the run may spend. Where it has a limit, what takes minutes to compile is left out, and when 70% is
             used every costly compilation.
-        details: also measure memory, launches and saved bytes.
     """
-    clock = clock or Clock()
+    names = list(dict.fromkeys(("plain", *implementations)))
     if device.type == "cuda":
         # What the workload before left, cyclic references included, is room that this one may need.
         gc.collect()
         torch.cuda.empty_cache()
+    try:
+        return _measure(workload, device, seconds, names, clock or Clock())
+    except RuntimeError as error:
+        return Result(workload, [Entry(name, "failed", f"plain failed: {first_line(error)}") for name in names])
+
+
+def _measure(workload: Workload, device: torch.device, seconds: float, names: Sequence[str], clock: Clock) -> Result:
     module = workload.make_module().to(device, workload.torch_dtype)
     inputs = workload.make_inputs(_num_inputs(workload, device), device)
-    reference = build("plain", workload, module, inputs[0])
-    expected = reference.run(inputs[0]).clone()
-    gradients = {name: grad.clone() for name, grad in reference.gradients(inputs[0]).items()}
-    entries, steps = [], {}
-    for name in dict.fromkeys(("plain", *implementations)):
-        reason = absence(name, workload, device)
-        if reason is None and _postponed(name, workload, clock):
-            reason = f"the run's time is short; python -m ceit bench --only {workload.name} times it"
-        if reason is not None:
-            entries.append(Entry(name, "absent", reason))
-            continue
-        entry, step = _build_checked(name, workload, module, inputs[0], expected, gradients)
-        entries.append(entry)
-        if step is not None:
-            steps[name] = step
-    samplers = _prepare(entries, steps, inputs, device)
-    times = interleave(samplers, seconds)
-    for entry in entries:
-        if entry.implementation in samplers:
-            entry.seconds, entry.method = times[entry.implementation], samplers[entry.implementation].method
-            entry.ratio = median_ratio(times["plain"], entry.seconds).as_dict()
-            if details:
-                _add_usage(entry, steps[entry.implementation], inputs[0], workload, device)
-    plain = _count(workload, workload.make_module)
-    return Result(
-        asdict(workload),
-        workload.name,
-        entries,
-        sum(kernel.flops for kernel in plain.forward + plain.backward),
-        compulsory_bytes(module, inputs[0], expected, training=workload.phase == "training"),
-        len(inputs),
-    )
-
-
-def _prepare(
-    entries: Sequence[Entry], steps: dict[str, Step], inputs: Sequence[Tensor], device: torch.device
-) -> dict[str, Sampler]:
-    """Samplers of the implementations by name; one that fails now, most likely for want of memory, is marked so."""
-    timer, samplers = make_timer(device), {}
-    for entry in entries:
-        if entry.status != "timed":
+    x = inputs[0]
+    plain = build("plain", workload, module, x)
+    expected = plain.run(x).clone()
+    gradients = {name: grad.clone() for name, grad in plain.gradients(x).items()}
+    timer, dtype = make_timer(device), workload.dtype
+    entries = {name: Entry(name, "timed") for name in names}
+    steps: dict[str, Step] = {}
+    samplers: dict[str, Sampler] = {}
+    for name, entry in entries.items():
+        entry.reason = absence(name, workload, device) or _postponement(name, workload, clock) or ""
+        if entry.reason:
+            entry.status = "absent"
             continue
         try:
-            step = steps[entry.implementation]
-            samplers[entry.implementation] = timer.prepare(_call(step, inputs), len(inputs), step.spinning)
+            step = build(name, workload, module, x)
+            out = step.run(x)
+            entry.reason = "" if name == FLOOR else check_outputs(out, expected, step.gradients(x), gradients, dtype)
+            if entry.reason:
+                entry.status = "refused"
+                continue
+            samplers[name] = timer.prepare(partial(_run, step, inputs), len(inputs), step.spinning)
         except RuntimeError as error:
-            if entry.implementation == "plain":
-                raise ImplementationError(first_line(error)) from error
+            if name == "plain":
+                raise
             entry.status, entry.reason = "failed", first_line(error)
-    return samplers
+            continue
+        steps[name] = step
+    for name, times in interleave(samplers, seconds).items():
+        entries[name].seconds, entries[name].method = times, samplers[name].method
+    for name, step in steps.items():
+        entries[name].ratio = median_ratio(entries["plain"].seconds, entries[name].seconds)
+        _add_usage(entries[name], step, x, workload, device)
+    flops = sum(kernel.flops for kernel in count_workload(workload, "plain").kernels)
+    moved = compulsory_bytes(module, x, expected, training=workload.training)
+    return Result(workload, list(entries.values()), flops, moved, len(inputs))
 
 
-def _count(workload: Workload, make: Callable[[], nn.Module], chip: int = 90) -> Call:
-    return count_call(
-        make,
-        workload.shape,
-        workload.torch_dtype,
-        training=workload.phase == "training",
-        input_gradient=workload.input_gradient,
-        chip=chip,
-    )
+def _run(step: Step, inputs: Sequence[Tensor], i: int) -> Tensor:
+    return step.run(inputs[i])
 
 
-def _fused_kernels(workload: Workload, device: torch.device) -> list[Kernel]:
-    """The kernels of the fused module's call on a GPU, as counted."""
-    major, minor = torch.cuda.get_device_capability(device)
-    call = _count(workload, lambda: fuse(workload.make_module()), 10 * major + minor)
-    if workload.operator in ("i2t", "model"):
-        stem = replace(workload, operator="i2t")
-        call = with_stem_products(call, _count(stem, stem.make_module))
-    return call.forward + call.backward
-
-
-def _postponed(implementation: str, workload: Workload, clock: Clock) -> bool:
-    if implementation not in COSTLY or not clock.limited:
-        return False
+def _postponement(implementation: str, workload: Workload, clock: Clock) -> str | None:
+    """Why an implementation waits for a run without a limit, None if it does not."""
+    if implementation not in COSTLY or clock.seconds == math.inf:
+        return None
     takes_minutes = workload.operator == "model" and (implementation == "compile-max-autotune" or workload.batch > 1)
-    return takes_minutes or clock.used(0.7)
-
-
-def _build_checked(
-    name: str, workload: Workload, module: nn.Module, x: Tensor, expected: Tensor, gradients: dict[str, Tensor]
-) -> tuple[Entry, Step | None]:
-    try:
-        step = build(name, workload, module, x)
-        out = step.run(x)
-    except ImplementationError as error:
-        return Entry(name, "failed", str(error)), None
-    wrong = None
-    if name != FLOOR:
-        wrong = check_outputs(out, expected, step.gradients(x) if gradients else {}, gradients, workload.dtype)
-    if wrong is not None:
-        return Entry(name, "refused", wrong), None
-    entry = Entry(name, "timed")
-    if name in OURS:
-        entry.backends = fused_operators(step.module, x.device, workload.torch_dtype)
-    return entry, step
-
-
-def _call(step: Step, inputs: Sequence[Tensor]) -> Callable[[int], Tensor]:
-    return lambda i: step.run(inputs[i])
+    short = takes_minutes or clock.used(0.7)
+    return f"the run's time is short; python -m benchmarks --only {workload.name} times it" if short else None
 
 
 def _add_usage(entry: Entry, step: Step, x: Tensor, workload: Workload, device: torch.device) -> None:
     if step.module is None:
         return
+
+    def call() -> Tensor:
+        return step.run(x)
+
+    if entry.implementation in OURS:
+        entry.backends = fused_operators(step.module, device, workload.torch_dtype)
     # The gradients that a step leaves are part of what it takes, so none may be there before.
     step.forget_gradients(x)
-    entry.peak_bytes = peak_memory(lambda: step.run(x), device)
-    entry.launches = count_launches(lambda: step.run(x), device)
+    entry.peak_bytes = peak_memory(call, device)
+    entry.launches = count_launches(call, device)
     if entry.implementation == "fused" and device.type == "cuda":
-        times, entry.unmatched = kernel_times(lambda: step.run(x), device, _fused_kernels(workload, device))
+        major, minor = torch.cuda.get_device_capability(device)
+        times, entry.unmatched = kernel_times(call, device, count_workload(workload, "fused", 10 * major + minor))
         entry.kernels = [asdict(time) for time in times]
-    if workload.phase == "training":
-        entry.saved_bytes = saved_bytes(lambda: step.run(x), step.module)
+    if workload.training:
+        entry.saved_bytes = saved_bytes(call, step.module)
 
 
 def _num_inputs(workload: Workload, device: torch.device) -> int:

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from ceit.layers import Image2Tokens, LocallyEnhancedFeedForward
 from ceit_kernels.leff import token_grid
 
-__all__ = ["GELUMlp", "RewrittenImage2Tokens", "RewrittenLeFF", "rewrite", "with_mlp"]
-
 
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a convolution with the norm behind it folded in."""

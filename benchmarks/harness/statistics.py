@@ -3,11 +3,8 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
-
-__all__ = ["MARGIN", "Ratio", "fit_exponent", "median_ratio", "verdict"]
 
 # An allowance for what differs between two processes with the same code, such as addresses; chosen, not measured.
 MARGIN = 0.03
@@ -28,9 +25,9 @@ class Ratio:
     low: float
     high: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """The ratio as JSON has it."""
-        return asdict(self)
+    def cells(self) -> list[str]:
+        """The value and the interval, for a table."""
+        return [f"{self.value:.2f}", f"{self.low:.2f} to {self.high:.2f}"]
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float], confidence: float = 0.99) -> Ratio:

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["CpuTimer", "CudaTimer", "Sampler", "interleave", "make_timer"]
-
 _WARMUP_CALLS = 3
 # Shorter samples are lost in the clock and in the interpreter's jitter.
 _SAMPLE_SECONDS = 3e-2

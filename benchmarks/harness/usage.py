@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["compulsory_bytes", "count_launches", "peak_memory", "saved_bytes"]
-
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that PyTorch allocates during a call at its peak, beyond what was there before; None where it cannot tell.

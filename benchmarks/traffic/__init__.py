@@ -2,8 +2,7 @@
 
 from .compiled import CompiledTrafficError, count_compiled
 from .counting import Call, Kernel, count_call
-from .modelled import modelled_seconds
-from .tables import format_table
+from .workloads import count_workload, model_gpu, modelled_seconds
 
 __all__ = [
     "Call",
@@ -11,6 +10,7 @@ __all__ = [
     "Kernel",
     "count_call",
     "count_compiled",
-    "format_table",
+    "count_workload",
+    "model_gpu",
     "modelled_seconds",
 ]

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from ceit_kernels.common.launch import Launch
 
-__all__ = ["KERNELS", "L2_BYTES", "KernelCost", "launch_bytes", "launch_flops", "tensor_bytes", "touched_again"]
-
 L2_BYTES = 50 * 2**20  # of an H100
 
 Arguments = Mapping[str, Any]

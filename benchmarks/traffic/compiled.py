@@ -20,21 +20,35 @@ from torch.fx.node import map_arg
 
 from .counting import Call, FlashAttention, Kernel, fake_model, operator_flops
 
-__all__ = ["STORED", "STORED_FOR", "STORED_WITH", "CompiledTrafficError", "count_compiled"]
-
 STORED_WITH = "2.14.1"
-STORED_FOR = (256, 384, 224, torch.bfloat16)  # batch, channels, side of the image, dtype
-# Kernels and bytes of each phase of the operators of CeiT-S in bfloat16 at 224x224, batch 256.
-STORED: dict[tuple[str, str], tuple[int, int]] = {
-    ("leff", "inference"): (6, 1_428_812_544),
-    ("leff", "training forward"): (20, 2_441_672_496),
-    ("leff", "training backward"): (21, 5_754_697_728),
-    ("lca", "inference"): (5, 17_601_792),
-    ("lca", "training forward"): (5, 17_607_960),
-    ("lca", "training backward"): (15, 47_944_728),
-    ("i2t", "inference"): (3, 1_824_017_280),
-    ("i2t", "training forward"): (6, 2_286_479_248),
-    ("i2t", "training backward"): (7, 4_752_735_872),
+STORED_FOR = ("small", "bfloat16", 256, 224)  # size of the model, dtype, batch, side of the image
+# Kernels and bytes of each operator's phases.
+STORED: dict[str, dict[str, tuple[int, int]]] = {
+    "leff": {
+        "inference": (6, 1_428_812_544),
+        "training forward": (20, 2_441_672_496),
+        "training backward": (21, 5_754_697_728),
+    },
+    "lca": {
+        "inference": (5, 17_601_792),
+        "training forward": (5, 17_607_960),
+        "training backward": (15, 47_944_728),
+    },
+    "i2t": {
+        "inference": (3, 1_824_017_280),
+        "training forward": (6, 2_286_479_248),
+        "training backward": (7, 4_752_735_872),
+    },
+    "add_norm": {
+        "inference": (5, 504_107_520),
+        "training forward": (5, 504_510_976),
+        "training backward": (14, 862_161_664),
+    },
+    "model": {
+        "inference": (139, 26_877_283_152),
+        "training forward": (329, 41_608_841_176),
+        "training backward": (501, 89_689_334_024),
+    },
 }
 
 _H100 = SimpleNamespace(

@@ -24,8 +24,6 @@ from ceit_kernels.common.launch import record_launches
 
 from .access import launch_bytes, launch_flops, tensor_bytes, touched_again
 
-__all__ = ["Call", "FlashAttention", "Kernel", "count_call", "fake_model", "operator_flops"]
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -57,6 +55,11 @@ class Call:
     forward: list[Kernel] = field(default_factory=list)
     backward: list[Kernel] = field(default_factory=list)
     saved_bytes: int | None = None
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Those of both."""
+        return self.forward + self.backward
 
 
 _aten = torch.ops.aten

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness import command, compare, implementations, measure
+from benchmarks import test_benchmarks as suite
+from benchmarks.harness import compare, implementations, measure
 from benchmarks.harness.checking import check_outputs
-from benchmarks.harness.command import BenchFailed, BenchOptions, bench, select_workloads
 from benchmarks.harness.measure import Clock, measure_workload
+from benchmarks.harness.statistics import Ratio
 from benchmarks.harness.usage import peak_memory
-from benchmarks.harness.workloads import Workload, plan
+from benchmarks.session import Session, select_workloads
+from benchmarks.tables import format_table, result_rows
+from benchmarks.workloads import Workload, plan
 from ceit.runtime.options import UsageError
 from ceit_kernels import Frozen, FusedLCAAttention, FusedLeFF
 
@@ -24,8 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def entry(workload, implementation, **kwargs):
-    result = measure_workload(workload, CPU, seconds=0.01, implementations=[implementation], **kwargs)
-    return next(entry for entry in result.entries if entry.implementation == implementation)
+    return measure_workload(workload, CPU, seconds=0.01, implementations=[implementation], **kwargs)[implementation]
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -58,19 +60,21 @@ def test_wrong_fused_operator_is_refused(monkeypatch, wrong, where):
     assert found.ratio is None
 
 
-def test_command_fails_for_a_wrong_operator(monkeypatch, capsys):
+def test_run_fails_for_a_wrong_operator(monkeypatch):
     monkeypatch.setattr(FusedLeFF, "forward", lambda self, x, *_: 2 * x)
-    monkeypatch.setattr("benchmarks.harness.command.IMPLEMENTATIONS", ("plain", "fused"))
-    with pytest.raises(BenchFailed, match="leff-tiny-inference"):
-        bench(BenchOptions(quick=True, only="leff-tiny-inference", seconds=0.01, device="cpu"))
-    assert "refused: output" in capsys.readouterr().out
+    session = Session(quick=True, only="leff-tiny-inference", seconds=0.01, device="cpu")
+    (workload,) = session.cases
+    session.cases[workload] = ["plain", "fused"]
+    with pytest.raises(pytest.fail.Exception, match="fused refused: output"):
+        suite.test_time(session, None, workload, "fused")
+    assert "refused: output" in format_table(result_rows(session.results[workload]))
 
 
 def test_implementation_that_cannot_run_is_listed(monkeypatch):
     def fail(module):
         raise RuntimeError("no compiler\nand more")
 
-    monkeypatch.setattr(implementations, "rewrite", fail)
+    monkeypatch.setattr("benchmarks.harness.rewrite.rewrite", fail)
     found = entry(Workload("leff", "tiny", "inference", "float32", 1), "rewrite")
     assert (found.status, found.reason) == ("failed", "RuntimeError: no compiler")
 
@@ -86,7 +90,7 @@ def test_implementation_that_is_not_installed_is_listed(monkeypatch):
     "workload",
     [
         Workload("leff", "tiny", "inference", "float32", 1),
-        Workload("model", "tiny", "inference", "float32", 1, image_size=32, model_kwargs={"depth": 1}),
+        Workload("model", "tiny", "inference", "float32", 1, image_size=32, depth=1),
     ],
     ids=["leff", "model"],
 )
@@ -118,7 +122,7 @@ def test_costly_implementations_are_left_out_with_the_reason_when_time_is_short(
 
 
 def test_freezing_of_a_large_model_waits_for_a_run_without_limit():
-    large = Workload("model", "tiny", "inference", "float32", 2, image_size=32, model_kwargs={"depth": 1})
+    large = Workload("model", "tiny", "inference", "float32", 2, image_size=32, depth=1)
     assert entry(large, "compile-freezing", clock=Clock(1e6)).status == "absent"
     assert implementations.absence("compile-freezing", large, CPU) is None
 
@@ -164,7 +168,7 @@ def test_rewrite_computes_the_same(operator, phase):
 def test_missing_gradient_is_wrong_and_nan_is_wrong():
     one = torch.ones(3)
     assert check_outputs(one, one, {}, {"w": one}, "float32") == "gradient of w: there is none"
-    assert check_outputs(one, one, {}, {"w": 0 * one}, "float32") is None
+    assert check_outputs(one, one, {}, {"w": 0 * one}, "float32") == ""
     assert "nan" in check_outputs(one * float("nan"), one, {}, {}, "float32")
 
 
@@ -191,16 +195,18 @@ def test_exact_name_chooses_one_workload():
     assert select_workloads(workloads, "leff") == workloads
 
 
-def test_slower_commit_fails_the_command(monkeypatch):
-    slower = compare.Comparison("lca-tiny", [1.0], [2.0], None, "slower")
-    monkeypatch.setattr(command, "compare_commits", lambda *args, **kwargs: [slower])
-    with pytest.raises(BenchFailed, match="slower beyond the noise: lca-tiny"):
-        bench(BenchOptions(compare="main", quick=True, device="cpu"))
+def test_slower_commit_fails_the_run(monkeypatch):
+    slower = compare.Comparison(LCA, "fused", "fused", [1.0], [2.0], Ratio(2.0, 2.0, 2.0), "slower")
+    monkeypatch.setattr("benchmarks.session.compare", lambda *args: slower)
+    session = Session(compare="main", quick=True, device="cpu")
+    with pytest.raises(pytest.fail.Exception, match="slower beyond the noise"):
+        suite.test_commit(session, None, (None, None), LCA, "fused")
+    assert compare.comparison_rows(session.comparisons)[1][-1] == "slower"
 
 
 def test_unknown_workload():
     with pytest.raises(UsageError, match="--only: no workload"):
-        bench(BenchOptions(only="nothing", device="cpu"))
+        Session(only="nothing", device="cpu")
 
 
 @pytest.fixture
@@ -220,37 +226,40 @@ def test_slowed_fused_operator_is_caught(two_copies):
         + "\n_right = FusedLCAAttention.forward\n\n\ndef _slow(self, x):\n    import time\n\n"
         + "    time.sleep(0.05)\n    return _right(self, x)\n\n\nFusedLCAAttention.forward = _slow\n"
     )
-    said = []
     workload = Workload("lca", "tiny", "inference", "float32", 2)
-    (result,) = compare.compare_workloads(
-        two_copies / "base", two_copies / "head", [workload], seconds=1.0, say=said.append
-    )
+    with compare.Worker(two_copies / "base") as base, compare.Worker(two_copies / "head") as head:
+        result = compare.compare(base, head, workload, "fused", seconds=1.0)
     assert result.verdict == "slower"
     assert len(result.base_seconds) == len(result.head_seconds) >= 9
-    assert "slower" in said[0]
 
 
 @pytest.mark.parametrize("base_freezes", [True, False])
-def test_commits_are_compared_frozen_where_both_of_them_freeze(two_copies, base_freezes, monkeypatch):
+def test_frozen_modules_are_compared_with_live_ones_where_the_base_has_no_frozen(two_copies, base_freezes, monkeypatch):
     monkeypatch.setattr(compare, "_MIN_ROUNDS", 1)
     if not base_freezes:
         public = two_copies / "base" / "ceit_kernels" / "__init__.py"
         public.write_text(public.read_text() + "\ndel freeze\n")
-    workloads = [
-        Workload("leff", "tiny", "inference", "float32", 1),
-        Workload("add_norm", "tiny", "inference", "float32", 1),
-    ]
-    results = compare.compare_workloads(
-        two_copies / "base", two_copies / "head", workloads, seconds=0.0, say=lambda line: None
-    )
-    frozen = [f"{workloads[0].name} frozen"] if base_freezes else []
-    assert [result.name for result in results] == [workloads[0].name, *frozen, workloads[1].name]
+    workload = Workload("leff", "tiny", "inference", "float32", 1)
+    with compare.Worker(two_copies / "base") as base, compare.Worker(two_copies / "head") as head:
+        results = [compare.compare(base, head, workload, it, seconds=0.0) for it in ("fused", "frozen")]
     assert all(result.ratio is not None for result in results), [result.verdict for result in results]
+    assert [result.base for result in results] == ["fused", "frozen" if base_freezes else "fused"]
+
+
+def test_modules_are_compared_live_and_what_is_served_frozen_too():
+    cases = Session(compare="main", quick=True, only="inference", device="cpu").cases
+    assert {w.operator: names for w, names in cases.items() if w.operator in ("leff", "lca")} == {
+        "leff": ["fused", "frozen"],
+        "lca": ["fused"],
+    }
 
 
 def test_unknown_base():
-    with pytest.raises(UsageError, match="--compare: cannot check out 'no-such-commit'"):
-        bench(BenchOptions(compare="no-such-commit", quick=True, device="cpu"))
+    with (
+        pytest.raises(UsageError, match="--compare: cannot check out 'no-such-commit'"),
+        compare.checkout("no-such-commit"),
+    ):
+        pass
 
 
 def test_suite_gives_the_measured_times_to_pytest_benchmark():

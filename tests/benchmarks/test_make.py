@@ -40,7 +40,7 @@ def make_bench(tmp_path):
 
 def test_offline_it_measures_without_what_is_not_installed(make_bench):
     calls, said = make_bench(pip_status=1)
-    assert calls[-1] == "-m benchmarks --quick"
+    assert calls[-1] == "-m benchmarks --report runs/bench --quick"
     assert "Going on without" in said
 
 

@@ -2,19 +2,22 @@
 
 import pytest
 
-from benchmarks.traffic.model import TrafficOptions, count_model, main
+from benchmarks.traffic import count_workload
+from benchmarks.workloads import Workload
 
-SMALL = TrafficOptions()
+
+def count(implementation, phase, *, operator="model", batch=256):
+    return count_workload(Workload(operator, "small", phase, "bfloat16", batch), implementation)
 
 
 def gigabytes(call):
-    return sum(kernel.bytes for kernel in call.forward + call.backward) / 1e9
+    return sum(kernel.bytes for kernel in call.kernels) / 1e9
 
 
 def test_fused_inference_moves_less_than_its_budget():
     """13.5 GB, of which the stem, which has no kernels yet, may take 0.2; `torch.compile` moves 26.9 GB in all."""
-    plain, fused = (count_model(SMALL, kind, "inference") for kind in ("plain", "fused"))
-    stem = count_model(SMALL, "fused", "inference", stem=True)
+    plain, fused = (count(kind, "inference") for kind in ("plain", "fused"))
+    stem = count("fused", "inference", operator="i2t")
     assert gigabytes(fused) - gigabytes(stem) <= 13.5 - 0.2
     assert gigabytes(fused) < 0.5 * gigabytes(plain)
     names = [kernel.name for kernel in fused.forward]
@@ -23,32 +26,31 @@ def test_fused_inference_moves_less_than_its_budget():
     assert names.count("aten._scaled_dot_product_flash_attention") == 12
 
 
-@pytest.mark.parametrize("phase", ["inference", "training step"])
+@pytest.mark.parametrize("phase", ["inference", "training"])
 def test_no_residual_connection_takes_a_pass_of_its_own(phase):
     """LeFF adds one to its result, the norm behind attention the other; in backward both norms add gradients."""
     tokens = 256 * 197 * 384 * 2
-    call = count_model(SMALL, "fused", phase)
+    call = count("fused", phase)
     additions = [k for k in call.forward + call.backward if k.name == "aten.add" and k.bytes > 2 * tokens]
     assert len(additions) == 1  # the positions
 
 
 def test_the_gradients_of_the_class_tokens_take_no_pass_over_all_tokens():
     tokens = 256 * 197 * 384 * 2
-    call = count_model(SMALL, "fused", "training step")
+    call = count("fused", "training")
     selections = [k for k in call.backward if k.name == "aten.select_backward"]
     assert sum(kernel.bytes for kernel in selections) < tokens
 
 
 def test_a_training_step_moves_less_than_its_budget():
     """60 GB, of which the stem, which has no kernels yet, may take 0.9."""
-    fused = count_model(SMALL, "fused", "training step")
-    stem = count_model(SMALL, "fused", "training step", stem=True)
+    fused = count("fused", "training")
+    stem = count("fused", "training", operator="i2t")
     assert gigabytes(fused) - gigabytes(stem) <= 60 - 0.9
 
 
 def test_a_training_step_counts_forward_and_backward():
-    options = TrafficOptions(batch_size=8)
-    call = count_model(options, "fused", "training step")
+    call = count("fused", "training", batch=8)
     assert sum(kernel.name == "aten._scaled_dot_product_flash_attention_backward" for kernel in call.backward) == 12
     assert [k.name for k in call.forward if k.fused and "lca" in k.name] == ["lca_forward_kernel"]
     assert sum(kernel.name.startswith("lca_backward") for kernel in call.backward) == 3
@@ -56,18 +58,5 @@ def test_a_training_step_counts_forward_and_backward():
 
 
 def test_the_gradients_of_queries_keys_and_values_are_put_together_in_one_pass():
-    call = count_model(TrafficOptions(batch_size=8), "plain", "training step")
+    call = count("plain", "training", batch=8)
     assert not [kernel for kernel in call.backward if kernel.name == "aten.clone" and kernel.bytes > 8 * 197 * 384 * 2]
-
-
-@pytest.mark.parametrize("arguments", [["--kernels"], ["--markdown"]])
-def test_the_command_prints_a_table(arguments, capsys):
-    assert main(["--model", "ceit_tiny_patch16_224", "--batch-size", "2", *arguments]) == 0
-    out = capsys.readouterr().out
-    assert "in the stem" in out
-    assert ("leff_contract_kernel" in out) == (arguments == ["--kernels"])
-
-
-def test_a_size_without_images_is_refused(capsys):
-    assert main(["--batch-size", "0"]) == 2
-    assert capsys.readouterr().err == "error: --batch-size must be at least 1, got 0\n"

@@ -3,26 +3,32 @@
 Under ttsem the Triton kernels run as the compiler has them, in the types that the plan of a GPU has.
 """
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support import where
+from support.bench_report import MODELLED
 from support.fake_cuda import FakeCuda, FakeProfile
 
-from benchmarks import __main__ as main
-from benchmarks import readme, scaling
-from benchmarks.harness import kernels, machine, measure, timing, usage, workloads
-from benchmarks.harness.workloads import Workload
+from benchmarks import session, workloads
+from benchmarks.harness import kernels, machine, measure, timing, usage
+from benchmarks.report import Report, make_report, write_report
+from benchmarks.session import Session
+from benchmarks.workloads import Workload
 
 pytestmark = pytest.mark.kernels
 
 PLAN = [
-    Workload("leff", "tiny", "inference", "bfloat16", 2),
-    Workload("leff", "tiny", "training", "float32", 1),
+    Workload("leff", "tiny", "inference", "bfloat16", 2, image_size=48),
+    Workload("leff", "tiny", "training", "float32", 1, image_size=48),
     Workload("lca", "tiny", "training", "bfloat16", 3),
-    Workload("add_norm", "tiny", "training", "bfloat16", 2),
+    Workload("add_norm", "tiny", "training", "bfloat16", 2, image_size=48),
+]
+SCALING = [
+    Workload("add_norm", "tiny", phase, "bfloat16", batch, image_size=48, axis="batch")
+    for phase in workloads.PHASES
+    for batch in (1, 2)
 ]
 
 
@@ -48,60 +54,62 @@ def _pretend(patch):
     patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for module in (kernels, usage):
         patch.setattr(module, "profile", FakeProfile)
-    call = measure._call
-    patch.setattr(measure, "_call", lambda step, inputs: cuda.timed(call(step, inputs)))
-    patch.setattr(workloads, "_TOKENS", 1 + 3 * 3)
-    patch.setitem(workloads._CHANNELS, "tiny", 64)
-    patch.setattr(machine, "_GPU_SIZES", {"copy_bytes": 1 << 12, "product": 16})
+    run = measure._run
+    patch.setattr(measure, "_run", lambda step, inputs, i: cuda.timed(lambda i: run(step, inputs, i))(i))
+    patch.setitem(workloads.SIZES, "tiny", 64)
+    patch.setitem(machine._SIZES, "cuda", (1 << 12, 16))
     patch.setattr(kernels, "_ROUNDS", 1)
     patch.setattr(timing, "_WARMUP_CALLS", 1)
 
 
 @pytest.fixture(scope="module")
-def report(gpu, tmp_path_factory):
-    """Folder of the report."""
-    modelled = json.loads(readme.STORED.read_text())["modelled"]
-    gpu.setattr(main, "plan", lambda device, quick: PLAN)
-    gpu.setattr(main, "IMPLEMENTATIONS", ("plain", "rewrite", "openvino", "fused", "frozen"))
-    gpu.setattr(main, "model_gpu", lambda: modelled)
-    gpu.setattr(scaling, "_GPU_BATCHES", (1, 2))
-    gpu.setattr(scaling, "AXES", {"batch": ()})
-    gpu.setattr(scaling, "_workload", lambda axis, size, phase: Workload("add_norm", "tiny", phase, "bfloat16", size))
+def folder(gpu, tmp_path_factory):
+    """Where the report is."""
+    gpu.setattr(session, "plan", lambda device, quick: list(PLAN))
+    gpu.setattr(session, "scaling_plan", lambda device: SCALING)
+    gpu.setattr(session, "IMPLEMENTATIONS", ("plain", "rewrite", "openvino", "fused", "frozen"))
+    gpu.setattr("benchmarks.report.model_gpu", lambda: MODELLED)
+    run = Session(minutes=100)
+    for workload in run.cases:
+        run.measure(workload)
     folder = tmp_path_factory.mktemp("report")
-    assert main.main(["--output", str(folder), "--minutes", "100"]) == 0
+    write_report(make_report(run, "python -m benchmarks"), folder)
     return folder
 
 
-def test_report_of_a_gpu(report):
-    data = json.loads((report / "report.json").read_text())
-    assert data["environment"]["device"] == "cuda"
-    assert set(data["ceilings"]) == {"bfloat16", "float32"}
-    assert [result["name"] for result in data["measured"]] == [workload.name for workload in PLAN]
-    assert (data["failed"], data["left_out"], data["scaling_refused"]) == ([], [], [])
-    for result in data["measured"]:
-        assert result["rotating_inputs"] > 1
-        for entry in result["entries"]:
-            assert entry["status"] in ("timed", "absent"), entry
-            if entry["status"] == "timed":
-                assert entry["method"] == "CUDA events, graph replay"
-                assert entry["peak_bytes"] is not None
-                assert entry["launches"] is not None
-    frozen = [e["status"] for r in data["measured"] for e in r["entries"] if e["implementation"] == "frozen"]
+@pytest.fixture(scope="module")
+def report(folder):
+    return Report.load(folder / "report.json")
+
+
+def test_report_of_a_gpu(folder, report):
+    assert report.environment["device"] == "cuda"
+    assert set(report.ceilings) == {"bfloat16", "float32"}
+    assert [result.workload for result in report.results] == [*PLAN, *SCALING]
+    assert report.left_out == []
+    for result in report.results:
+        assert result.rotating_inputs > 1
+        for entry in result.entries:
+            assert entry.status in ("timed", "absent"), entry
+            if entry.status == "timed":
+                assert entry.method == "CUDA events, graph replay"
+                assert entry.peak_bytes is not None
+                assert entry.launches is not None
+    frozen = [result["frozen"].status for result in report.measured]
     assert frozen == ["timed", "absent", "absent", "absent"], "served is LeFF at inference"
-    for name in ("roofline", "scaling", "ratios-leff", "ratios-norm"):
-        assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("roofline", "scaling", "ratios-leff", "ratios-add_norm"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_kernel_is_launched_as_often_as_it_is_counted_and_timed(report):
-    data = json.loads((report / "report.json").read_text())
-    for result in data["measured"]:
-        fused = next(entry for entry in result["entries"] if entry["implementation"] == "fused")
-        assert {by["backend"] for by in fused["backends"].values()} == {"triton"} | (
-            {"reference"} if "linear" in fused["backends"] else set()
+def test_every_kernel_is_launched_as_often_as_it_is_counted_and_timed(folder, report):
+    for result in report.results:
+        fused = result["fused"]
+        assert {by["backend"] for by in fused.backends.values()} == {"triton"} | (
+            {"reference"} if "linear" in fused.backends else set()
         )
-        assert fused["unmatched"] == []
-        assert fused["kernels"]
-        assert all(kernel["seconds"] > 0 and kernel["bytes"] > 0 for kernel in fused["kernels"])
-    text = (report / "report.md").read_text()
+        assert fused.unmatched == []
+        assert fused.kernels
+        assert all(kernel["seconds"] > 0 and kernel["bytes"] > 0 for kernel in fused.kernels)
+    text = (folder / "report.md").read_text()
     assert "leff_contract_kernel" in text
     assert "lca_backward_scores_kernel" in text

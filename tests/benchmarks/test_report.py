@@ -1,103 +1,126 @@
-import copy
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
+from support.bench_report import make_report
 
-from benchmarks import __main__ as main
 from benchmarks import readme
-from benchmarks.harness.command import select_workloads
-from benchmarks.harness.machine import environment, measure_ceilings
-from benchmarks.harness.workloads import plan
+from benchmarks.__main__ import main
+from benchmarks.harness import machine
 from benchmarks.pictures import ratio_bars
-from benchmarks.report import again, write_report
+from benchmarks.report import Report, write_report
+from benchmarks.session import Session
+from benchmarks.traffic import count_workload
+from benchmarks.workloads import PHASES, Workload
 from ceit_kernels.operators import OPERATORS
 
-
-@pytest.fixture
-def stored():
-    return json.loads(readme.STORED.read_text())
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def scaled(stored):
-    curve = {"axis": "batch", "phase": "inference", "implementation": "plain", "sizes": [1, 2], "seconds": [0.1, 0.2]}
-    curve |= {"peak_bytes": [1000, 2000], "time_exponent": 1.0, "memory_exponent": 1.0}
-    return {**stored, "scaling": [curve, {**curve, "implementation": "fused"}]}
+def report():
+    return make_report(CPU)
 
 
-def test_readme_has_the_stored_results(stored):
-    text = readme.README.read_text()
-    assert readme.with_results(text, readme.results_text(stored)) == text, "run python -m benchmarks.readme"
+def test_page_has_the_stored_results():
+    page = readme.PAGE.read_text()
+    assert readme.with_results(page, readme.stored_rows()) == page, "run python -m benchmarks.readme"
 
 
-def test_changed_results_change_the_readme(stored):
-    text = readme.README.read_text()
-    stored["measured"][0]["entries"][0]["seconds"] = [123.0]
-    assert readme.with_results(text, readme.results_text(stored)) != text
+def test_a_report_replaces_the_stored_results(report, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
+    monkeypatch.setattr(readme, "PAGE", page)
+    monkeypatch.setattr(readme, "STORED", tmp_path / "results.csv")
+    (tmp_path / "report.json").write_text(json.dumps(dataclasses.asdict(report)))
+    assert readme.main([str(tmp_path / "report.json")]) == 0
+    text = page.read_text()
+    assert text.startswith(f"above\n{readme.BEGIN}\n\nMeasured on a chip, 2 threads")
+    assert text.endswith(f"{readme.END}\nbelow\n")
+    assert "| leff-tiny-inference-float32-b16 | 204.00 | 153.00 | 102.00 | 2.00 (2.00 to 2.00) | native |" in text
+    assert "scaling" not in text
 
 
-def test_frozen_has_a_column_where_a_report_has_frozen_times(stored):
-    assert "frozen, ms" not in readme.results_text(stored)
-    entries = stored["measured"][0]["entries"]
-    entries.append({**entries[-1], "implementation": "frozen", "seconds": [4.321e-3]})
-    text = readme.results_text(stored)
-    assert "| fused, ms | frozen, ms |" in text
-    assert "| 4.32 |" in text
+def test_frozen_has_a_column_where_a_report_has_frozen_times(report):
+    assert "frozen, ms" not in readme.results_rows(report)[1]
+    entries = report.results[0].entries
+    entries.append(dataclasses.replace(entries[-2], implementation="frozen", seconds=[4.321e-3]))
+    rows = readme.results_rows(report)
+    assert rows[1][3:5] == ["fused, ms", "frozen, ms"]
+    assert rows[2][4] == "4.32"
 
 
-def test_readme_without_markers():
+def test_page_without_markers():
     with pytest.raises(ValueError, match="expected the lines"):
-        readme.with_results("nothing", "text")
+        readme.with_results("nothing", [["text"]])
 
 
-def test_report_marks_what_is_modelled_and_what_refused(scaled, tmp_path):
-    data = copy.deepcopy(scaled)
-    entry = data["measured"][0]["entries"][-1]
-    entry |= {"status": "refused", "reason": "output: relative error 1e-01", "seconds": [], "ratio": None}
-    data["scaling_refused"] = ["scaling, batch 1, training: fused refused: gradient"]
-    refused = write_report(data, tmp_path)
-    assert len(refused) == 2
+def test_report_marks_what_is_modelled_and_what_refused(report, tmp_path):
+    refused = {"status": "refused", "reason": "output: relative error 1e-01", "seconds": [], "ratio": None}
+    for result in (report.results[0], report.results[-1]):
+        vars(result["fused"]).update(refused)
+    write_report(report, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "refused: output: relative error 1e-01" in text
     assert "Modelled for an H100, not measured" in text
-    assert "No point: scaling, batch 1" in (tmp_path / "scaling.md").read_text()
-    for name in ("roofline", "scaling", "ratios-leff"):
+    assert (
+        "No point: scaling-model-tiny-training-float32-depth12: fused refused" in (tmp_path / "scaling.md").read_text()
+    )
+    for name in ("roofline", "scaling", "batches", "ratios-leff"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "report.json").read_text())["environment"] == data["environment"]
+    assert Report.load(tmp_path / "report.json") == report
+
+
+def test_report_of_a_disturbed_machine_says_so(report):
+    assert not report.disturbances()
+    report.ceilings["float32"]["flops_per_second"] = 1.0
+    vars(report.results[0]["fused"])["backends"]["leff"]["backend"] = "reference"
+    assert "leff-tiny-inference-float32-b16: plain is above the ceiling of a matmul" in report.disturbances()
+    assert any("is plain PyTorch here, yet took 1/2.00 of its time" in sign for sign in report.disturbances())
+    assert report.warning()[0].startswith("**The machine was disturbed")
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_workload_of_a_report_can_be_measured_again(quick):
-    command = "python -m benchmarks" + (" --quick" if quick else "")
-    for workload in plan(torch.device("cpu"), quick=quick):
-        words = again({"command": command}, workload.name).split()
-        assert select_workloads(plan(torch.device("cpu"), quick="--quick" in words), words[-1]) == [workload]
+def test_every_workload_of_a_report_can_be_measured_again(report, quick):
+    report.command = "python -m benchmarks" + (" --quick" if quick else "")
+    for workload in Session(quick=quick, device="cpu").cases:
+        words = report.again(workload.name).split()
+        assert list(Session(quick="--quick" in words, only=words[-1], device="cpu").cases) == [workload]
 
 
-def test_refused_implementation_is_named_in_the_picture(stored):
-    result = copy.deepcopy(stored["measured"][0])
-    result["entries"][-1] |= {"status": "refused", "seconds": [], "ratio": None}
-    figure = ratio_bars("leff", [result], "measured")
+def test_refused_implementation_is_named_in_the_picture(report):
+    vars(report.results[0]["fused"]).update(status="refused", seconds=[], ratio=None)
+    figure = ratio_bars("leff", report.results[:1], "measured")
     assert "refused" in [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_redraw_of_a_file_that_is_not_there(tmp_path, capsys):
-    assert main.main(["--redraw", str(tmp_path / "no.json"), "--output", str(tmp_path)]) == 2
+def test_a_stored_report_is_made_again(report, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.report.draw_all", lambda report, folder: {})
+    write_report(report, tmp_path / "first")
+    stored = str(tmp_path / "first" / "report.json")
+    assert main(["--redraw", stored, "--report", str(tmp_path / "second")]) == 0
+    assert (tmp_path / "second" / "report.md").read_text() == (tmp_path / "first" / "report.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["--redraw", str(tmp_path / "no.json")])
     assert "--redraw" in capsys.readouterr().err
 
 
-def test_modelled_stem_has_products(stored):
-    rows = [r for r in stored["modelled"]["rows"] if (r["operator"], r["implementation"]) == ("i2t", "fused")]
-    assert rows
-    assert all(row["flops"] > 0 for row in rows)
+@pytest.mark.parametrize("operator", ["i2t", "model"])
+def test_counted_stem_has_flops(operator):
+    for phase in PHASES:
+        fused = count_workload(Workload(operator, "tiny", phase, "bfloat16", 2), "fused")
+        stems = [kernel for kernel in fused.kernels if "i2t" in kernel.name]
+        assert stems
+        assert all(kernel.flops > 0 for kernel in stems)
 
 
-def test_environment_and_ceilings():
-    found = environment(torch.device("cpu"))
+def test_environment_and_ceilings(monkeypatch):
+    found = machine.environment(CPU)
     assert found["threads"] >= 1
     assert {"torch", "openvino", "onnxruntime"} <= found["versions"].keys()
     assert {row["operator"] for row in found["backends"]} == set(OPERATORS)
-    ceilings = measure_ceilings(torch.device("cpu"), torch.float32, {"copy_bytes": 1 << 20, "product": 64})
+    monkeypatch.setitem(machine._SIZES, "cpu", (1 << 20, 64))
+    ceilings = machine.measure_ceilings(CPU, torch.float32)
     assert all(math.isfinite(value) and value > 0 for value in ceilings.values())

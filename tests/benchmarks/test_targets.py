@@ -1,11 +1,13 @@
 import pytest
 import torch
 
-from benchmarks.harness import command
-from benchmarks.harness.command import BenchFailed, BenchOptions, bench
+from benchmarks import session
+from benchmarks import test_benchmarks as suite
 from benchmarks.harness.measure import Entry, Result
-from benchmarks.harness.targets import Target, judge, target_rows, targets
-from benchmarks.harness.workloads import Workload, plan
+from benchmarks.harness.statistics import Ratio
+from benchmarks.harness.targets import Target, judge, target_rows, targets_of
+from benchmarks.session import Session
+from benchmarks.workloads import Workload, plan
 from ceit.runtime.options import UsageError
 
 CPU = torch.device("cpu")
@@ -14,13 +16,13 @@ WORKLOAD = Workload("leff", "tiny", "training", "float32", 16)
 
 def timed(implementation, seconds, peak=1000):
     # No two rounds are alike.
-    ratio = {"value": 1.0, "low": 1.0, "high": 1.0}
+    ratio = Ratio(1.0, 1.0, 1.0)
     times = [seconds * (1 + 0.001 * i) for i in range(9)]
     return Entry(implementation, "timed", seconds=times, ratio=ratio, peak_bytes=peak)
 
 
 def result(*entries):
-    return Result({}, WORKLOAD.name, list(entries), 0, 0, 1)
+    return Result(WORKLOAD, list(entries))
 
 
 def target(speedup, memory=None, rivals=("plain", "compile"), ours="fused"):
@@ -66,7 +68,7 @@ def test_refused_fused_operator_misses():
 
 
 def test_targets_of_both_models_are_at_every_batch_that_the_plan_has_for_them():
-    workloads = {b.workload for b in targets(CPU)}
+    workloads = {b.workload for b in targets_of(CPU)}
     models = {(g.size, g.phase, g.batch) for g in workloads if (g.operator, g.dtype) == ("model", "float32")}
     inference = {(size, "inference", batch) for size in ("tiny", "small") for batch in (1, 16)}
     assert models == inference | {(size, "training", 8) for size in ("tiny", "small")}
@@ -75,7 +77,7 @@ def test_targets_of_both_models_are_at_every_batch_that_the_plan_has_for_them():
 
 def test_who_prepares_a_model_is_held_against_a_frozen_one_and_all_others_against_a_live_one(monkeypatch):
     monkeypatch.setattr("benchmarks.harness.targets.has_bfloat16", lambda device: True)
-    found, prepared = targets(CPU), {"compile-freezing", "openvino", "onnxruntime"}
+    found, prepared = targets_of(CPU), {"compile-freezing", "openvino", "onnxruntime"}
     for b in found:
         assert b.ours == ("frozen" if prepared & set(b.rivals) else "fused"), b
         assert b.ours == "fused" or not {"plain", "compile"} & set(b.rivals), b
@@ -95,27 +97,29 @@ def test_a_frozen_model_is_judged_by_its_own_time():
 
 def test_targets_of_one_workload_are_judged_of_one_measurement(monkeypatch):
     live, frozen = target(1.0, rivals=("compile",)), target(1.0, rivals=("openvino",), ours="frozen")
-    monkeypatch.setattr(command, "targets", lambda device: [live, frozen])
+    monkeypatch.setattr(session, "targets_of", lambda device: [live, frozen])
     asked = []
 
-    def measure(workload, device, *, seconds, implementations):
+    def measure(workload, device, *, seconds, implementations, clock):
         asked.append((workload, sorted(implementations)))
         return result(*(timed(name, 1.0 if name in ("fused", "frozen") else 2.0) for name in implementations))
 
-    monkeypatch.setattr(command, "measure_workload", measure)
-    bench(BenchOptions(targets=True, device="cpu"))
+    monkeypatch.setattr(session, "measure_workload", measure)
+    run = Session(targets=True, device="cpu")
+    assert [run.judge(it).verdict for it in run.targets] == ["reached", "reached"]
     assert asked == [(WORKLOAD, ["compile", "frozen", "fused", "openvino", "plain"])]
 
 
-def test_missed_target_fails_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(command, "targets", lambda device: [target(1000.0, rivals=("plain",))])
+def test_missed_target_fails_the_run(monkeypatch):
+    monkeypatch.setattr(session, "targets_of", lambda device: [target(1000.0, rivals=("plain",))])
     times = result(timed("plain", 1.0), timed("fused", 1.0))
-    monkeypatch.setattr(command, "measure_workload", lambda *args, **kwargs: times)
-    with pytest.raises(BenchFailed, match=r"missed: leff-tiny-training-float32-b16 \(fused\)"):
-        bench(BenchOptions(targets=True, device="cpu"))
-    assert "1000.00" in capsys.readouterr().out
+    monkeypatch.setattr(session, "measure_workload", lambda *args, **kwargs: times)
+    run = Session(targets=True, device="cpu")
+    with pytest.raises(pytest.fail.Exception, match="missed"):
+        suite.test_target(run, None, run.targets[0])
+    assert "1000.00" in target_rows(run.judged)[1]
 
 
 def test_targets_go_with_no_other_choice_of_workloads():
     with pytest.raises(UsageError, match="--targets: expected without"):
-        bench(BenchOptions(targets=True, quick=True, device="cpu"))
+        Session(targets=True, quick=True, device="cpu")

@@ -1,6 +1,5 @@
 """What is counted: the entries of the kernels, PyTorch's own kernels, the budgets, the printed tables."""
 
-import dataclasses
 import importlib
 import pkgutil
 
@@ -10,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import ceit_kernels
-from benchmarks.traffic import CompiledTrafficError, Kernel, compiled, count_call, modelled_seconds, tables
-from benchmarks.traffic.__main__ import main
+from benchmarks.traffic import CompiledTrafficError, Kernel, compiled, count_call, count_workload, modelled_seconds
+from benchmarks.traffic import __main__ as command
+from benchmarks.traffic.__main__ import figures, main
 from benchmarks.traffic.access import KERNELS, launch_bytes
-from benchmarks.traffic.cases import make_cases
+from benchmarks.workloads import PHASES, Workload
 from ceit_kernels import FusedLCAAttention, FusedLeFF, backends, use_backend
 from ceit_kernels.common.launch import Launch, record_launches
-from ceit_kernels.operators import OPERATORS
 
 BATCH, TOKENS, CHANNELS = 256, 197, 384
 UNIT = BATCH * TOKENS * CHANNELS * 2  # bytes of one pass over the tokens in bfloat16
@@ -206,41 +205,53 @@ def test_a_modelled_time_is_the_longer_of_bytes_and_flops_and_a_launch_for_each(
 
 @pytest.mark.skipif(not torch.__version__.startswith(compiled.STORED_WITH), reason="figures of another PyTorch")
 @pytest.mark.parametrize(
-    "operator", ["lca", pytest.param("leff", marks=pytest.mark.prove), pytest.param("i2t", marks=pytest.mark.prove)]
+    "operator", ["lca", *(pytest.param(it, marks=pytest.mark.prove) for it in compiled.STORED if it != "lca")]
 )
 def test_the_stored_figures_are_what_torch_compile_does(operator):
-    case = next(case for case in make_cases(*compiled.STORED_FOR) if case.operator == operator)
-    stored = {key: figures for key, figures in compiled.STORED.items() if key[0] == operator}
-    assert tables.compiled_figures([case]) == stored
+    size, dtype, batch, image_size = compiled.STORED_FOR
+    workloads = [Workload(operator, size, phase, dtype, batch, image_size) for phase in PHASES]
+    assert figures(*(count_workload(workload, "compile") for workload in workloads)) == compiled.STORED[operator]
+
+
+def lines_of(capsys):
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_the_table_shows_the_fused_operators_beside_torch_compile(capsys):
-    assert main([]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["leff", "inference", "2", "388.3", "10.0", "6", "1,428.8", "36.9"] in lines
-    assert ["lca", "training", "backward", "6", "13.5", "5.7", "15", "47.9", "20.3"] in lines
+    assert main(["leff", "lca"]) == 0
+    lines = lines_of(capsys)
+    assert ["leff", "inference", "2", "388.3", "10.0", "6", "1,428.8", "36.9", "9", "2,083.7", "53.8"] in lines
+    backward = ["lca", "training", "backward", "6", "13.5", "5.7", "15", "47.9", "20.3"]
+    assert backward in [line[:9] for line in lines]
 
 
-def test_the_table_says_where_there_are_no_kernels(capsys, monkeypatch):
-    for name in ("lca", "leff"):
-        monkeypatch.setitem(OPERATORS, name, dataclasses.replace(OPERATORS[name], implementations={}))
-    assert main([]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["leff", "inference", "no", "kernels", "yet", "-", "-", "6", "1,428.8", "36.9"] in lines
-    assert ["lca", "training", "forward", "no", "kernels", "yet", "-", "-", "5", "17.6", "7.5"] in lines
+def test_the_table_says_where_there_are_no_kernels(capsys):
+    with use_backend("reference"):
+        assert main(["leff", "lca"]) == 0
+    lines = [line[:-3] for line in lines_of(capsys)]
+    assert ["leff", "inference", "-", "-", "-", "6", "1,428.8", "36.9"] in lines
+    assert ["lca", "training", "forward", "-", "-", "-", "5", "17.6", "7.5"] in lines
 
 
 def test_stored_figures_are_shown_for_their_sizes_alone(capsys):
-    assert main(["--batch", "1", "--channels", "192", "--dtype", "float16"]) == 0
+    assert main(["leff", "--batch", "1", "--size", "tiny", "--dtype", "float16"]) == 0
     assert not any(stored in capsys.readouterr().out for stored in ("36.9", "1,428.8"))
 
 
+@pytest.mark.parametrize("arguments", [["--kernels"], ["--markdown"]])
+def test_the_kernels_of_a_model_are_listed_if_asked_for(arguments, capsys):
+    assert main(["model", "--size", "tiny", "--batch", "2", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "saved for backward" in out
+    assert ("leff_contract_kernel" in out) == (arguments == ["--kernels"])
+
+
 def test_times_are_marked_as_modelled(capsys, monkeypatch):
-    monkeypatch.setattr(tables, "BATCHES", (64,))
+    monkeypatch.setattr(command, "TIMED_BATCHES", (64,))
     assert main(["--times", "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "Modelled for an H100, not measured" in out
-    assert "| S | 64 | inference | 42 | - | - |" in out
+    assert "| small | 64 | inference | 42 | - | - |" in out
 
 
 def test_another_pytorchs_compiler_falls_back_on_the_stored_figures(capsys, monkeypatch):
@@ -248,7 +259,7 @@ def test_another_pytorchs_compiler_falls_back_on_the_stored_figures(capsys, monk
         raise AttributeError("no such thing")
 
     monkeypatch.setattr(compiled, "_schedule", refuse)
-    assert main(["--compiled"]) == 0
+    assert main(["leff", "--compiled"]) == 0
     captured = capsys.readouterr()
     assert "36.9" in captured.out
     assert captured.err.startswith("the kernels of torch.compile cannot be counted with torch")
@@ -260,9 +271,10 @@ def test_another_pytorchs_compiler_falls_back_on_the_stored_figures(capsys, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--channels", "100"], "channels: expected a multiple of 64, got 100"),
-        (["--image-size", "100"], "image_size: expected a multiple of 16, got 100"),
-        (["--batch", "0"], "batch: expected at least 1, got 0"),
+        (["--size", "huge"], "--size: invalid choice: 'huge'"),
+        (["attention"], "invalid choice: 'attention'"),
+        (["--image-size", "100"], "--image-size: expected a multiple of 16, got 100"),
+        (["--batch", "0"], "--batch: expected at least 1, got 0"),
         (["--times", "--dtype", "float32"], "--times: expected --dtype bfloat16 or float16, got float32"),
     ],
 )

@@ -1,20 +1,17 @@
-"""The workloads that are timed: an operator or a model at one size, phase, dtype and batch."""
+"""The workloads that are timed and counted: the only place that names the benchmarked operators, models and sizes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ceit.layers import AddNorm, Attention, Image2Tokens, LCAAttention, LocallyEnhancedFeedForward
+from ceit import layers
 from ceit.registry import create_model
 
-__all__ = ["OPERATORS", "Workload", "has_bfloat16", "plan"]
-
-OPERATORS = ("leff", "i2t", "lca", "attention", "add_norm", "model")
-_CHANNELS = {"tiny": 192, "small": 384}
-_HEAD_DIM, _LAYERS, _TOKENS = 64, 12, 197
+SIZES = {"tiny": 192, "small": 384, "base": 768}  # channels of CeiT-T, S and B
+PHASES = ("inference", "training")
+_HEAD_DIM, _LAYERS, _PATCH = 64, 12, 16
 
 
 class Residual(nn.Module):
@@ -25,7 +22,7 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.add_norm = AddNorm()
+        self.add_norm = layers.AddNorm()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.attention, self.feed_forward = nn.Linear(channels, channels), nn.Linear(channels, channels)
 
@@ -36,18 +33,30 @@ class Residual(nn.Module):
         return x + self.feed_forward(y)
 
 
+# Looked up when they are made: `--compare` makes them of another commit, which may lack some.
+_OPERATORS: dict[str, Callable[[int], nn.Module]] = {
+    "leff": lambda channels: layers.LocallyEnhancedFeedForward(channels, 4 * channels),
+    "i2t": lambda channels: layers.Image2Tokens(),
+    "lca": lambda channels: layers.LCAAttention(channels, channels // _HEAD_DIM, qkv_bias=True),
+    "attention": lambda channels: layers.Attention(channels, channels // _HEAD_DIM, qkv_bias=True),
+    "add_norm": Residual,
+}
+OPERATORS = (*_OPERATORS, "model")
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What the implementations of one comparison compute.
+    """What is computed: an operator or a model at one size, phase, dtype and batch.
 
     Attributes:
-        operator: one of `OPERATORS`.
-        size: "tiny" or "small".
+        operator: one of `OPERATORS`; "model" is a whole CeiT.
+        size: one of `SIZES`.
         phase: "inference" or "training", which is forward and backward without an optimizer.
         dtype: "float32", "bfloat16" or "float16", of parameters and activations.
         batch: images.
-        image_size: side in pixels; for models and the stem.
-        model_kwargs: further arguments of the model.
+        image_size: side in pixels, a multiple of 16.
+        depth: blocks of a model; None for its own.
+        axis: "batch", "image_size" or "depth" for a point of the scaling curve along it.
     """
 
     operator: str
@@ -56,12 +65,14 @@ class Workload:
     dtype: str
     batch: int
     image_size: int = 224
-    model_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    depth: int | None = None
+    axis: str = ""
 
     @property
     def name(self) -> str:
         """The workload's name, as `--only` takes it."""
-        return f"{self.operator}-{self.size}-{self.phase}-{self.dtype}-b{self.batch}"
+        point = f"-{self.axis}{getattr(self, self.axis)}" if self.axis else f"-b{self.batch}"
+        return f"{'scaling-' if self.axis else ''}{self.operator}-{self.size}-{self.phase}-{self.dtype}{point}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -69,42 +80,45 @@ class Workload:
         return getattr(torch, self.dtype)
 
     @property
+    def training(self) -> bool:
+        """Whether the phase is training."""
+        return self.phase == "training"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image; for LCA those of all layers."""
+        return _LAYERS if self.operator == "lca" else 1 + (self.image_size // _PATCH) ** 2
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the input."""
+        """Shape of the input: images (B, 3, H, W) for a model and the stem, tokens (B, N, C) for the others."""
         if self.operator in ("model", "i2t"):
             return self.batch, 3, self.image_size, self.image_size
-        return self.batch, _LAYERS if self.operator == "lca" else _TOKENS, _CHANNELS[self.size]
+        return self.batch, self.tokens, SIZES[self.size]
 
     @property
     def input_gradient(self) -> bool:
         """Whether training computes the gradient of the input: images need none."""
-        return self.phase == "training" and len(self.shape) == 3
+        return self.training and len(self.shape) == 3
 
     @property
     def served(self) -> bool:
         """Whether it is measured frozen too: inference of what is served as it is."""
-        return self.phase == "inference" and self.operator in ("leff", "model")
+        return not self.training and self.operator in ("leff", "model")
 
     def make_module(self) -> nn.Module:
         """The plain module on the CPU in float32, the same one in every process, in the phase's mode."""
         torch.manual_seed(0)
-        channels = _CHANNELS[self.size]
-        make: dict[str, Callable[[], nn.Module]] = {
-            "leff": lambda: LocallyEnhancedFeedForward(channels, 4 * channels),
-            "i2t": Image2Tokens,
-            "lca": lambda: LCAAttention(channels, channels // _HEAD_DIM, qkv_bias=True),
-            "attention": lambda: Attention(channels, channels // _HEAD_DIM, qkv_bias=True),
-            "add_norm": lambda: Residual(channels),
-            "model": lambda: create_model(
-                f"ceit_{self.size}_patch16_224", fused=False, img_size=self.image_size, **self.model_kwargs
-            ),
-        }
-        module = make[self.operator]()
+        if self.operator == "model":
+            depth = {} if self.depth is None else {"depth": self.depth}
+            module = create_model(f"ceit_{self.size}_patch16_224", fused=False, img_size=self.image_size, **depth)
+        else:
+            module = _OPERATORS[self.operator](SIZES[self.size])
         for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
             # Fresh statistics are those of no norm at all, which would hide a wrong folding.
             nn.init.uniform_(norm.running_mean, -0.1, 0.1)
             nn.init.uniform_(norm.running_var, 0.5, 1.5)
-        return module.train(self.phase == "training")
+        return module.train(self.training)
 
     def make_inputs(self, count: int, device: torch.device) -> list[Tensor]:
         """`count` inputs on a device, the same in every process."""
@@ -114,7 +128,7 @@ class Workload:
 
 
 # Operator, sizes, dtypes and batches by phase, in the order of importance: what comes last is left out when time is up.
-_Plan = tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict[str, tuple[int, ...]]], ...]
+_Plan = tuple[tuple[str, Sequence[str], Sequence[str], dict[str, Sequence[int]]], ...]
 _BOTH, _FLOAT32 = ("tiny", "small"), ("float32",)
 _CPU_PLAN: _Plan = (
     ("leff", _BOTH, _FLOAT32, {"inference": (16,), "training": (16,)}),
@@ -145,6 +159,8 @@ _QUICK_PLAN: _Plan = (
     ("add_norm", ("tiny",), _FLOAT32, {"inference": (16,)}),
     ("model", ("tiny",), _FLOAT32, {"inference": (1,)}),
 )
+_SCALING = {"batch": (1, 2, 4, 8), "image_size": (128, 192, 256, 320), "depth": (3, 6, 9, 12)}
+_GPU_BATCHES = (1, 4, 16, 64, 256)
 
 
 def plan(device: torch.device, *, quick: bool = False) -> list[Workload]:
@@ -157,12 +173,21 @@ def plan(device: torch.device, *, quick: bool = False) -> list[Workload]:
     on_gpu = device.type == "cuda"
     if quick:
         workloads = _workloads(_QUICK_PLAN)
-        return (
-            [replace(workload, dtype=dtype) for dtype in _GPU_DTYPES for workload in workloads] if on_gpu else workloads
-        )
+        return [replace(w, dtype=dtype) for dtype in _GPU_DTYPES for w in workloads] if on_gpu else workloads
     if on_gpu:
         return _workloads(_GPU_PLAN)
     return _workloads(_CPU_PLAN + (_CPU_BFLOAT16_PLAN if has_bfloat16(device) else ()))
+
+
+def scaling_plan(device: torch.device) -> list[Workload]:
+    """CeiT-T in float32 along the batch, the image's side and the depth, the latter two at batch 2."""
+    axes = {**_SCALING, "batch": _GPU_BATCHES} if device.type == "cuda" else _SCALING
+    return [
+        replace(Workload("model", "tiny", phase, "float32", 2, axis=axis), **{axis: size})
+        for axis, sizes in axes.items()
+        for phase in PHASES
+        for size in sizes
+    ]
 
 
 def has_bfloat16(device: torch.device) -> bool:
