@@ -47,7 +47,7 @@ bool run(const char* name, int height, int width) {
   const std::vector<float> weight = random_values<float>(kOut * 147, random),
                            gamma = random_values<float>(kOut, random);
   const std::vector<Output> gradient = random_values<Output>(pooled, random);
-  constexpr int kRows = 8, kBlocks = 3;  // two bands of the image a block
+  constexpr int kRows = 8, kBlocks = 3;  // the image comes in two parts a block
   bool good = true;
   uint64_t expected[5] = {};
   for (unsigned seed = 0; seed < schedules; ++seed) {

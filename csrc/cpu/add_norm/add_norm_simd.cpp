@@ -108,7 +108,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
         store(partial + channels + c, load(partial + channels + c, count) + unweighted, count);
       });
       if (!call.grad) continue;
-      const Acc mean_g = sums.first / Acc(channels), mean_product = sums.second / Acc(channels);
+      const Acc mean_g = sums.first / Acc(channels), mean_centred = sums.second / Acc(channels);
       const T* rest = call.grad_total ? static_cast<const T*>(call.grad_total) + row * channels : nullptr;
       const int64_t image = row / call.tokens, token = row % call.tokens;
       const T* prefix = token < call.prefix
@@ -116,7 +116,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
                             : nullptr;
       T* grad = static_cast<T*>(call.grad) + row * channels;
       for_vectors<Acc>(channels, [&](int64_t c, int count) {
-        auto value = (weighted(c, count) - mean_g - normalised(c, count) * mean_product) * rstd;
+        auto value = (weighted(c, count) - mean_g - normalised(c, count) * mean_centred) * rstd;
         if (rest) value += load(rest + c, count);
         if (prefix) value += load(prefix + c, count);
         store(grad + c, value, count);

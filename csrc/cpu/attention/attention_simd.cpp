@@ -183,15 +183,15 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   const Scratch<Acc> queries(layout.queries_by_channels()), results(layout.queries_by_channels());
   const Scratch<Acc> scores(layout.queries_by_tokens());
   Acc largest[kQueries], sums[kQueries];
-  int64_t packed = -1;
+  int64_t packed_task = -1;
   for (int64_t index = begin; index < end; ++index) {
     const QueryTile tile(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.tiles());
     const int64_t task = tile.task, first = tile.first, count = tile.count;
-    if (task != packed) {
+    if (task != packed_task) {
       pack_transposed(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels, keys.get(), layout.tokens);
       pack<T, Acc>(part_of<T>(call.qkv, shape, 2, task), 0, shape.tokens, channels, Acc(1),
                    {values.get(), layout.channels});
-      packed = task;
+      packed_task = task;
     }
     pack<T, Acc>(part_of<T>(call.qkv, shape, 0, task), first, count, channels, Acc(call.scale * kLog2E),
                  {queries.get(), layout.channels});

@@ -112,10 +112,10 @@ void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const 
   for (int64_t image = 0; image < images; ++image) {
     // Attention's queries are the first tokens, so the last goes ahead of the others.
     const T *in = x + image * layers * channels, *last = in + (layers - 1) * channels;
-    T* turned = memory + elements + image * layers * channels;
+    T* reordered = memory + elements + image * layers * channels;
     tokens.ask(image, last);
-    std::copy(last, last + channels, turned);
-    std::copy(in, last, turned + channels);
+    std::copy(last, last + channels, reordered);
+    std::copy(in, last, reordered + channels);
   }
   block.norm1(memory + elements, memory, 0, rows);
   gemm::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows);

@@ -15,8 +15,12 @@ using namespace ceit::CEIT_CAPABILITY;
 template <class T>
 struct Brgemm {
   static bool packs(int64_t) { return false; }
-  static bool serves(const Call<T>&) { return false; }
-  static void multiply(const Call<T>&, Range, Range) {}
+  template <class Out>
+  static bool serves(const Call<T, Out>&) {
+    return false;
+  }
+  template <class Out>
+  static void multiply(const Call<T, Out>&, Range, Range) {}
   static void pack(const Weight<T>&, Range, void*) {}
 };
 
@@ -46,8 +50,8 @@ struct Tile {
 };
 
 // Calls body(tile, panel) for tiles of the rows of each panel.
-template <class T, class Body>
-void for_tiles(const Call<T>& call, Range rows, Range panels, const Body& body) {
+template <class T, class Out, class Body>
+void for_tiles(const Call<T, Out>& call, Range rows, Range panels, const Body& body) {
   const int64_t count = rows.end - rows.begin;
   if (count <= 0) return;
   const int64_t height = ceil_div(count, ceil_div(count, kBrgemmRows));
@@ -60,12 +64,12 @@ void for_tiles(const Call<T>& call, Range rows, Range panels, const Body& body) 
 }
 
 // From the sums, which are `stride` apart, to the result.
-template <class T>
-void write_tile(const Call<T>& call, const Tile& tile, const float* sums, int64_t stride) {
+template <class T, class Out>
+void write_tile(const Call<T, Out>& call, const Tile& tile, const float* sums, int64_t stride) {
   constexpr int lanes = Lanes<float>::count;
   with_activation(call.activation, [&](auto kind) {
     for (int c = 0; c < tile.columns; c += lanes) {
-      const Epilogue<decltype(kind)::value, T, T> epilogue(call, tile.column + c, tile.columns - c);
+      const Epilogue<decltype(kind)::value, T, Out> epilogue(call, tile.column + c, tile.columns - c);
       for (int64_t r = 0; r < tile.rows; ++r)
         epilogue.write(tile.row + r, load(sums + r * stride + c, tile.columns - c));
     }
@@ -117,27 +121,37 @@ struct Brgemm<Bf16> {
     return does;
   }
   static bool packs(int64_t depth) { return depth % 2 == 0 && available(); }
-  static bool serves(const Call<Bf16>& call) { return call.b_stride == 0 && packs(call.depth); }
-  static void multiply(const Call<Bf16>& call, Range rows, Range panels) {
+  template <class Out>
+  static bool serves(const Call<Bf16, Out>& call) {
+    return packs(call.depth);
+  }
+  template <class Out>
+  static void multiply(Call<Bf16, Out> call, Range rows, Range panels) {
     alignas(64) float sums[kBrgemmRows * kPanelColumns];
+    const Scratch<Bf16> copy(call.b_stride ? kPanelColumns * call.depth : 0);
+    if (call.accumulate) call.residual = call.out;
     for_tiles(call, rows, panels, [&](const Tile& tile, int64_t panel) {
-      // All columns of the panel, of which those beyond the weight are zero.
+      const Bf16* b = static_cast<const Bf16*>(call.b) + panel * kPanelColumns * (call.b_stride ? 1 : call.depth);
+      if (call.b_stride && tile.row == rows.begin) {
+        for (int64_t k = 0; k < call.depth; ++k)
+          for (int c = 0; c < tile.columns; ++c) copy.get()[place(k, c)] = b[k * call.b_stride + c];
+      }
+      // All columns of the panel, of which those beyond the result's mean nothing.
       ceit_brgemm_bf16(tile.rows, kPanelColumns, call.depth, call.a_stride, kPanelColumns, kPanelColumns, false,
-                       call.a + tile.row * call.a_stride,
-                       static_cast<const Bf16*>(call.b) + panel * kPanelColumns * call.depth, sums, true);
+                       call.a + tile.row * call.a_stride, call.b_stride ? copy.get() : b, sums, true);
       write_tile(call, tile, sums, kPanelColumns);
     });
     ceit_brgemm_release(true);
   }
-  // Two neighbours along the depth side by side: (depth / 2, kPanelColumns, 2), zeros beyond the weight's columns.
+  // In a panel (depth / 2, kPanelColumns, 2), two neighbours along the depth side by side.
+  static int64_t place(int64_t k, int column) { return (k / 2 * kPanelColumns + column) * 2 + k % 2; }
   static void pack(const Weight<Bf16>& weight, Range panels, void* packed) {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       Bf16* to = static_cast<Bf16*>(packed) + panel * kPanelColumns * weight.depth;
       for (int c = 0; c < kPanelColumns; ++c) {
         const int64_t column = panel * kPanelColumns + c;
         const Bf16* from = weight.data + column * weight.depth;
-        for (int64_t k = 0; k < weight.depth; ++k)
-          to[(k / 2 * kPanelColumns + c) * 2 + k % 2] = column < weight.columns ? from[k] : Bf16{};
+        for (int64_t k = 0; k < weight.depth; ++k) to[place(k, c)] = column < weight.columns ? from[k] : Bf16{};
       }
     }
   }

@@ -175,8 +175,7 @@ void multiply_row_tile(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_st
 // Tiles of rows that stay in cache while a prepacked B passes; of one that is not, parts are copied once for all rows.
 template <class T, class Out>
 void multiply(const Call<T, Out>& call, Range rows, Range panels) {
-  if constexpr (std::is_same_v<T, Out>)
-    if (Brgemm<T>::serves(call)) return Brgemm<T>::multiply(call, rows, panels);
+  if (Brgemm<T>::serves(call)) return Brgemm<T>::multiply(call, rows, panels);
   int64_t height = rows.end - rows.begin;
   if (call.b_stride == 0) {
     const int64_t fitting = kRowTileBytes / ((call.depth + 1) * int64_t(sizeof(T))) / kHeight * kHeight;
@@ -188,8 +187,7 @@ void multiply(const Call<T, Out>& call, Range rows, Range panels) {
 
 template <class Out>
 void multiply(const Call<Bf16, Out>& call, Range rows, Range panels) {
-  if constexpr (std::is_same_v<Out, Bf16>)
-    if (Brgemm<Bf16>::serves(call)) return Brgemm<Bf16>::multiply(call, rows, panels);
+  if (Brgemm<Bf16>::serves(call)) return Brgemm<Bf16>::multiply(call, rows, panels);
   constexpr int lanes = Lanes<float>::count;
   const int64_t height = min_of(rows.end - rows.begin, call.b_stride ? kConvertedUnpacked : kConverted);
   const Scratch<float> converted(height * call.depth);

@@ -9,7 +9,7 @@ namespace ceit::i2t_cpu {
 namespace CEIT_CAPABILITY {
 namespace {
 
-// Pixels whose products are added up in one chain.
+// Pixels that are added up in one chain.
 constexpr int64_t kChain = 128;
 
 // The pooled rows whose windows hold a row of the convolution, and where it is in their windows.
@@ -25,7 +25,7 @@ struct PooledRows {
   }
 };
 
-// Products of a row's gradient with some rows of the image, at the seven places of the kernel's row.
+// The gradient of the weight, of a row's gradient and some rows of the image, at the seven places of the kernel's row.
 template <class Acc>
 struct WeightTile {
   static constexpr int lanes = Lanes<Acc>::count, vectors = kVectorBytes == 64 ? 2 : 1;
@@ -104,10 +104,10 @@ class Part {
       const Acc* coefficients = static_cast<const Acc*>(call_.coefficients) + c;
       const auto mean = load(coefficients, n), a = load(coefficients + channels, n);
       const auto b = load(coefficients + 2 * channels, n), shift = load(coefficients + 3 * channels, n);
-      auto product = splat(Acc(0));
+      auto centred_sum = splat(Acc(0));
       const auto put = [&](int64_t x, Vec<Acc> g) {
         const auto centred = load(z + x * stride + c) - mean;
-        product += g * centred;
+        centred_sum += g * centred;
         const auto dz = a * g + (b * centred + shift);
         store(gradient_.get() + x * stride + c, dz);
         if (result) store(result + x * channels + c, dz, n);
@@ -129,7 +129,7 @@ class Part {
         carried = third;
       }
       if (s.conv_width % 2 == 0) put(s.conv_width - 1, carried);
-      store(centred_sums_.get() + c, load(centred_sums_.get() + c) + product);
+      store(centred_sums_.get() + c, load(centred_sums_.get() + c) + centred_sum);
     });
   }
 
@@ -170,15 +170,15 @@ void sums(const SumsCall& call, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* gradient = static_cast<const T*>(call.gradient) + row * size;
       const T* x = static_cast<const T*>(call.x) + row * size;
-      auto sum = splat(Acc(0)), product = splat(Acc(0));
+      auto sum = splat(Acc(0)), centred_sum = splat(Acc(0));
       for (int64_t at = c; at < size; at += channels) {
         const auto g = load(gradient + at, n);
         sum += g;
-        product += g * (load(x + at, n) - mean);
+        centred_sum += g * (load(x + at, n) - mean);
       }
       Acc* to = static_cast<Acc*>(call.sums) + row * 2 * channels + c;
       store(to, sum, n);
-      store(to + channels, product, n);
+      store(to + channels, centred_sum, n);
     }
   });
 }

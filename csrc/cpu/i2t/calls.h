@@ -54,8 +54,8 @@ struct SumsCall {
   void* sums;        // (rows, 2, channels)
 };
 
-// With the pooled gradient g at the places of the maxima, and zero elsewhere: dz = a g + b (z - mean) + c, its
-// products with the patches, which are the weight's gradient, and the sum of g (z - mean); z is computed again.
+// With the pooled gradient g at the places of the maxima, and zero elsewhere: dz = a g + b (z - mean) + c, the
+// weight's gradient, which is a matmul of dz and the patches, and the sum of g (z - mean); z is computed again.
 struct BackwardCall {
   Convolution convolution;
   const void* gradient;  // (B, pooled_height, pooled_width, out_channels)

@@ -187,16 +187,16 @@ void backward_task(const DepthwiseBackwardCall& call, const Task& task, const Ba
     for (int v = 0; v < vectors; ++v) {
       const Slice<Acc> s(task, v);
       BackwardSums<side, Acc>& sum = sums[v];
-      Vec<Acc> turned[side * side];  // the transposed convolution's taps
+      Vec<Acc> flipped[side * side];  // the transposed convolution's taps
       for (int i = 0; i < side * side; ++i)
-        turned[side * side - 1 - i] =
+        flipped[side * side - 1 - i] =
             load(static_cast<const Acc*>(call.taps) + i * channels + task.channel + s.start, s.count);
       const Acc *dz_rows[side], *a_rows[side];
       for (int dy = 0; dy < side; ++dy) {
         dz_rows[dy] = rings.dz.read(y + dy - side / 2, call.height) + s.start;
         a_rows[dy] = rings.a.read(y + dy - side / 2, call.height) + s.start;
       }
-      convolve<side, Acc>(dz_rows, turned, splat(Acc(0)), line + s.start, width);
+      convolve<side, Acc>(dz_rows, flipped, splat(Acc(0)), line + s.start, width);
       const Acc* dz = rings.dz.write(y) + s.start;
       if (call.grad_taps) add_tap_sums<side, Acc>(a_rows, dz, sum.taps, width);
       const Acc* slope = rings.slope.write(y) + s.start;

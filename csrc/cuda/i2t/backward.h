@@ -11,7 +11,7 @@
 namespace ceit::i2t {
 
 constexpr int kTileRows = 14;          // of the convolution, two for each warp
-constexpr int kBackwardWarps = kSide;  // a warp takes one row of the kernel in the products
+constexpr int kBackwardWarps = kSide;  // a warp takes one row of the kernel in the matmuls
 constexpr int kBackwardThreads = 32 * kBackwardWarps;
 constexpr int kBackwardChannels = 2 * kGroup;  // of a block
 constexpr int kTileImageRows = 2 * kTileRows + 5;
@@ -227,7 +227,7 @@ finish_gradients(GradientSums<typename Mma::Acc> sums, int rows, int channels, b
       of_normalised += sums.normalised_patches[at];
       of_patches += sums.patches[int64_t(row) * weights + k];
     }
-  // Of the products with the rounded weights, as the convolution took them.
+  // By the rounded weights, as the convolution took them.
   shared[k] =
       k < weights ? to_float(convert<typename Mma::Element>(weight[int64_t(channel) * weights + k])) * of_gradient : 0;
   barrier();

@@ -12,10 +12,10 @@ namespace ceit::i2t {
 
 constexpr int kStrips = 2;         // warps side by side
 constexpr int kPooledColumns = 7;  // of a warp
-constexpr int kBandRows = 4;       // pooled rows for which the image lies in shared memory
+constexpr int kPooledRows = 4;     // pooled rows for which the image lies in shared memory
 constexpr int kMaximumGroups = 6;  // 96 output channels
 constexpr int kForwardThreads = 32 * kStrips * kMaximumGroups;
-constexpr int kForwardImageRows = 2 * (2 * kBandRows + 1) + 5;
+constexpr int kForwardImageRows = 2 * (2 * kPooledRows + 1) + 5;
 constexpr int kForwardImageColumns = 2 * (14 * (kStrips - 1) + 15) + 8;
 
 template <class Mma>
@@ -75,12 +75,12 @@ forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
   const Element* pixels = tile + strip * 14 * kPixelStride;
   constexpr int kTileRow = kForwardImageColumns * kChannels;
 
-  for (int band = py_begin; band < py_end; band += kBandRows) {
+  for (int first_py = py_begin; first_py < py_end; first_py += kPooledRows) {
     barrier();
-    // Row r of the convolution after 2 * band - 1 reads rows 2r to 2r + 6 of the tile.
-    load_image<kForwardImageRows, kForwardImageColumns>(tile, image, p, b, 4 * band - 5, 4 * block_px - 6);
+    // Row r of the convolution after 2 * first_py - 1 reads rows 2r to 2r + 6 of the tile.
+    load_image<kForwardImageRows, kForwardImageColumns>(tile, image, p, b, 4 * first_py - 5, 4 * block_px - 6);
     barrier();
-    if (band == py_begin && band > 0) {
+    if (first_py == py_begin && first_py > 0) {
       Acc row[kFragments][4] = {};
 #pragma unroll
       for (int ky = 0; ky < kSide; ++ky) Mma::accumulate(row, Mma::load_pixels(pixels + ky * kTileRow), weights, ky);
@@ -89,10 +89,10 @@ forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) above[c][h] = row[c / 2][c % 2 + 2 * h] * keep[c];
     }
-    const int rows = min(kBandRows, py_end - band);
+    const int rows = min(kPooledRows, py_end - first_py);
 #pragma unroll 1
     for (int r = 0; r < rows; ++r) {
-      const int py = band + r;
+      const int py = first_py + r;
       Acc first[kFragments][4] = {}, second[kFragments][4] = {};
       const Element* row = pixels + (4 * r + 2) * kTileRow;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Matrix products of a warp, one struct for each way to multiply, with the same fragments of the result everywhere:
+// Matmuls of a warp, one struct for each way to multiply, with the same fragments of the result everywhere:
 // a lane holds rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next.
 //
 // Column n of fragment f of a group of 16 output channels is channel 4 * (n / 2) + 2 * f + n % 2: so a thread's values
@@ -66,7 +66,7 @@ struct HalfMma {
       for (int f = 0; f < kFragments; ++f) multiply(acc[f], pixels.step[s], weights.row[ky][s][f], T());
   }
 
-  // The same row as the other operand of a product over the 16 outputs: 32 columns.
+  // The same row as the other operand of a matmul over the 16 outputs: 32 columns.
   DEVICE static Patches load_patches(const Element* row) {
     const int lane = lane_index();
     Patches patches;
@@ -198,7 +198,7 @@ struct ScalarMma {
   DEVICE static void accumulate(T (&acc)[kFragments][4], const Pixels& pixels, const Weights& weights, int ky) {
     const T* low = pixels.row + lane_index() / 4 * kPixelStride;
     const T* high = low + 8 * kPixelStride;
-    // Not unrolled whole: the products of 7 rows would not fit the instruction cache.
+    // Not unrolled whole: 7 rows would not fit the instruction cache.
 #pragma unroll 4
     for (int k = kChannels; k < kRowElements; ++k) {  // without the column before the window, which may be infinite
       const Pack<T, kOwn> w = weights.own[(ky * kRowElements + k) * (kGroup / kOwn)];

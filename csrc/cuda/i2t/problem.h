@@ -12,7 +12,7 @@ namespace ceit::i2t {
 constexpr int kChannels = 4;                  // of a pixel in shared memory
 constexpr int kSide = 7;                      // of the convolution's kernel
 constexpr int kRowElements = 8 * kChannels;   // of a kernel's row in shared memory's terms
-constexpr int kDepth = kSide * kRowElements;  // of a product: 224, of which 147 are not zero for 3 channels
+constexpr int kDepth = kSide * kRowElements;  // of a matmul: 224, of which 147 are not zero for 3 channels
 constexpr int kPixelStride = 2 * kChannels;   // elements between the windows of two neighbouring outputs
 constexpr int kGroup = 16;                    // output channels of a warp: two 8-column fragments
 constexpr int kOwn = 4;                       // of these, neighbours that one thread holds: 4 * (lane % 4) onwards
