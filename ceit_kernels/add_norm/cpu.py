@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_norm_backward_cpu", "add_norm_forward_cpu"]
+__all__ = ["add_norm_backward_cpu", "add_norm_forward_cpu", "total_dtype"]
 
 torch.library.define(
     "ceit::_add_norm_forward",
@@ -21,6 +21,13 @@ torch.library.define(
 _forward, _backward = torch.ops.ceit._add_norm_forward.default, torch.ops.ceit._add_norm_backward.default
 
 _ROWS = 32  # that are added up to one partial sum of the parameters' gradients, as in csrc/cpu/add_norm/calls.h
+
+
+def total_dtype(x: Tensor, branch: Tensor | None) -> torch.dtype:
+    """The dtype of ``x + branch``."""
+    if branch is None or branch.dtype == x.dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, branch.dtype)
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -40,7 +47,7 @@ def add_norm_forward_cpu(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """The results of ``ceit::add_norm``, its arguments checked and not empty."""
-    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    dtype = total_dtype(x, branch)
     acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias = _as(weight, acc_dtype), _as(bias, acc_dtype)
     total = mean = rstd = None

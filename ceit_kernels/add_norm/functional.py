@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import backends
 from ..common.calls import needs_gradient, unsupported_reason
-from .op import add_norm_operator, layer_norm_dtype, total_dtype
+from .cpu import total_dtype
+from .op import add_norm_operator, layer_norm_dtype
 from .reference import add_norm_reference
 
 __all__ = ["add_layer_norm", "add_norm"]

@@ -8,18 +8,11 @@ from torch import Tensor
 from ..common.autocast import is_autocast_enabled
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.operator import Operator, contiguous, gradients_like
-from .cpu import add_norm_backward_cpu, add_norm_forward_cpu
+from .cpu import add_norm_backward_cpu, add_norm_forward_cpu, total_dtype
 
-__all__ = ["add_norm_operator", "layer_norm_dtype", "total_dtype"]
+__all__ = ["add_norm_operator", "layer_norm_dtype"]
 
 _MAX_CHANNELS, _MAX_ROWS = 4096, 2**31 - 4096  # a row is held in registers; rows are counted in 32 bits
-
-
-def total_dtype(x: Tensor, branch: Tensor | None) -> torch.dtype:
-    """The dtype of the sum."""
-    if branch is None or branch.dtype == x.dtype:
-        return x.dtype
-    return torch.promote_types(x.dtype, branch.dtype)
 
 
 def layer_norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:

@@ -142,7 +142,7 @@ class Operator:
         """The results of checked inputs."""
         if not is_eager(inputs[0]):
             return self.registered(*inputs)
-        if needs_gradient(*inputs[: self._tensors]):
+        if torch.is_grad_enabled() and needs_gradient(*inputs[: self._tensors]):
             return self.function.apply(*inputs)
         return self.run(*inputs)
 
