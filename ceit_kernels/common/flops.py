@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch.utils import flop_counter
 
-__all__ = ["conv_backward_flops", "conv_flops", "matmul_flops", "no_flops", "register_flops"]
+__all__ = ["conv_backward_flops", "conv_flops", "matmul_flops"]
 
 Shape = Sequence[int]
-
-
-def register_flops(operator: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate what gives the FLOPs of an operator, ``"ceit::name"``, from its arguments with shapes for tensors."""
-    return flop_counter.register_flop_formula(getattr(torch.ops.ceit, operator.split("::")[1]))
-
-
-def no_flops(*arguments: object, **options: object) -> int:
-    """The FLOPs of an operator without convolutions and matmuls, which PyTorch counts alone."""
-    return 0
 
 
 def matmul_flops(rows: int, terms: int, columns: int) -> int:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from .activations import ACTIVATIONS
 from .grid import token_grid
@@ -26,7 +25,6 @@ __all__ = [
     "kernel_size_unsupported_reason",
     "out_dtype",
     "parameters_per_layer",
-    "require",
 ]
 
 _KERNEL_SIZES = (3, 5, 7)
@@ -67,7 +65,7 @@ class Settings(NamedTuple):
     activations: Sequence[str]
     group: str | None
     compute_dtype: torch.dtype | None
-    backend: str
+    backend: str = ""
 
 
 def check(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings) -> None:
@@ -174,12 +172,6 @@ def kernel_size_unsupported_reason(weight2: Tensor) -> str | None:
     """Why the kernels cannot take a depthwise weight (E, 1, k, k); None if they can."""
     side = weight2.shape[-1]
     return None if side in _KERNEL_SIZES else f"the kernels take depthwise kernels of side {_KERNEL_SIZES}, not {side}"
-
-
-def require(x: Tensor, parameters: Sequence[Tensor | None], settings: Settings) -> None:
-    """Raise ``BackendError`` unless the backend can serve the call."""
-    unsupported = kernel_size_unsupported_reason(parameters[parameters_per_layer])
-    backends.require("leff", settings.backend, x, settings.compute_dtype or x.dtype, unsupported)
 
 
 def convolutions(x: Sequence[int], parameters: Sequence, height: int, width: int) -> list[tuple[tuple[int, ...], ...]]:

@@ -91,7 +91,7 @@ def leff_forward_native(
     settings: Settings,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """The results of ``ceit::leff_forward``, its arguments checked; x and residual contiguous, B at least 1."""
+    """The results of ``ceit::leff``, its arguments checked; x and residual contiguous, B at least 1."""
     dtype = settings.compute_dtype or x.dtype
     out = x.new_empty((*x.shape[:2], parameters[2 * parameters_per_layer].shape[0]), dtype=out_dtype)
     prefix = x.to(out_dtype) if settings.num_prefix_tokens else x

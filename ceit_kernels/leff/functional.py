@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.calls import is_eager, unsupported_reason
+from ..common.calls import needs_gradient, unsupported_reason
 from ..common.checks import norm_dtype_reason
-from . import op, op_training
 from .activations import ACTIVATIONS
 from .arguments import (
     NORM_TENSORS,
@@ -24,6 +22,7 @@ from .arguments import (
 )
 from .grid import from_tokens, residual_to_tokens, to_tokens
 from .norms import BatchNorm, norm_mode, process_group_of, update_running_statistics
+from .op import leff_inference_operator, leff_operator
 from .reference import leff_reference
 
 __all__ = ["leff_block", "leff_fused", "pack"]
@@ -157,24 +156,16 @@ def _call_operator(
     settings: Settings,
 ) -> Tensor:
     """Call the operator of inference or of training, which updates the running statistics."""
-    eager = settings.backend == "native" and is_eager(x)
-    training = "batch" in settings.norms or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *parameters))
-    )
-    if not training and eager:
-        return op.leff_inference_eagerly(x, parameters, residual, settings)
-    if not training:
-        where = (settings.height, settings.width, settings.num_prefix_tokens, settings.activations)
-        return torch.ops.ceit.leff_inference(
-            x, *parameters, residual, settings.eps, *where, settings.compute_dtype, settings.backend
-        )
+    if not ("batch" in settings.norms or needs_gradient(x, residual, *parameters)):
+        where = settings.height, settings.width, settings.num_prefix_tokens, settings.activations
+        inputs = x, *parameters, residual, settings.eps, *where, settings.compute_dtype
+        return leff_inference_operator(*inputs, settings.backend)
     # Running statistics that are about to change are no input of the operator.
     inputs = [
         None if i % parameters_per_layer > 3 and settings.norms[i // parameters_per_layer] == "batch" else parameter
         for i, parameter in enumerate(parameters)
     ]
-    forward = op_training.leff_eagerly if eager else torch.ops.ceit.leff_forward
-    out, _, _, _, *statistics, count = forward(x, *inputs, residual, *settings)
+    out, _, _, _, *statistics, count = leff_operator(x, *inputs, residual, *settings)
     update_running_statistics(norms, statistics, count, x.shape[0] * settings.height * settings.width)
     return out
 

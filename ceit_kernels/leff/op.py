@@ -1,4 +1,4 @@
-"""``ceit::leff_inference``: schema, checks, autocast. It has no gradient: ``ceit::leff_forward`` has."""
+"""``ceit::leff`` with its gradient, and ``ceit::leff_inference``, without: norms there are scales and shifts."""
 
 from __future__ import annotations
 
@@ -8,89 +8,205 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.flops import conv_flops, register_flops
-from ..common.registration import refuse_gradient, register_autocast
+from ..common.checks import check_device, check_shape
+from ..common.flops import conv_backward_flops, conv_flops
+from ..common.operator import Operator, gradients_like
 from .arguments import (
     PARAMETER_NAMES,
     PARAMETER_SCHEMA,
     Settings,
     check,
     convolutions,
+    kernel_size_unsupported_reason,
     out_dtype,
     parameters_per_layer,
-    require,
 )
+from .triton import NORM_ROWS
 
-__all__ = ["leff_inference_eagerly"]
+__all__ = ["leff_inference_operator", "leff_operator"]
 
-torch.library.define(
-    "ceit::leff_inference",
-    f"(Tensor x, {PARAMETER_SCHEMA}, Tensor? residual, float[] eps, SymInt height, SymInt width, "
-    "int num_prefix_tokens, str[] activations, ScalarType? compute_dtype, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_SETTINGS_SCHEMA = (
+    "float[] eps, str[] norms, SymInt height, SymInt width, int num_prefix_tokens, str[] activations, str? group, "
+    "ScalarType? compute_dtype, str backend"
 )
+_SAVED_NAMES = ("z1", "z2", "z3", "norm1", "norm2", "norm3", "count")
+_PARAMETERS, _SAVED = len(PARAMETER_NAMES), len(_SAVED_NAMES)
+# Of a layer's parameters those that may have a gradient: all but the running statistics, which come last.
+_DIFFERENTIABLE = tuple(i for i in range(_PARAMETERS) if i % parameters_per_layer < 4)
 
 
-def _unpack(x, arguments) -> tuple[Any, Any, Settings]:
-    """The parameters, the residual and the settings of a call, checked."""
-    count = len(PARAMETER_NAMES)
-    parameters, (residual, eps, height, width, prefix, activations, *rest) = arguments[:count], arguments[count:]
-    norms = ["none" if mean is None else "frozen" for mean in parameters[4::parameters_per_layer]]
-    settings = Settings(eps, norms, height, width, prefix, activations, None, *rest)
-    check(x, parameters, residual, settings)
-    return parameters, residual, settings
+class _LeFFInference(Operator):
+    name, operator = "leff_inference", "leff"
+    schema = (
+        f"(Tensor x, {PARAMETER_SCHEMA}, Tensor? residual, float[] eps, SymInt height, SymInt width, "
+        "int num_prefix_tokens, str[] activations, ScalarType? compute_dtype, str backend) -> Tensor"
+    )
+    public_name = "ceit_kernels.leff_block"
+
+    def check(self, x, *inputs):
+        check(x, *self._unpack(inputs))
+
+    def unsupported(self, x, *inputs):
+        return kernel_size_unsupported_reason(inputs[parameters_per_layer])
+
+    def forward(self, x, *inputs):
+        parameters, residual, settings = self._unpack(inputs)
+        if x.shape[0] == 0:
+            return self.fake(x, *inputs)
+        if settings.backend == "native":
+            from .cpu import leff_inference_native as run
+        else:
+            from .triton.launch_inference import leff_inference_triton as run
+        dtype = out_dtype(x, residual, settings)
+        residual = None if residual is None else residual.contiguous()
+        return run(x.contiguous(), parameters, residual, settings, dtype)
+
+    def fake(self, x, *inputs):
+        parameters, residual, settings = self._unpack(inputs)
+        out_features = parameters[2 * parameters_per_layer].shape[0]
+        return x.new_empty((*x.shape[:2], out_features), dtype=out_dtype(x, residual, settings))
+
+    def flops(self, x, *inputs, **options):
+        height, width = inputs[_PARAMETERS + 2 : _PARAMETERS + 4]
+        return sum(conv_flops(*call) for call in convolutions(x, inputs[:_PARAMETERS], height, width))
+
+    @staticmethod
+    def _unpack(inputs: Sequence[Any]) -> tuple[Sequence[Tensor | None], Tensor | None, Settings]:
+        parameters = inputs[:_PARAMETERS]
+        residual, eps, height, width, prefix, activations, *rest = inputs[_PARAMETERS:]
+        norms = ["none" if mean is None else "frozen" for mean in parameters[4::parameters_per_layer]]
+        return parameters, residual, Settings(eps, norms, height, width, prefix, activations, None, *rest)
 
 
-@torch.library.impl("ceit::leff_inference", "default")
-def _forward(x, *arguments):
-    parameters, residual, settings = _unpack(x, arguments)
-    require(x, parameters, settings)
-    return leff_inference_eagerly(x, parameters, residual, settings)
+class _LeFF(Operator):
+    name = "leff"
+    schema = (
+        f"(Tensor x, {PARAMETER_SCHEMA}, Tensor? residual, {_SETTINGS_SCHEMA}) "
+        f"-> (Tensor out, {', '.join(f'Tensor {name}' for name in _SAVED_NAMES)})"
+    )
+    backward_schema = (
+        f"(Tensor grad_out, Tensor x, {PARAMETER_SCHEMA}, {', '.join(f'Tensor {name}' for name in _SAVED_NAMES)}, "
+        f"{_SETTINGS_SCHEMA}, bool need_x, bool[] needs) -> ({', '.join(['Tensor'] * (1 + len(_DIFFERENTIABLE)))})"
+    )
+    public_name = "ceit_kernels.leff_block"
+
+    def check(self, x, *inputs):
+        parameters, residual, settings = self._unpack(inputs)
+        check(x, parameters, residual, settings)
+        for i, mode in zip(range(4, _PARAMETERS, parameters_per_layer), settings.norms, strict=True):
+            if mode == "frozen" and parameters[i] is None:
+                raise ValueError(f"{PARAMETER_NAMES[i]}: expected a tensor where the norm is frozen, got None")
+        if settings.group is not None and x.shape[0] == 0:
+            raise ValueError("x: expected an image in every process that shares its statistics, got an empty batch")
+
+    def unsupported(self, x, *inputs):
+        return kernel_size_unsupported_reason(inputs[parameters_per_layer])
+
+    def forward(self, x, *inputs):
+        parameters, residual, settings = self._unpack(inputs)
+        if x.shape[0] == 0:
+            return _results(x.new_zeros, x, parameters, residual, settings)
+        if settings.backend == "native":
+            from .cpu import leff_forward_native as run
+        else:
+            from .triton.launch_forward import leff_forward_triton as run
+        dtype = out_dtype(x, residual, settings)
+        residual = None if residual is None else residual.contiguous()
+        return run(x.contiguous(), parameters, residual, settings, dtype)
+
+    def fake(self, x, *inputs):
+        return _results(x.new_empty, x, *self._unpack(inputs))
+
+    def flops(self, x, *inputs, **options):
+        parameters, _, settings = self._unpack(inputs)
+        return sum(conv_flops(*call) for call in convolutions(x, parameters, settings.height, settings.width))
+
+    def save(self, ctx, inputs, results):
+        x, parameters, residual = inputs[0], list(inputs[1 : 1 + _PARAMETERS]), inputs[1 + _PARAMETERS]
+        for i in range(_PARAMETERS):
+            if i not in _DIFFERENTIABLE:
+                parameters[i] = None
+        ctx.save_for_backward(x, *parameters, *results[1:])
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.settings = inputs[2 + _PARAMETERS :]
+
+    def gradients(self, backward, ctx, grad_out, *_):
+        need_x, *need_parameters = ctx.needs_input_grad[: 1 + _PARAMETERS]
+        needs = [need_parameters[i] for i in _DIFFERENTIABLE]
+        found = [None] * (2 + _PARAMETERS)
+        if need_x or any(needs):
+            found[0], *grads = backward(grad_out, *ctx.saved_tensors, *ctx.settings, need_x, needs)
+            for i, grad in zip(_DIFFERENTIABLE, grads, strict=True):
+                found[1 + i] = grad
+        if ctx.residual_dtype is not None:
+            found[1 + _PARAMETERS] = grad_out.to(ctx.residual_dtype)
+        return found
+
+    def check_backward(self, grad_out, x, *inputs):
+        parameters, _, settings, _, needs = self._unpack_backward(inputs)
+        check(x, parameters, None, settings)
+        check_shape("grad_out", grad_out, x.shape[0], x.shape[1], parameters[2 * parameters_per_layer].shape[0])
+        check_device("grad_out", grad_out, x, "x")
+        if len(needs) != len(_DIFFERENTIABLE):
+            raise ValueError(f"needs: expected {len(_DIFFERENTIABLE)}, got {len(needs)}")
+        for i, need in zip(_DIFFERENTIABLE, needs, strict=True):
+            if need and parameters[i] is None:
+                raise ValueError(f"needs: expected False for {PARAMETER_NAMES[i]}, which is None, got True")
+
+    def backward(self, grad_out, x, *inputs):
+        parameters, saved, settings, need_x, needs = self._unpack_backward(inputs)
+        if x.shape[0] == 0:
+            return self._gradients_like(x, parameters, need_x, needs, torch.zeros_like)
+        if settings.backend == "native":
+            from .cpu import leff_backward_native as run
+        else:
+            from .triton.launch_backward import leff_backward_triton as run
+        return run(grad_out.contiguous(), x.contiguous(), parameters, saved, settings, need_x, needs)
+
+    def fake_backward(self, grad_out, x, *inputs):
+        parameters, _, _, need_x, needs = self._unpack_backward(inputs)
+        return self._gradients_like(x, parameters, need_x, needs, torch.empty_like)
+
+    def backward_flops(self, grad_out, x, *inputs, **options):
+        parameters, _, settings, need_x, needs = self._unpack_backward(inputs)
+        flops = 0
+        for i, call in enumerate(convolutions(x, parameters, settings.height, settings.width)):
+            flops += conv_backward_flops(*call, need_x or any(needs[: 4 * i]), needs[4 * i])
+        return flops
+
+    @staticmethod
+    def _unpack(inputs: Sequence[Any]) -> tuple[Sequence[Tensor | None], Tensor | None, Settings]:
+        return inputs[:_PARAMETERS], inputs[_PARAMETERS], Settings(*inputs[_PARAMETERS + 1 :])
+
+    @staticmethod
+    def _unpack_backward(inputs: Sequence[Any]):
+        parameters, saved = inputs[:_PARAMETERS], inputs[_PARAMETERS : _PARAMETERS + _SAVED]
+        *settings, need_x, needs = inputs[_PARAMETERS + _SAVED :]
+        return parameters, saved, Settings(*settings), need_x, needs
+
+    @staticmethod
+    def _gradients_like(x, parameters, need_x, needs, make):
+        return gradients_like((x, *(parameters[i] for i in _DIFFERENTIABLE)), (need_x, *needs), make)
 
 
-@torch.library.register_fake("ceit::leff_inference")
-def _forward_fake(x, *arguments):
-    parameters, residual, settings = _unpack(x, arguments)
-    dtype = out_dtype(x, residual, settings)
-    return x.new_empty((x.shape[0], x.shape[1], parameters[12].shape[0]), dtype=dtype)
+def _results(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:
+    """Tensors like the results of the forward operator; what a layer without a norm lacks has no element."""
+    dtype = settings.compute_dtype or x.dtype
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    hidden, outputs = parameters[0].shape[0], parameters[2 * parameters_per_layer].shape[0]
+    tokens = x.shape[0] * settings.height * settings.width
+    # The GEMMs of the CPU take whole images, prefix tokens included.
+    tokens1 = x.shape[0] * x.shape[1] if settings.backend == "native" else tokens
+    channels = zip(settings.norms, (hidden, hidden, outputs), strict=True)
+    norms = ((0,) if mode == "none" else (NORM_ROWS, n) for mode, n in channels)
+    return (
+        make((x.shape[0], x.shape[1], outputs), dtype=out_dtype(x, residual, settings)),
+        make((tokens1, hidden), dtype=dtype),
+        make((tokens, hidden), dtype=dtype),
+        make((0,) if settings.norms[2] == "none" else (tokens, outputs), dtype=dtype),
+        *(make(shape, dtype=acc_dtype) for shape in norms),
+        make((1 if "batch" in settings.norms else 0,), dtype=acc_dtype),
+    )
 
 
-refuse_gradient(
-    "ceit::leff_inference",
-    "ceit::leff_inference has no gradient; ceit_kernels.FusedLeFF calls ceit::leff_forward where one is needed",
-)
-
-
-@register_flops("ceit::leff_inference")
-def _flops(x, *arguments, out_shape, **options):
-    count = len(PARAMETER_NAMES)
-    height, width = arguments[count + 2 : count + 4]
-    return sum(conv_flops(*call) for call in convolutions(x, arguments[:count], height, width))
-
-
-@register_autocast("ceit::leff_inference")
-def _autocast(dtype, x, *arguments):
-    *arguments, compute_dtype, backend = arguments
-    compute_dtype = compute_dtype or (None if x.dtype == torch.float64 else dtype)
-    return torch.ops.ceit.leff_inference(x, *arguments, compute_dtype, backend)
-
-
-def leff_inference_eagerly(
-    x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings
-) -> Tensor:
-    """``ceit::leff_inference`` without the registered operator, its arguments checked.
-
-    Args:
-        x, residual: tokens.
-        parameters: as of the operator.
-        settings: with autocast's dtype as ``compute_dtype``.
-    """
-    result_dtype = out_dtype(x, residual, settings)
-    if x.shape[0] == 0:
-        return x.new_empty((0, x.shape[1], parameters[12].shape[0]), dtype=result_dtype)
-    if settings.backend == "native":
-        from .cpu import leff_inference_native as run
-    else:
-        from .triton.launch_inference import leff_inference_triton as run
-    residual = None if residual is None else residual.contiguous()
-    return run(x.contiguous(), parameters, residual, settings, result_dtype)
+leff_inference_operator, leff_operator = _LeFFInference(), _LeFF()

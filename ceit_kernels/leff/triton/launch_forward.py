@@ -31,7 +31,7 @@ def leff_forward_triton(
     settings: Settings,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """The results of ``ceit::leff_forward``, by at most four passes over the tokens.
+    """The results of ``ceit::leff``, by at most four passes over the tokens.
 
     Args:
         x, residual: tokens, contiguous, B at least 1.

@@ -12,7 +12,7 @@ from ceit_kernels.leff import LocallyEnhancedFeedForward
 from ceit_kernels.leff.norms import of_module
 
 OPERATORS = (
-    "leff_inference", "leff_forward", "leff_backward", "lca", "lca_backward", "i2t", "i2t_backward",
+    "leff_inference", "leff", "leff_backward", "lca", "lca_backward", "i2t", "i2t_backward",
     "linear", "linear_backward", "attention", "attention_backward", "add_norm",
     "add_norm_backward",
 )  # fmt: skip
@@ -48,7 +48,7 @@ def test_leff_counts_its_convolutions(need_input):
     *expected, _ = counted(lambda: plain(x))
     *found, names = counted(fused)
     assert found == expected
-    assert names == {"ceit.leff_forward", "ceit.leff_backward"}
+    assert names == {"ceit.leff", "ceit.leff_backward"}
 
 
 def test_leff_at_inference_counts_its_convolutions():

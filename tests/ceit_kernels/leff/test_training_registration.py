@@ -1,4 +1,4 @@
-"""``ceit::leff_forward`` and ``ceit::leff_backward`` in PyTorch's machinery."""
+"""``ceit::leff`` and ``ceit::leff_backward`` in PyTorch's machinery."""
 
 import copy
 
@@ -23,7 +23,7 @@ def make_tiny(dtype=torch.float32, norms="bbb", **options):
 
 
 def make_arguments(norms, **options):
-    """Arguments of ``torch.ops.ceit.leff_forward``."""
+    """Arguments of ``torch.ops.ceit.leff``."""
     module = make_tiny(norms=norms, **options)
     convolutions = (module.conv1, module.conv2, module.conv3)
     norms = [of_module(norm) for norm in (module.bn1, module.bn2, module.bn3)]
@@ -38,9 +38,9 @@ def make_arguments(norms, **options):
 def test_opcheck():
     x, parameters, residual, settings = make_arguments("bfn", bias=False)
     arguments = (x, *parameters, residual, *settings)
-    torch.library.opcheck(torch.ops.ceit.leff_forward.default, arguments)
+    torch.library.opcheck(torch.ops.ceit.leff.default, arguments)
     with torch.no_grad():
-        out, *saved = torch.ops.ceit.leff_forward(*arguments)
+        out, *saved = torch.ops.ceit.leff(*arguments)
     needs = [p is not None and i % 5 != 2 for i, p in enumerate(parameters) if i % 6 < 4]
     parameters = [None if p is None else p.detach() for p in parameters]
     arguments = (torch.ones_like(out), x.detach(), *parameters, *saved, *settings, True, needs)
@@ -73,7 +73,7 @@ def test_gradcheck(norms):
 def test_a_second_derivative_is_an_error_that_says_what_to_do():
     module, x = make_tiny(), make_tokens(2, 7, 4, torch.float32).requires_grad_()
     (grad,) = torch.autograd.grad(run("triton", module, x, GRID).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"leff_block and FusedLeFF are differentiable once.*reference"):
+    with pytest.raises(RuntimeError, match=r"leff_block is differentiable once.*reference"):
         grad.sum().backward()
     # Neither x nor the gradient of the result depends on anything here, only the parameters do.
     out = run("triton", module, x.detach(), GRID)
@@ -116,7 +116,7 @@ def test_gradient_checkpointing_keeps_values_gradients_and_statistics(compiled):
 def test_autocast_reaches_a_direct_call_of_the_operator():
     x, parameters, _, settings = make_arguments("bbb")
     with torch.autocast(DEVICE, torch.float16):
-        out, z1, *_ = torch.ops.ceit.leff_forward(x, *parameters, None, *settings)
+        out, z1, *_ = torch.ops.ceit.leff(x, *parameters, None, *settings)
     assert (out.dtype, z1.dtype) == (torch.float32, torch.float16)
     (grad,) = torch.autograd.grad(out.sum(), parameters[0])
     assert grad.dtype == torch.float32
@@ -125,7 +125,7 @@ def test_autocast_reaches_a_direct_call_of_the_operator():
 def test_outputs_share_no_memory():
     for norms in ("bbb", "fff", "nnn"):
         x, parameters, residual, settings = make_arguments(norms)
-        outputs = torch.ops.ceit.leff_forward(x, *parameters, residual, *settings)
+        outputs = torch.ops.ceit.leff(x, *parameters, residual, *settings)
         pointers = [t.untyped_storage().data_ptr() for t in (*outputs, x, residual) if t.numel()]
         assert len(set(pointers)) == len(pointers)
 
