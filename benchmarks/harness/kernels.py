@@ -1,4 +1,4 @@
-"""Every kernel of this project on a GPU: the time that a call takes in it, beside its counted bytes and products."""
+"""Every kernel of this project on a GPU: the time that a call takes in it, beside its counted bytes and FLOPs."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class KernelTime:
         name: the Triton kernel's, or that of a compiled operator with all kernels that it launches.
         launches: in a call.
         bytes: device memory that they read and write, as counted.
-        flops: of their products, as counted.
+        flops: of their matmuls and convolutions, as counted.
         seconds: on the GPU, one launch added to the other.
     """
 

@@ -34,7 +34,7 @@ class _Rewritten(nn.Module):
 
 
 class RewrittenLeFF(_Rewritten):
-    """LeFF with products over tokens in place of 1x1 convolutions; the tokens are the channels-last image already.
+    """LeFF with matmuls over tokens in place of 1x1 convolutions; the tokens are the channels-last image already.
 
     Shapes:
         (B, num_prefix_tokens + H * W, C) -> the same.

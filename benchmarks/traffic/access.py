@@ -65,7 +65,7 @@ class KernelCost:
     Attributes:
         reads: the share that it reads of each tensor, by the argument's name.
         writes: likewise, what it writes.
-        flops: floating-point operations of its products, from the launch's arguments.
+        flops: of its matmuls, from the launch's arguments.
     """
 
     reads: Mapping[str, Share]
@@ -74,7 +74,7 @@ class KernelCost:
 
 
 def _lca_flops(a: Arguments) -> int:
-    """Each of the kernels has three products with C x C weights and two of every head's with all tokens."""
+    """Each of the kernels has three matmuls with C x C weights and two of every head's with all tokens."""
     return a["B"] * a["C"] * (6 * a["C"] + 4 * a["C"] // a["D"] * a["L"])
 
 
@@ -247,7 +247,7 @@ def launch_bytes(launch: Launch) -> int:
 
 
 def launch_flops(launch: Launch) -> int:
-    """Floating-point operations of a launch's products."""
+    """FLOPs of a launch's matmuls and convolutions."""
     return _cost(launch).flops(launch.arguments)
 
 

@@ -22,33 +22,17 @@ from .counting import Call, FlashAttention, Kernel, fake_model, operator_flops
 
 STORED_WITH = "2.14.1"
 STORED_FOR = ("small", "bfloat16", 256, 224)  # size of the model, dtype, batch, side of the image
-# Kernels and bytes of each operator's phases.
-STORED: dict[str, dict[str, tuple[int, int]]] = {
-    "leff": {
-        "inference": (6, 1_428_812_544),
-        "training forward": (20, 2_441_672_496),
-        "training backward": (21, 5_754_697_728),
-    },
-    "lca": {
-        "inference": (5, 17_601_792),
-        "training forward": (5, 17_607_960),
-        "training backward": (15, 47_944_728),
-    },
-    "i2t": {
-        "inference": (3, 1_824_017_280),
-        "training forward": (6, 2_286_479_248),
-        "training backward": (7, 4_752_735_872),
-    },
-    "add_norm": {
-        "inference": (5, 504_107_520),
-        "training forward": (5, 504_510_976),
-        "training backward": (14, 862_161_664),
-    },
-    "model": {
-        "inference": (139, 26_877_283_152),
-        "training forward": (329, 41_608_841_176),
-        "training backward": (501, 89_689_334_024),
-    },
+# Kernels and bytes of each operator at inference, in a training step's forward and in its backward.
+_STORED = {
+    "leff": ((6, 1_428_812_544), (20, 2_441_672_496), (21, 5_754_697_728)),
+    "lca": ((5, 17_601_792), (5, 17_607_960), (15, 47_944_728)),
+    "i2t": ((3, 1_824_017_280), (6, 2_286_479_248), (7, 4_752_735_872)),
+    "add_norm": ((5, 504_107_520), (5, 504_510_976), (14, 862_161_664)),
+    "model": ((139, 26_877_283_152), (329, 41_608_841_176), (501, 89_689_334_024)),
+}
+STORED = {
+    operator: dict(zip(("inference", "training forward", "training backward"), figures, strict=True))
+    for operator, figures in _STORED.items()
 }
 
 _H100 = SimpleNamespace(
@@ -193,7 +177,7 @@ def _pretended_gpu() -> Iterator[None]:
 
 
 def _kernel(scheduled: Any, moved_bytes: int) -> Kernel:
-    """A scheduled node as a kernel: products and convolutions are calls of a library, all else is generated code."""
+    """A scheduled node as a kernel: matmuls and convolutions are calls of a library, all else is generated code."""
     if not scheduled.is_extern():
         return Kernel("generated", moved_bytes, 0, fused=False)
     node = getattr(scheduled.node, "fx_node", None) or scheduled.node.get_origin_node()

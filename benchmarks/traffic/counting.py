@@ -32,7 +32,7 @@ class Kernel:
     Attributes:
         name: the Triton kernel's, or that of PyTorch's operator.
         bytes: device memory that it reads and writes.
-        flops: floating-point operations of its products.
+        flops: of its matmuls and convolutions.
         fused: whether it is a kernel of this project.
     """
 
@@ -126,7 +126,7 @@ def _bytes(tree: Any) -> int:
 
 
 def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
-    """Floating-point operations of the products of one of PyTorch's operators, 0 for one without products."""
+    """FLOPs of one of PyTorch's operators, 0 for one without matmuls and convolutions."""
     packet = func._overloadpacket
     if packet is _aten.convolution_backward:
         # PyTorch's own formula takes the gradient of a grouped convolution's weight for that of a full one.
