@@ -1,4 +1,4 @@
-"""`make bench`, with an interpreter that writes down how it is called."""
+"""`make bench`, with an interpreter that writes down how it is called, and `ceit bench`."""
 
 import os
 import shutil
@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from ceit import __main__ as ceit_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,3 +55,14 @@ def test_it_installs_the_pinned_runtimes_of_the_extra_and_does_not_build_the_pro
     assert runtimes.split() == [name.strip(' "') for name in extra.split("[", 1)[1].rstrip("]").split(",")[1:]]
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert set(runtimes.split()) <= pinned
+
+
+def test_ceit_bench_runs_the_benchmarks_of_its_checkout(monkeypatch):
+    monkeypatch.setattr("benchmarks.__main__.main", lambda arguments: len(arguments))
+    assert ceit_command.main(["bench", "--only", "leff", "-x"]) == 3
+
+
+def test_ceit_bench_says_that_it_needs_a_checkout(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ceit_command, "__file__", str(tmp_path / "ceit" / "__main__.py"))
+    assert ceit_command.main(["bench"]) == 2
+    assert capsys.readouterr().err.startswith("error: bench works in a checkout only")
