@@ -41,7 +41,7 @@ def register_freezing(model_class: type[Model], prepare: Callable[[Model], Whole
 
 
 def freeze(model: nn.Module, *, cuda_graphs: bool = False) -> Frozen:
-    """A snapshot of a model for inference, with copies of its own, folded and packed: no later change reaches it.
+    """A snapshot of a model for inference, with copies of its own, folded and prepacked: no later change reaches it.
 
     What a model for inference is to other runtimes. The model itself stays live: it follows whatever is done to its
     weights, and prepares them in every call. Move and cast it before freezing it.

@@ -50,7 +50,7 @@ class AddNorm(nn.Module):
 class AddNormFusion(Fusion, attributes_of(AddNorm)):
     """``forward`` of a residual connection with a ``torch.nn.LayerNorm`` over the channels behind it.
 
-    Another norm, or one that someone watches with a hook, is called as it is.
+    Another norm, or one with a hook, is called as it is.
     """
 
     @torch.jit.unused

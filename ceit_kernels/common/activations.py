@@ -8,7 +8,7 @@ __all__ = ["activate", "activate_with_slope"]
 
 @triton.jit
 def activate(b_x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """The activation of a block, in the block's type.
+    """The activation of a tile, in the tile's dtype.
 
     ACTIVATION is "gelu", "gelu_tanh", "silu", "relu", "hardswish" or "identity". Without EXACT, GELU is within 2.6e-5
     of erf's, a tenth of what a 16-bit result of size 1 is rounded by, for a third of the instructions.
@@ -33,7 +33,7 @@ def activate(b_x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def activate_with_slope(b_x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """The activation of a block and its derivative, with the accuracy of ``activate``."""
+    """The activation of a tile and its derivative, with the accuracy of ``activate``."""
     if ACTIVATION == "gelu":
         if EXACT:
             b_cdf = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)

@@ -19,7 +19,7 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What products on ``x`` compute in under autocast; None where autocast is off or leaves ``x`` alone."""
+    """What matmuls of ``x`` compute in under autocast; None where autocast is off or leaves ``x`` alone."""
     device_type = "cuda" if x.is_cuda else x.device.type
     if x.dtype == torch.float64 or not is_autocast_enabled(device_type):
         return None

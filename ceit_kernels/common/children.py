@@ -22,7 +22,7 @@ def children_reason(module: nn.Module, expected: Mapping[str, Classes], own: Col
     """Why a module must run by its plain ``forward``, which calls the children; None if their tensors may be read.
 
     They may where every child computes what its class says and nothing else: it is exactly of an expected class (an
-    adapter, a quantised layer and a parametrised one are of another), and nobody watches or replaces its ``forward``.
+    adapter, a quantised layer and a parametrised one are of another), with no hook and no ``forward`` of its own.
     Children that are not expected must do nothing.
 
     Args:

@@ -45,7 +45,7 @@ def is_freezable(operator: str, module: Fusion, weight: Tensor | None) -> bool:
 
 
 def is_frozen_call(operator: str, module: Fusion, x: Tensor, weight: Tensor) -> bool:
-    """Whether a call may read what was prepared: nobody watches, and it computes in the dtype of the weights."""
+    """Whether a call may read what was prepared: it is eager, and computes in the dtype of the weights."""
     return (
         x.dtype == weight.dtype
         and x.device == weight.device

@@ -1,4 +1,4 @@
-"""Matrix products on the CPU, by this project's GEMM (csrc/cpu/gemm) where it is faster than PyTorch's."""
+"""Matmuls on the CPU, by this project's GEMM (csrc/cpu/gemm) where it is faster than PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 __all__ = ["linear", "matmul", "prepack_linear", "weight_gradient"]
 
 torch.library.define(
-    "ceit::_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int out_features) -> Tensor"
+    "ceit::_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? prepacked, int out_features) -> Tensor"
 )
 torch.library.define("ceit::_linear_prepack", "(Tensor weight, Tensor? bias) -> Tensor")
 torch.library.define("ceit::_matmul", "(Tensor a, Tensor b) -> Tensor")
 torch.library.define("ceit::_weight_gradient", "(Tensor grad, Tensor x) -> Tensor")
 
-_FEW = 48  # rows, of which a product costs less than to pack a weight
+_FEW = 48  # rows, a matmul of which costs less than to prepack a weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, prepacked: Tensor | None = None) -> Tensor:
     """``x W^T + b`` for a contiguous x (M, K) and a weight (N, K) of one dtype; (M, N).
 
-    The weight is packed in the call, unless ``packed`` is what ``prepack_linear`` made of it and the bias.
+    The call prepacks the weight, unless ``prepacked`` is what ``prepack_linear`` made of it and the bias.
     """
-    if packed is None and x.shape[0] < _FEW:
+    if prepacked is None and x.shape[0] < _FEW:
         return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
-    return torch.ops.ceit._linear(x, weight, bias, packed, weight.shape[0])
+    return torch.ops.ceit._linear(x, weight, bias, prepacked, weight.shape[0])
 
 
 def prepack_linear(weight: Tensor, bias: Tensor | None) -> Tensor:

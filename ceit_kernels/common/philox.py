@@ -31,7 +31,7 @@ def random_bits(seed: Tensor, index: Tensor) -> Tensor:
     c2, c3 = torch.zeros_like(index), torch.zeros_like(index)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(_ROUNDS):
-        # A product wraps around as int64, but its 64 bits are right: shift, then mask the copies of the sign.
+        # The multiplication wraps around as int64, but its 64 bits are right: shift, then mask the copies of the sign.
         a, b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
         c0, c1 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW
         c2, c3 = ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW

@@ -18,9 +18,9 @@ _TRITON_DTYPES = {
 
 
 def precision_arguments(dtype: torch.dtype) -> dict[str, Any]:
-    """The constants COMPUTE, ACC and PRECISION of a kernel whose products take operands of ``dtype``.
+    """The constants COMPUTE, ACC and PRECISION of a kernel whose matmuls take operands of ``dtype``.
 
-    float32 products follow ``torch.backends.cuda.matmul``: its ``allow_tf32``, or ``fp32_precision``, which reads both.
+    float32 matmuls follow ``torch.backends.cuda.matmul``: its ``allow_tf32``, or ``fp32_precision``, which reads both.
     """
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {

@@ -78,7 +78,7 @@ def tuned_tiles(
         shape: what the choice depends on; integers called "tokens" count up to the next power of two, so that batches
             of about one size are tuned once.
         x: a tensor of the call, on the GPU that is meant.
-        dtype: what products take.
+        dtype: what matmuls take.
         run: launches the kernel with the given tiles, into buffers that nothing else reads. It is called only to be
             timed: never while a CUDA graph is captured or launches are recorded.
     """

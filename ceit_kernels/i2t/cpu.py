@@ -16,18 +16,18 @@ for _schema in (
     "_i2t_normalise_cpu(Tensor x, Tensor norm, Tensor(a!) out) -> ()",
     "_i2t_sums_cpu(Tensor gradient, Tensor x, Tensor mean, Tensor(a!) sums) -> ()",
     "_i2t_backward_cpu(Tensor gradient, Tensor indices, Tensor image, Tensor weight, Tensor coefficients, "
-    "Tensor(a!) grad_weight, Tensor(b!) products, Tensor(c!)? grad_convolution) -> ()",
+    "Tensor(a!) grad_weight, Tensor(b!) dots, Tensor(c!)? grad_convolution) -> ()",
 ):
     torch.library.define(f"ceit::{_schema.partition('(')[0]}", f"({_schema.partition('(')[2]}")
 
-_BLOCK = 32  # output channels that packed weights have side by side
+_TILE = 32  # output channels that prepacked weights have side by side
 _PARTS = 64  # of a backward pass, each with sums of its own, so that they do not depend on the number of threads
 
 
-def _packed(weight: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
-    """The weight (O, I, 7, 7), rounded to what is computed in: (blocks, I * 49, _BLOCK), filled up with zeros."""
-    rows = weight.to(dtype).to(wide).flatten(1)
-    return F.pad(rows, (0, 0, 0, -rows.shape[0] % _BLOCK)).unflatten(0, (-1, _BLOCK)).transpose(1, 2).contiguous()
+def _prepack(weight: Tensor, dtype: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
+    """The weight (O, I, 7, 7), rounded to what is computed in: (tiles, I * 49, _TILE), filled up with zeros."""
+    rows = weight.to(dtype).to(acc_dtype).flatten(1)
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % _TILE)).unflatten(0, (-1, _TILE)).transpose(1, 2).contiguous()
 
 
 def _scale(variance: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
@@ -50,11 +50,11 @@ def stem_arguments(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the kernel takes beside the image: weight, sign of gamma, and the norm; none in training."""
-    wide = torch.promote_types(dtype, torch.float32)
-    gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in (gamma, beta, mean, variance))
-    sign = torch.ones(weight.shape[0], dtype=wide) if gamma is None else gamma.sign()
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    gamma, beta, mean, variance = (None if t is None else t.to(acc_dtype) for t in (gamma, beta, mean, variance))
+    sign = torch.ones(weight.shape[0], dtype=acc_dtype) if gamma is None else gamma.sign()
     norm = None if mean is None else _norm(gamma, beta, mean, variance, eps)
-    return _packed(weight, dtype, wide), sign, norm
+    return _prepack(weight, dtype, acc_dtype), sign, norm
 
 
 def _merged(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -77,9 +77,9 @@ def i2t_forward_cpu(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """The registered operator's results, its arguments checked, B at least 1; training if ``mean`` is None."""
-    training, wide = mean is None, torch.promote_types(dtype, torch.float32)
+    training, acc_dtype = mean is None, torch.promote_types(dtype, torch.float32)
     channels, conv_sizes = weight.shape[0], [conv_size(size) for size in x.shape[2:]]
-    gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in (gamma, beta, mean, variance))
+    gamma, beta, mean, variance = (None if t is None else t.to(acc_dtype) for t in (gamma, beta, mean, variance))
     result = torch.empty(
         (x.shape[0], channels, *map(conv_size, conv_sizes)), dtype=dtype, memory_format=torch.channels_last
     )
@@ -88,9 +88,9 @@ def i2t_forward_cpu(
     # Backward takes it in training as it is before the norm: the result is its user's, who may write to it.
     pooled = torch.empty_like(out) if training and need_indices else None
     target = out if pooled is None else pooled
-    moments = torch.empty((x.shape[0], conv_sizes[0], 2, channels), dtype=wide) if training else None
-    packed, sign, norm = stem_arguments(weight, gamma, beta, mean, variance, eps, dtype)
-    torch.ops.ceit._i2t_forward_cpu(x.to(dtype), packed, sign, norm, target, indices, moments)
+    moments = torch.empty((x.shape[0], conv_sizes[0], 2, channels), dtype=acc_dtype) if training else None
+    prepacked, sign, norm = stem_arguments(weight, gamma, beta, mean, variance, eps, dtype)
+    torch.ops.ceit._i2t_forward_cpu(x.to(dtype), prepacked, sign, norm, target, indices, moments)
     if training:
         mean, variance = _merged(moments, conv_sizes[1])
         torch.ops.ceit._i2t_normalise_cpu(target, _norm(gamma, beta, mean, variance, eps), out)
@@ -112,30 +112,30 @@ def i2t_backward_cpu(
     pooled: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of x (None unless needed), the weight, gamma and beta; ``pooled`` is the forward's in training."""
-    wide = torch.promote_types(dtype, torch.float32)
+    acc_dtype = torch.promote_types(dtype, torch.float32)
     channels, conv_sizes = weight.shape[0], [conv_size(size) for size in x.shape[2:]]
-    gamma, mean, variance = (None if t is None else t.to(wide) for t in (gamma, mean, variance))
+    gamma, mean, variance = (None if t is None else t.to(acc_dtype) for t in (gamma, mean, variance))
     grad_out, indices = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_out.to(dtype), indices))
     scale, zeros = _scale(variance, gamma, eps), torch.zeros_like(mean)
     if training:
-        sums = torch.empty((*grad_out.shape[:2], 2, channels), dtype=wide)
+        sums = torch.empty((*grad_out.shape[:2], 2, channels), dtype=acc_dtype)
         torch.ops.ceit._i2t_sums_cpu(grad_out, pooled.contiguous(), mean, sums)
         grad_beta, centred = sums.flatten(0, 1).sum(0)
         pixels = x.shape[0] * conv_sizes[0] * conv_sizes[1]
         coefficients = mean, scale, -scale * centred / ((variance + eps) * pixels), -scale * grad_beta / pixels
     else:
-        grad_beta = grad_out.sum((0, 1, 2), dtype=wide)
+        grad_beta = grad_out.sum((0, 1, 2), dtype=acc_dtype)
         coefficients = mean, scale, zeros, zeros
     image = x.to(dtype)
-    packed = _packed(weight, dtype, wide)
+    prepacked = _prepack(weight, dtype, acc_dtype)
     parts = min(_PARTS, x.shape[0] * conv_sizes[0])
-    grad_weight, products = (torch.empty((parts, *size), dtype=wide) for size in (packed.shape, (channels,)))
+    grad_weight, dots = (torch.empty((parts, *size), dtype=acc_dtype) for size in (prepacked.shape, (channels,)))
     grad_convolution = torch.empty((x.shape[0], *conv_sizes, channels), dtype=dtype) if need_input else None
     torch.ops.ceit._i2t_backward_cpu(
-        grad_out, indices, image, packed, torch.stack(coefficients), grad_weight, products, grad_convolution
+        grad_out, indices, image, prepacked, torch.stack(coefficients), grad_weight, dots, grad_convolution
     )
     grad_weight = grad_weight.sum(0).transpose(1, 2).contiguous().flatten(0, 1)[:channels].view(weight.shape)
-    grad_gamma = products.sum(0) * torch.rsqrt(variance + eps)
+    grad_gamma = dots.sum(0) * torch.rsqrt(variance + eps)
     grad_x = None
     if grad_convolution is not None:
         grad_x, _, _ = torch.ops.aten.convolution_backward(

@@ -15,18 +15,18 @@ OUT_CHANNELS = (32, 64, 96)
 torch.library.define(
     "ceit::_i2t_forward",
     "(Tensor image, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!) mean, Tensor(b!) variance, "
-    "Tensor(c!) packed, Tensor(d!)? moments, Tensor(e!) out, Tensor(f!)? indices, float eps, bool training, "
+    "Tensor(c!) prepacked, Tensor(d!)? moments, Tensor(e!) out, Tensor(f!)? indices, float eps, bool training, "
     "bool tensor_cores, int rows_per_block) -> ()",
 )
 torch.library.define(
     "ceit::_i2t_backward",
     "(Tensor gradient, Tensor indices, Tensor image, Tensor weight, Tensor? gamma, Tensor mean, Tensor variance, "
-    "Tensor(a!) packed, Tensor(b!) sums, Tensor(c!) grad_weight, Tensor(d!) grad_gamma, Tensor(e!) grad_beta, "
+    "Tensor(a!) prepacked, Tensor(b!) sums, Tensor(c!) grad_weight, Tensor(d!) grad_gamma, Tensor(e!) grad_beta, "
     "Tensor(f!)? grad_image, float eps, bool training, bool tensor_cores, int blocks) -> ()",
 )
 
 _PACKED_PER_CHANNEL = 7 * 8 * 4
-_POOLED_COLUMNS_PER_BLOCK, _WARPS_ACROSS, _BAND_ROWS = 14, 2, 4
+_POOLED_COLUMNS_PER_BLOCK, _WARPS_ACROSS, _TILE_ROWS = 14, 2, 4
 _TILE = (14, 16)  # of the convolution, in backward
 _CHANNELS_PER_BLOCK = 32  # in backward
 _MULTIPROCESSORS_ON_HOST, _MULTIPROCESSORS_RECORDED = 4, 132  # the latter an H100's
@@ -59,11 +59,11 @@ def _tensor_cores(dtype: torch.dtype) -> bool:
 
 
 def _rows_per_block(x: Tensor, height: int, width: int) -> int:
-    """Pooled rows of a block: all, so that no row is computed twice, unless the GPU would have idle multiprocessors."""
+    """Pooled rows of a thread block: all, so that none is computed twice, unless multiprocessors would be idle."""
     blocks = x.shape[0] * -(-width // _POOLED_COLUMNS_PER_BLOCK)
     segments = max(1, -(-4 * _multiprocessors(x) // blocks))
-    bands = -(-height // _BAND_ROWS)
-    return -(-bands // min(segments, bands)) * _BAND_ROWS
+    tiles = -(-height // _TILE_ROWS)
+    return -(-tiles // min(segments, tiles)) * _TILE_ROWS
 
 
 def i2t_forward_cuda(
@@ -93,9 +93,9 @@ def i2t_forward_cuda(
         mean, variance = (torch.empty(channels, dtype=parameter, device=x.device) for _ in range(2))
         blocks = x.shape[0] * -(-width // _POOLED_COLUMNS_PER_BLOCK) * -(-height // rows)
         moments = torch.empty(_WARPS_ACROSS * blocks * (1 + 2 * channels), dtype=parameter, device=x.device)
-    packed = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
+    prepacked = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
     torch.ops.ceit._i2t_forward(
-        _image_for(x, dtype), weight, gamma, beta, mean, variance, packed, moments, out, indices,
+        _image_for(x, dtype), weight, gamma, beta, mean, variance, prepacked, moments, out, indices,
         eps, training, _tensor_cores(dtype), rows,
     )  # fmt: skip
     return result, None if indices is None else indices.permute(0, 3, 1, 2), mean, variance, None
@@ -121,14 +121,14 @@ def i2t_backward_cuda(
     tiles = x.shape[0] * -(-conv_size(x.shape[2]) // _TILE[0]) * -(-conv_size(x.shape[3]) // _TILE[1])
     blocks = min(tiles, max(1, 2 * _multiprocessors(x) * _CHANNELS_PER_BLOCK // channels))
     sums = torch.empty(blocks * (2 * fan_in * channels + fan_in + channels), dtype=parameter, device=x.device)
-    packed = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
+    prepacked = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
     image = _image_for(x, dtype)
     grad_x = torch.empty(image.shape, dtype=image.dtype, device=x.device) if need_input else None
     grad_weight = torch.empty(weight.shape, dtype=parameter, device=x.device)
     grad_gamma, grad_beta = (torch.empty(channels, dtype=parameter, device=x.device) for _ in range(2))
     torch.ops.ceit._i2t_backward(
         grad_out.permute(0, 2, 3, 1).to(dtype).contiguous(), indices.permute(0, 2, 3, 1).contiguous(),
-        image, weight, gamma, mean, variance, packed, sums, grad_weight, grad_gamma, grad_beta, grad_x,
+        image, weight, gamma, mean, variance, prepacked, sums, grad_weight, grad_gamma, grad_beta, grad_x,
         eps, training, _tensor_cores(dtype), blocks,
     )  # fmt: skip
     return (None if grad_x is None else grad_x.to(x.dtype)), grad_weight, grad_gamma, grad_beta

@@ -59,7 +59,7 @@ class FusedLinear(LinearFusion, nn.Linear):
 
 
 class FrozenLinear(Prepacked, FusedLinear):
-    """A linear layer of a frozen model, which multiplies with a packed copy of its weight. Made by ``freeze`` alone."""
+    """A linear layer of a frozen model, with a prepacked copy of its weight. Made by ``freeze`` alone."""
 
     @staticmethod
     def freeze(module: nn.Module) -> None:

@@ -7,9 +7,9 @@ g = weight * dout,
 
 where dtotal comes from everything else that the sum is used for; dx is the gradient of x and of branch alike.
 
-Names: ``p_`` pointer, ``i_`` index of a program instance, ``o_`` offsets, ``m_`` mask, ``b_`` a block in registers with
-its shape behind it. A program instance holds whole rows, BR at a time, whose C channels are padded to BC. The rows of
-tokens (B, N, C) follow one another; the first P of every N are the prefix.
+Names: ``p_`` pointer, ``i_`` index of a program instance, ``o_`` offsets, ``m_`` mask, ``b_`` a tile in registers with
+its shape behind it. A program instance holds whole rows, TILE_R at a time, whose C channels are padded to TILE_C. The
+rows of tokens (B, N, C) follow one another; the first P of every N are the prefix.
 """
 
 import triton
@@ -19,30 +19,30 @@ __all__ = ["add_norm_backward_kernel", "add_norm_forward_kernel", "add_norm_para
 
 
 @triton.jit
-def _rows(m, M, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Offsets of a block from the start of row m, and its mask."""
-    o_r, o_c = tl.arange(0, BR), tl.arange(0, BC)
-    return o_r[:, None] * C + o_c[None, :], (m + o_r < M)[:, None] & (o_c < C)[None, :]  # [BR, BC]
+def _rows(m, M, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """Offsets of a tile from the start of row m, and its mask."""
+    o_r, o_c = tl.arange(0, TILE_R), tl.arange(0, TILE_C)
+    return o_r[:, None] * C + o_c[None, :], (m + o_r < M)[:, None] & (o_c < C)[None, :]  # [TILE_R, TILE_C]
 
 
 @triton.jit
-def _prefix_rows(m, N, P, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def _prefix_rows(m, N, P, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
     """Where the rows from m on that are prefix tokens are in (B, P, C), and which are."""
-    o_m = m + tl.arange(0, BR)
+    o_m = m + tl.arange(0, TILE_R)
     o_t = o_m % N
     offsets = ((o_m // N).to(tl.int64) * P + o_t) * C
-    return offsets[:, None] + tl.arange(0, BC)[None, :], (o_t < P)[:, None]
+    return offsets[:, None] + tl.arange(0, TILE_C)[None, :], (o_t < P)[:, None]
 
 
 @triton.jit
 def add_norm_forward_kernel(
     p_x, p_branch, p_weight, p_bias, p_total, p_out, p_prefix, p_mean, p_rstd, M, N, P, EPS: tl.constexpr,
-    C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """total = x + branch, where there is a branch, its LayerNorm, its prefix tokens and its statistics (M,)."""
-    m = tl.program_id(0) * BR
+    m = tl.program_id(0) * TILE_R
     start = m.to(tl.int64) * C
-    offsets, mask = _rows(m, M, C, BR, BC)
+    offsets, mask = _rows(m, M, C, TILE_R, TILE_C)
     b_total = tl.load(p_x + start + offsets, mask=mask, other=0.0).to(ACC)
     if p_branch is not None:
         b_total += tl.load(p_branch + start + offsets, mask=mask, other=0.0).to(ACC)
@@ -51,21 +51,21 @@ def add_norm_forward_kernel(
         tl.store(p_total + start + offsets, b_rounded, mask=mask)
         b_total = b_rounded.to(ACC)
     if p_prefix is not None:
-        o_prefix, m_prefix = _prefix_rows(m, N, P, C, BR, BC)
+        o_prefix, m_prefix = _prefix_rows(m, N, P, C, TILE_R, TILE_C)
         tl.store(p_prefix + o_prefix, b_total.to(p_prefix.dtype.element_ty), mask=mask & m_prefix)
 
     # Two passes over registers: with a mean far from zero a sum of squares would cancel.
-    b_mean = tl.sum(b_total, axis=1) / C  # [BR]
+    b_mean = tl.sum(b_total, axis=1) / C  # [TILE_R]
     b_centred = tl.where(mask, b_total - b_mean[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, axis=1) / C + EPS)
     b_out = b_centred * b_rstd[:, None]
-    o_c = tl.arange(0, BC)
+    o_c = tl.arange(0, TILE_C)
     if p_weight is not None:
         b_out *= tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(ACC)[None, :]
     if p_bias is not None:
         b_out += tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(ACC)[None, :]
     tl.store(p_out + start + offsets, b_out.to(p_out.dtype.element_ty), mask=mask)
-    o_m = m + tl.arange(0, BR)
+    o_m = m + tl.arange(0, TILE_R)
     tl.store(p_mean + o_m, b_mean, mask=o_m < M)
     tl.store(p_rstd + o_m, b_rstd, mask=o_m < M)
 
@@ -73,18 +73,18 @@ def add_norm_forward_kernel(
 @triton.jit
 def add_norm_backward_kernel(
     p_dout, p_dtotal, p_dprefix, p_total, p_weight, p_mean, p_rstd, p_dx, p_partial, M, N, P, ROWS,
-    C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx (M, C), where wanted, and partial sums (T, 2, C) of dout * hat and dout over ROWS rows each, where wanted."""
     i_t = tl.program_id(0)
-    o_c = tl.arange(0, BC)
-    b_dweight = tl.zeros((BR, BC), dtype=ACC)
-    b_dbias = tl.zeros((BR, BC), dtype=ACC)
-    for k in range(tl.cdiv(tl.minimum(ROWS, M - i_t * ROWS), BR)):
-        m = i_t * ROWS + k * BR
+    o_c = tl.arange(0, TILE_C)
+    b_dweight = tl.zeros((TILE_R, TILE_C), dtype=ACC)
+    b_dbias = tl.zeros((TILE_R, TILE_C), dtype=ACC)
+    for k in range(tl.cdiv(tl.minimum(ROWS, M - i_t * ROWS), TILE_R)):
+        m = i_t * ROWS + k * TILE_R
         start = m.to(tl.int64) * C
-        offsets, mask = _rows(m, M, C, BR, BC)
-        o_m = m + tl.arange(0, BR)
+        offsets, mask = _rows(m, M, C, TILE_R, TILE_C)
+        o_m = m + tl.arange(0, TILE_R)
         b_mean = tl.load(p_mean + o_m, mask=o_m < M, other=0.0)
         b_rstd = tl.load(p_rstd + o_m, mask=o_m < M, other=0.0)
         b_total = tl.load(p_total + start + offsets, mask=mask, other=0.0).to(ACC)
@@ -104,7 +104,7 @@ def add_norm_backward_kernel(
             if p_dtotal is not None:
                 b_dx += tl.load(p_dtotal + start + offsets, mask=mask, other=0.0).to(ACC)
             if p_dprefix is not None:
-                o_prefix, m_prefix = _prefix_rows(m, N, P, C, BR, BC)
+                o_prefix, m_prefix = _prefix_rows(m, N, P, C, TILE_R, TILE_C)
                 b_dx += tl.load(p_dprefix + o_prefix, mask=mask & m_prefix, other=0.0).to(ACC)
             tl.store(p_dx + start + offsets, b_dx.to(p_dx.dtype.element_ty), mask=mask)
     if p_partial is not None:
@@ -115,15 +115,15 @@ def add_norm_backward_kernel(
 
 @triton.jit
 def add_norm_parameters_kernel(
-    p_partial, p_dweight, p_dbias, T, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr
+    p_partial, p_dweight, p_dbias, T, C: tl.constexpr, TILE_T: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr
 ):
     """Gradients (C,) of weight and bias, where wanted, from T partial sums (T, 2, C)."""
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    o_c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
     m_c = o_c < C
-    b_dweight = tl.zeros((BT, BC), dtype=ACC)
-    b_dbias = tl.zeros((BT, BC), dtype=ACC)
-    for t in range(0, T, BT):
-        o_t = t + tl.arange(0, BT)
+    b_dweight = tl.zeros((TILE_T, TILE_C), dtype=ACC)
+    b_dbias = tl.zeros((TILE_T, TILE_C), dtype=ACC)
+    for t in range(0, T, TILE_T):
+        o_t = t + tl.arange(0, TILE_T)
         mask = (o_t < T)[:, None] & m_c[None, :]
         p_rows = p_partial + o_t[:, None] * (2 * C) + o_c[None, :]
         b_dweight += tl.load(p_rows, mask=mask, other=0.0)

@@ -1,4 +1,4 @@
-"""Host side of the Triton kernels: blocks, grids, buffers."""
+"""Host side of the Triton kernels: tiles, grids, buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .kernels import add_norm_backward_kernel, add_norm_forward_kernel, add_norm
 
 __all__ = ["add_norm_backward_triton", "add_norm_forward_triton"]
 
-_BLOCK = 2048  # elements that a program instance of 4 warps holds of each tensor: 16 a thread, in float64 8
+_TILE = 2048  # elements that a program instance of 4 warps holds of each tensor: 16 a thread, in float64 8
 _PARTS = 528  # partial sums of the parameters' gradients: 4 program instances for each SM of an H100
 
 
@@ -24,14 +24,14 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _blocks(x: Tensor) -> tuple[dict[str, Any], int]:
+def _tiles(x: Tensor) -> tuple[dict[str, Any], int]:
     """The constants of a kernel over rows like those of ``x``, and its warps."""
     channels = x.shape[-1]
     padded = triton.next_power_of_2(channels)
     double = statistics_dtype(x) == torch.float64
-    rows = max(1, _BLOCK // (2 * padded if double else padded))
+    rows = max(1, _TILE // (2 * padded if double else padded))
     acc = tl.float64 if double else tl.float32
-    return {"C": channels, "BR": rows, "BC": padded, "ACC": acc}, 4 if padded <= _BLOCK else 8
+    return {"C": channels, "TILE_R": rows, "TILE_C": padded, "ACC": acc}, 4 if padded <= _TILE else 8
 
 
 def _token_arguments(x: Tensor, num_prefix_tokens: int) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def add_norm_forward_triton(
         shape = (x.shape[0], num_prefix_tokens, x.shape[2])
         prefix = torch.empty(shape, dtype=source.dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=statistics_dtype(source), device=x.device) for _ in range(2))
-    constants, num_warps = _blocks(source)
+    constants, num_warps = _tiles(source)
     rows = _token_arguments(x, num_prefix_tokens)
     launch(
         add_norm_forward_kernel,
-        (cdiv(rows["M"], constants["BR"]),),
+        (cdiv(rows["M"], constants["TILE_R"]),),
         {
             "p_x": x,
             "p_branch": branch,
@@ -97,9 +97,9 @@ def add_norm_backward_triton(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """At most two launches; the gradients of the sum, the weight and the bias, None for those that are not needed."""
-    constants, num_warps = _blocks(total)
+    constants, num_warps = _tiles(total)
     rows = _token_arguments(total, 0 if grad_prefix is None else grad_prefix.shape[1])
-    per_part = cdiv(cdiv(rows["M"], constants["BR"]), _PARTS) * constants["BR"]
+    per_part = cdiv(cdiv(rows["M"], constants["TILE_R"]), _PARTS) * constants["TILE_R"]
     parts = cdiv(rows["M"], per_part)
     grad = torch.empty_like(total) if need_input else None
     partial = None
@@ -128,10 +128,10 @@ def add_norm_backward_triton(
         return grad, None, None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else None
-    sizes = {"BT": 64, "BC": 32}
+    sizes = {"TILE_T": 64, "TILE_C": 32}
     launch(
         add_norm_parameters_kernel,
-        (cdiv(total.shape[-1], sizes["BC"]),),
+        (cdiv(total.shape[-1], sizes["TILE_C"]),),
         {
             "p_partial": partial,
             "p_dweight": grad_weight,

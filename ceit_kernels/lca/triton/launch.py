@@ -1,4 +1,4 @@
-"""Host side of the Triton kernels: blocks, grids, buffers."""
+"""Host side of the Triton kernels: tiles, grids, buffers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .kernels import (
 
 __all__ = ["lca_backward_triton", "lca_forward_triton"]
 
-_IMAGES = 16  # the smallest side of a tensor-core product: more images a block would leave SMs idle
+_IMAGES = 16  # the smallest side of a tensor-core matmul: more images a tile would leave SMs idle
 
 
 @dataclass(frozen=True)
@@ -43,28 +43,28 @@ class _Problem:
             "L": layers,
             "C": channels,
             "D": self.head_dim,
-            "BB": _IMAGES,
-            "BL": self.block_of_layers,
-            "BC": self.block_of_channels,
-            "BD": max(16, triton.next_power_of_2(self.head_dim)),
+            "TILE_B": _IMAGES,
+            "TILE_L": self.tile_of_layers,
+            "TILE_C": self.tile_of_channels,
+            "TILE_D": max(16, triton.next_power_of_2(self.head_dim)),
             **precision_arguments(self.dtype),
         }
 
     @property
-    def block_of_layers(self) -> int:
+    def tile_of_layers(self) -> int:
         return min(16, triton.next_power_of_2(self.x.shape[1]))
 
     @property
     def padded_layers(self) -> int:
-        return triton.next_power_of_2(triton.cdiv(self.x.shape[1], self.block_of_layers)) * self.block_of_layers
+        return triton.next_power_of_2(triton.cdiv(self.x.shape[1], self.tile_of_layers)) * self.tile_of_layers
 
     @property
     def is_wide(self) -> bool:
-        """Whether a head's rows are so wide that a full block of channels of them would not fit the registers."""
+        """Whether a head's rows are so wide that a full tile of channels of them would not fit the registers."""
         return triton.next_power_of_2(self.head_dim) * self.dtype.itemsize >= 512
 
     @property
-    def block_of_channels(self) -> int:
+    def tile_of_channels(self) -> int:
         return 16 if self.is_wide or self.dtype == torch.float64 else 32
 
     @property
@@ -95,7 +95,7 @@ def lca_forward_triton(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One launch. Arguments as of ``lca_attention``, contiguous, B at least 1; ``dtype`` is what products take."""
+    """One launch. Arguments as of ``lca_attention``, contiguous, B at least 1; ``dtype`` is what matmuls take."""
     problem = _Problem(x, num_heads, dtype)
     out = torch.empty(x.shape[0], 1, x.shape[2], dtype=dtype, device=x.device)
     launch(
@@ -158,12 +158,12 @@ def lca_backward_triton(
     )
 
     grad_x = grad_weight = grad_bias = None
-    blocks_of_channels = triton.cdiv(channels, problem.block_of_channels)
+    tiles_of_channels = triton.cdiv(channels, problem.tile_of_channels)
     if need_input:
         grad_x = torch.empty_like(x)
         launch(
             lca_backward_input_kernel,
-            (problem.images, blocks_of_channels, triton.cdiv(layers, problem.block_of_layers)),
+            (problem.images, tiles_of_channels, triton.cdiv(layers, problem.tile_of_layers)),
             {**shared, **scratch, "p_weight": qkv_weight, "p_dx": grad_x, "H": num_heads},
             **problem.options,
         )
@@ -172,7 +172,7 @@ def lca_backward_triton(
         grad_bias = None if qkv_bias is None else torch.empty_like(qkv_bias)
         launch(
             lca_backward_weight_kernel,
-            (num_heads, blocks_of_channels),
+            (num_heads, tiles_of_channels),
             {
                 **shared,
                 **scratch,
