@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .report import Report, write_report
+from .report import write_report
+from .results import Report
 from .session import OPTIONS
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,12 +12,10 @@ from matplotlib.ticker import NullLocator
 
 from .harness.implementations import OURS
 from .harness.measure import Entry, Result
+from .results import Report
 from .roofline import rooflines
 from .scaling import AXES, Curve, scaling_curves
 from .style import COLORS, INK, MARKERS, OTHER_COLOR, label_log_axis, legend_below
-
-if TYPE_CHECKING:
-    from .report import Report
 
 
 def draw_all(report: Report, folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .harness.measure import Entry
-from .report import Report
+from .results import Report
 from .tables import format_table
 
 _FOLDER = Path(__file__).parent

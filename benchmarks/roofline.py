@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .harness.implementations import OURS
+from .results import Report
 from .style import INK, MARKERS, OPERATOR_COLORS, label_log_axis, legend_below
-
-if TYPE_CHECKING:
-    from .report import Report
 
 
 class Point(NamedTuple):

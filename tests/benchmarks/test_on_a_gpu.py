@@ -13,7 +13,8 @@ from support.fake_cuda import FakeCuda, FakeProfile
 
 from benchmarks import session, workloads
 from benchmarks.harness import kernels, machine, measure, timing, usage
-from benchmarks.report import Report, make_report, write_report
+from benchmarks.report import make_report, write_report
+from benchmarks.results import Report
 from benchmarks.session import Session
 from benchmarks.workloads import Workload
 

@@ -10,7 +10,8 @@ from benchmarks import readme
 from benchmarks.__main__ import main
 from benchmarks.harness import machine
 from benchmarks.pictures import ratio_bars
-from benchmarks.report import Report, write_report
+from benchmarks.report import write_report
+from benchmarks.results import Report
 from benchmarks.session import Session
 from benchmarks.traffic import count_workload
 from benchmarks.workloads import PHASES, Workload

@@ -2,7 +2,7 @@
 
 from benchmarks.harness.measure import Entry, Result
 from benchmarks.harness.statistics import Ratio
-from benchmarks.report import Report
+from benchmarks.results import Report
 from benchmarks.workloads import Workload, plan, scaling_plan
 
 ENVIRONMENT = {
