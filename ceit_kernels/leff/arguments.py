@@ -70,8 +70,12 @@ class Settings(NamedTuple):
 
 def check(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings) -> None:
     """Check the arguments of a registered operator."""
+    for name, given in (("eps", settings.eps), ("norms", settings.norms)):
+        if len(given) != 3:
+            raise ValueError(f"{name}: expected one for each of 3 layers, got {len(given)}")
     check_weights(parameters[::parameters_per_layer], PARAMETER_NAMES[::parameters_per_layer])
     check_call(x, parameters, residual, settings, PARAMETER_NAMES)
+    token_grid(x.shape[1], settings.num_prefix_tokens, (settings.height, settings.width))
 
 
 def check_call(
@@ -81,7 +85,7 @@ def check_call(
     settings: Settings,
     names: Sequence[str],
 ) -> None:
-    """Check all arguments of a call but the shapes of the weights.
+    """Check all arguments of a call but the shapes of the weights and the grid.
 
     Args:
         x: tokens (B, P + H * W, C).
@@ -90,9 +94,6 @@ def check_call(
         settings: of the call.
         names: of the parameters in messages.
     """
-    for name, given, expected in (("eps", settings.eps, 3), ("norms", settings.norms, 3)):
-        if len(given) != expected:
-            raise ValueError(f"{name}: expected one for each of 3 layers, got {len(given)}")
     if len(settings.activations) != 2:
         raise ValueError(f"activations: expected 2, got {len(settings.activations)}")
     for name in settings.activations:
@@ -104,10 +105,25 @@ def check_call(
     check_device("x", x, weight1, names[0])
     if settings.compute_dtype is None:
         check_dtype("x", x, weight1.dtype, names[0])
-    for layer in range(3):
-        _check_layer(layer, x, parameters, settings, names)
+    dtype, device = x.dtype, x.device
+    for layer, mode in enumerate(settings.norms):
+        if mode not in NORM_MODES:
+            raise ValueError(f"norms: expected of {NORM_MODES}, got {mode!r}")
+        first = layer * parameters_per_layer
+        channels = parameters[first].shape[:1]
+        for i in range(first, first + parameters_per_layer):
+            tensor = parameters[i]
+            # What a parameter mostly is, which is quicker to tell than what is wrong with another.
+            if tensor is not None and not (
+                tensor.dtype is dtype and tensor.device == device and (i == first or tensor.shape == channels)
+            ):
+                _check_parameter(names[i], tensor, i - first, channels[0], x, settings.compute_dtype)
+            if mode == "none" and tensor is not None and i > first + 1:
+                raise ValueError(f"{names[i]}: expected None where the layer has no norm, got a tensor")
+        if (parameters[first + 4] is None) != (parameters[first + 5] is None):
+            name = names[first + (4 if parameters[first + 4] is None else 5)]
+            raise ValueError(f"{name}: expected both running statistics or none, got one")
     out_features = parameters[2 * parameters_per_layer].shape[0]
-    token_grid(x.shape[1], settings.num_prefix_tokens, (settings.height, settings.width))
     if settings.num_prefix_tokens and out_features != x.shape[2]:
         name = names[2 * parameters_per_layer]
         raise ValueError(f"{name}: expected {x.shape[2]} outputs, which prefix tokens keep, got {out_features}")
@@ -136,29 +152,17 @@ def check_weights(weights: Sequence[Tensor], names: Sequence[str]) -> None:
             raise ValueError(f"{name}: expected at least one channel, got shape {tuple(weight.shape)}")
 
 
-def _check_layer(
-    layer: int, x: Tensor, parameters: Sequence[Tensor | None], settings: Settings, names: Sequence[str]
+def _check_parameter(
+    name: str, tensor: Tensor, place: int, channels: int, x: Tensor, compute_dtype: torch.dtype | None
 ) -> None:
-    first, mode = layer * parameters_per_layer, settings.norms[layer]
-    if mode not in NORM_MODES:
-        raise ValueError(f"norms: expected of {NORM_MODES}, got {mode!r}")
-    channels = parameters[first].shape[0]
-    for i in range(first, first + parameters_per_layer):
-        name, tensor = names[i], parameters[i]
-        if tensor is None:
-            continue
-        if i > first:
-            check_shape(name, tensor, channels)
-        if i > first + 1:
-            check_floating(name, tensor)
-            if mode == "none":
-                raise ValueError(f"{name}: expected None where the layer has no norm, got a tensor")
-        elif settings.compute_dtype is None:
-            check_dtype(name, tensor, x.dtype, "x")
-        check_device(name, tensor, x, "x")
-    mean, variance = (parameters[first + i] is None for i in (4, 5))
-    if mean != variance:
-        raise ValueError(f"{names[first + 4 + variance]}: expected both running statistics or none, got one")
+    """Check a parameter, by its place among those of its layer."""
+    if place > 0:
+        check_shape(name, tensor, channels)
+    if place > 1:
+        check_floating(name, tensor)
+    elif compute_dtype is None:
+        check_dtype(name, tensor, x.dtype, "x")
+    check_device(name, tensor, x, "x")
 
 
 def out_dtype(x: Tensor, residual: Tensor | None, settings: Settings) -> torch.dtype:

@@ -126,10 +126,11 @@ def leff_fused(
     check_call(tokens, parameters, residual, settings, names)
     dtype = settings.compute_dtype or tokens.dtype
     unsupported = unsupported or kernel_size_unsupported_reason(weights[1])
-    for first in range(2, len(parameters), parameters_per_layer):
-        # Plain PyTorch says what it lacks.
-        name = names[first].removesuffix(".weight")
-        unsupported = unsupported or norm_dtype_reason(name, dtype, *parameters[first : first + len(NORM_TENSORS)])
+    if any(tensor is not None and tensor.dtype is not dtype for tensor in parameters):
+        for first in range(2, len(parameters), parameters_per_layer):
+            # Plain PyTorch says what it lacks.
+            name, tensors = names[first].removesuffix(".weight"), parameters[first : first + len(NORM_TENSORS)]
+            unsupported = unsupported or norm_dtype_reason(name, dtype, *tensors)
     backend = backends.choose("leff", tokens, dtype, unsupported).backend
     if backend == "reference":
         return None

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ...common.tuning import Tiles
 from ..arguments import Settings
@@ -22,6 +21,7 @@ from .launch_common import Call
 from .launch_forward import depthwise_grid
 from .tiles import (
     PARTS,
+    cdiv,
     contract_tiles,
     depthwise_tiles,
     factored_weight_tiles,

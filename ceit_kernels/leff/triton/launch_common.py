@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ...common.launch import launch, target_chip
 from ...common.precision import precision_arguments
 from ...common.tuning import Tiles, tuned_tiles
 from ..arguments import Settings, parameters_per_layer
+from .tiles import cdiv
 
 __all__ = ["Call", "Layer"]
 
@@ -77,8 +77,8 @@ class Call:
         return torch.empty(shape, dtype=dtype or self.acc_dtype, device=self.x.device)
 
     def weight(self, i: int) -> Tensor:
-        """The weight matrix of a pointwise layer in the dtype of the GEMMs."""
-        return self.layers[i].weight.flatten(1).to(self.dtype)
+        """The weight of a pointwise layer in the dtype of the GEMMs."""
+        return self.layers[i].weight.to(self.dtype)
 
     def taps(self) -> Tensor:
         """The depthwise kernels as (k * k, E), so that neighbouring channels are neighbours in memory."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ...common.tuning import Tiles
 from ..arguments import Settings
@@ -17,7 +16,7 @@ from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kern
 from .kernels_norm import leff_norm_kernel
 from .kernels_reduce import leff_statistics_kernel
 from .launch_common import Call
-from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, row_tiles
+from .tiles import PARTS, cdiv, contract_tiles, depthwise_tiles, expand_tiles, row_tiles
 
 __all__ = ["depthwise_grid", "leff_forward_triton"]
 

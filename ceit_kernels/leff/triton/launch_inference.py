@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ...common.tuning import Tiles
 from ..arguments import Settings
 from .kernels_inference import leff_contract_kernel, leff_expand_kernel
 from .launch_common import Call
-from .tiles import inference_contract_tiles, inference_expand_tiles
+from .tiles import cdiv, inference_contract_tiles, inference_expand_tiles
 
 __all__ = ["leff_inference_triton"]
 
