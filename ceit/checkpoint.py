@@ -3,6 +3,8 @@
 import logging
 import math
 import re
+import stat
+import zipfile
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
@@ -73,7 +75,8 @@ def load_checkpoint(
     The file is a safetensors file, or was written by `torch.save`: a state_dict, or a dict that holds one under
     "model" or "state_dict". Nothing in the file is run: of a pickle only tensors and plain containers are built.
     Position embeddings are resampled if their number differs from the model's; the checkpoint's grid is then taken to
-    be square. BatchNorm's counters of batches, which old files lack, then keep the model's own values.
+    be square. BatchNorm's counters of batches, which old files lack, then keep the model's own values. Weights that
+    are infinite or no numbers are loaded, with a warning that names them.
 
     Args:
         model: the model, or a wrapper of it. It is changed only if the whole checkpoint fits.
@@ -84,24 +87,36 @@ def load_checkpoint(
     Raises:
         OSError: if the file cannot be opened.
         TypeError: if there is no `CeiT` in the model.
-        ValueError: if the file is unreadable, holds no such weights, or its names and shapes do not match the model's;
-            or the model is on the meta device.
+        ValueError: if the file is unreadable, holds no such weights, or its names, shapes and kinds of tensors do not
+            match the model's; or the model is on the meta device.
     """
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    source = _select_weights(_read(Path(path)), path, use_ema)
+    source = _select_weights(read_checkpoint(Path(path)), path, use_ema)
     targets = {_unwrapped(name): tensor for name, tensor in model.state_dict().items()}
+    targets = {name: tensor for name, tensor in targets.items() if not _matches(name, exclude)}
     if any(tensor.is_meta for tensor in targets.values()):
         raise ValueError("model: expected one with memory for its weights, got some on the meta device; call to_empty")
+    _check_tensors(source, targets, path)
     weights = _with_counters(checkpoint_filter_fn(source, model), targets)
-    weights, targets = ({n: t for n, t in d.items() if not _matches(n, exclude)} for d in (weights, targets))
+    weights = {name: tensor for name, tensor in weights.items() if not _matches(name, exclude)}
     problems = _mismatches(weights, targets)
     if problems:
         hint = "nothing was loaded; exclude= leaves parts of the model as they are"
         raise ValueError("\n  ".join([f"checkpoint {path} does not match the model, {hint}:", *problems]))
+    broken = [name for name, target in targets.items() if not weights[name].to(target.dtype).isfinite().all()]
+    if broken:
+        _logger.warning("%s has infinities or NaN in %d tensors: %s", path, len(broken), _listed(broken))
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(weights[name])
     _logger.info("Loaded %d tensors from %s", len(targets), path)
+
+
+def number_of_outputs(path: str | PathLike, *, use_ema: bool = False) -> int | None:
+    """Rows of the classifier in a file, None where it has none; arguments and errors are those of `load_checkpoint`."""
+    weights = _select_weights(read_checkpoint(Path(path)), path, use_ema)
+    heads = [tensor for name, tensor in weights.items() if _unwrapped(name) == "head.weight" and tensor.ndim == 2]
+    return heads[0].shape[0] if heads else None
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -122,7 +137,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     if ceit is None:
         raise TypeError(f"model: expected a CeiT or a wrapper of one, got {type(model).__name__}")
     positions = weights.get("pos_embed")
-    if positions is not None and positions.ndim == 3 and positions.shape[1] != ceit.pos_embed.shape[1]:
+    if positions is not None and _can_be_resampled(positions, ceit.pos_embed):
         num_patches = max(positions.shape[1] - ceit.num_prefix_tokens, 0)
         side = math.isqrt(num_patches)
         if side and side * side == num_patches:
@@ -131,16 +146,42 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     return weights
 
 
-def _read(path: Path) -> Any:
-    """The contents of a file, restricted to tensors and plain containers."""
+def _can_be_resampled(positions: Tensor, target: Tensor) -> bool:
+    """Whether these are positions (1, N, C) of another N, each in memory of its own: a shape may claim more."""
+    if positions.ndim != 3 or positions.shape[1] == target.shape[1]:
+        return False
+    if (positions.shape[0], positions.shape[2]) != (1, target.shape[2]) or not positions.is_floating_point():
+        return False
+    return positions.numel() * positions.element_size() <= positions.untyped_storage().nbytes()
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The contents of a file, restricted to tensors and plain containers; nothing that the file contains is run.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is no file (a pipe, a device), damaged, or contains anything else.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"checkpoint {path} cannot be loaded: it is a pipe or a device, expected a file")
     with path.open("rb") as file:
         try:
             if path.suffix == ".safetensors":
                 return safetensors.torch.load(file.read())
+            if zipfile.is_zipfile(file):
+                _check_not_compressed(zipfile.ZipFile(file))
+            file.seek(0)
             with torch.serialization.safe_globals(_STAND_INS):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"checkpoint {path} cannot be loaded: {_reason(error)}") from error
+
+
+def _check_not_compressed(archive: zipfile.ZipFile) -> None:
+    """torch.save compresses nothing; a few kilobytes that unpack to gigabytes are not its work."""
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise zipfile.BadZipFile
 
 
 def _reason(error: Exception) -> str:
@@ -185,6 +226,30 @@ def _with_counters(weights: dict[str, Tensor], targets: Mapping[str, Tensor]) ->
 
 def _matches(name: str, exclude: Collection[str]) -> bool:
     return any(name == excluded or name.startswith(f"{excluded}.") for excluded in exclude)
+
+
+def _check_tensors(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: str | PathLike) -> None:
+    """Raise `ValueError` if a tensor is of a kind that cannot be copied into the model's of its name."""
+    unfit = []
+    for name, tensor in weights.items():
+        target = targets.get(_unwrapped(name))
+        problem = None if target is None else _kind_problem(tensor, target)
+        if problem:
+            unfit.append(f"{name} is {problem}")
+    if unfit:
+        raise ValueError(f"checkpoint {path} does not match the model, nothing was loaded: {_listed(unfit)}")
+
+
+def _kind_problem(tensor: Tensor, target: Tensor) -> str | None:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "sparse or nested"
+    if tensor.is_meta:
+        return "without values (on the meta device)"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        return f"of type {str(tensor.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _mismatches(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list[str]:

@@ -3,20 +3,33 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
-from torch.utils.data import Dataset
+from timm.data.auto_augment import NAME_TO_OP
+from timm.data.auto_augment import posterize as timm_posterize
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import datasets
 
 from .runtime.distributed import Place
-from .runtime.options import RunOptions, TrainOptions, UsageError, usage_errors
+from .runtime.options import RunOptions, TrainOptions, UsageError, needed, usage_errors
 
+_Options = TypeVar("_Options", bound=RunOptions)
 _TEST_FOLDERS = ("val", "validation", "test")
 _DIGITS_SPLIT_SEED = 0
 _AUGMENTATION = {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "hflip": 0.5}
 _DIGITS_AUGMENTATION = {"scale": [0.8, 1.0], "ratio": [0.85, 1.18], "hflip": 0.0}
+
+
+def _posterize(image: Image.Image, bits: int, **others: Any) -> Image.Image:
+    """timm's, which asks for as few as no bits at all: black, as in Pillow before 13, which refuses that."""
+    return timm_posterize(image, bits, **others) if bits else Image.new(image.mode, image.size)
+
+
+NAME_TO_OP.update({name: _posterize for name, operation in NAME_TO_OP.items() if operation is timm_posterize})
 
 
 class Digits(Dataset):
@@ -31,12 +44,10 @@ class Digits(Dataset):
     classes = tuple("0123456789")
 
     def __init__(self, training: bool):
-        try:
+        with needed("--data digits", "ceit-kernels[demo]"):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise UsageError("--data digits needs scikit-learn: pip install 'ceit-kernels[demo]'") from error
-        digits = load_digits()
+        digits: Any = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)
         split = train_test_split(
             images, digits.target, test_size=0.2, stratify=digits.target, random_state=_DIGITS_SPLIT_SEED
@@ -56,35 +67,79 @@ class Digits(Dataset):
 class Split:
     """The images of one split and the names of their classes, in the order of the labels."""
 
-    images: Dataset
+    images: Any  # a Dataset with a transform
     classes: tuple[str, ...]
 
 
-def open_split(data: str, training: bool) -> Split:
-    """Open the training or the test images of `data`, without any transform.
+def open_split(options: RunOptions, training: bool) -> Split:
+    """Open the training or the test images of `options.data`, without any transform.
 
     Args:
-        data: "digits", or a folder with train/ and val/ (or validation/, test/), each with one folder per class.
+        options: `data` is "digits", a folder with one folder of images per class in each split's, torch/NAME or
+            hfds/NAME. Test images may also lie in the class folders of `data` itself, where no split has a folder.
         training: which of the two.
 
     Raises:
         UsageError: the folder or the split is missing or has no images.
     """
+    data = options.data
     if data == "digits":
         return Split(Digits(training), Digits.classes)
+    reader, _, name = data.partition("/")
+    if reader in _READERS and name and not Path(data).is_dir():
+        split = options.train_split if training else options.test_split or "test"
+        with usage_errors(f"--data {data}"), needed(f"--data {data}", "datasets"):
+            return _READERS[reader](name, split, options)
+    if options.data_dir or options.download:
+        raise UsageError(f"--data-dir and --download belong to torch/NAME and hfds/NAME, not to --data {data}")
     root = Path(data)
     if not root.is_dir():
-        raise UsageError(f"--data {data}: expected 'digits' or a folder, and there is no such folder")
-    names = ("train",) if training else _TEST_FOLDERS
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise UsageError(f"--data {data}: expected a folder {' or '.join(f'{name}/' for name in names)} in it")
+        raise UsageError(
+            f"--data {data}: expected 'digits', a folder or {' or '.join(f'{reader}/NAME' for reader in _READERS)}, "
+            "and there is no such folder"
+        )
+    folder = _split_folder(root, options, training)
     try:
         # search_split=False: timm would take the root itself where the split has no folder.
         images = create_dataset("", root=str(folder), search_split=False)
     except RuntimeError as error:
         raise UsageError(f"--data {data}: no images (.png, .jpg, .jpeg) in the class folders of {folder}") from error
+    return _named_by_reader(images)
+
+
+def _split_folder(root: Path, options: RunOptions, training: bool) -> Path:
+    test_folders = (options.test_split,) if options.test_split else _TEST_FOLDERS
+    names = (options.train_split,) if training else test_folders
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None and not training and not options.test_split and not (root / options.train_split).is_dir():
+        folder = root
+    if folder is None:
+        raise UsageError(f"--data {root}: expected a folder {' or '.join(f'{name}/' for name in names)} in it")
+    return folder
+
+
+def _open_torchvision(name: str, split: str, options: RunOptions) -> Split:
+    sets = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "flowers102": datasets.Flowers102}
+    if name not in sets:
+        raise UsageError(f"--data torch/{name}: expected one of {', '.join(f'torch/{known}' for known in sets)}")
+    if options.data_dir is None:
+        raise UsageError(f"--data torch/{name} needs --data-dir, the folder where it is or with --download goes")
+    which = {"train": split == options.train_split} if name.startswith("cifar") else {"split": split}
+    images = sets[name](options.data_dir, download=options.download, **which)
+    classes = getattr(images, "classes", range(102))
+    return Split(images, tuple(map(str, classes)))
+
+
+def _open_hugging_face(name: str, split: str, options: RunOptions) -> Split:
+    return _named_by_reader(create_dataset(f"hfds/{name}", root=options.data_dir, split=split))
+
+
+def _named_by_reader(images: Any) -> Split:
+    """Images with the names of classes that timm's reader found."""
     return Split(images, tuple(images.reader.class_to_idx))
+
+
+_READERS = {"torch": _open_torchvision, "hfds": _open_hugging_face}
 
 
 def check_classes(expected: Iterable[str], found: Iterable[str], where: str) -> None:
@@ -97,55 +152,61 @@ def check_classes(expected: Iterable[str], found: Iterable[str], where: str) -> 
         raise UsageError(f"--data: the classes of {where} differ: {', '.join(only)}")
 
 
-def resolve_data_options(options: RunOptions) -> RunOptions:
+def resolve_data_options(options: _Options) -> _Options:
     """Fill in the options whose default depends on the data: a digit that is flipped or cut is another character."""
     digits = options.data == "digits"
     defaults = {"crop_pct": 1.0 if digits else None}
     if isinstance(options, TrainOptions):
         defaults |= _DIGITS_AUGMENTATION if digits else _AUGMENTATION
+        defaults["warmup_epochs"] = min(5, options.epochs // 4)
     missing = {name: default for name, default in defaults.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **missing)
 
 
-def create_train_loader(split: Split, options: TrainOptions, config: dict[str, Any], place: Place) -> Iterable:
+def create_train_loader(split: Split, options: TrainOptions, config: dict[str, Any], place: Place) -> Any:
     """Batches of augmented training images, normalised on the device, in an order drawn from torch's generator.
 
     Args:
         split: the training images.
         options: training options with the data's defaults filled in.
         config: what `timm.data.resolve_model_data_config` says of the model: input_size, mean, std, interpolation.
-        place: this process's device and rank; with several processes each gets its share, reshuffled by `set_epoch`.
+        place: this process's device and rank; where the sampler has `set_epoch`, that reshuffles.
 
     Raises:
         UsageError: fewer images than one batch, or an unknown augmentation policy.
     """
-    share = len(split.images) // place.world_size
+    if options.auto_augment is not None:
+        with usage_errors(f"--auto-augment {options.auto_augment}"):
+            create_transform(is_training=True, auto_augment=options.auto_augment)
+    arguments = _loader_arguments(options, config, place) | {
+        "scale": options.scale,
+        "ratio": options.ratio,
+        "hflip": options.hflip,
+        "color_jitter": options.color_jitter or None,
+        "auto_augment": options.auto_augment,
+        "re_prob": options.random_erasing,
+        "re_mode": "pixel",
+    }
+    loader: Any = create_loader(split.images, is_training=True, **arguments)
+    if options.aug_repeats:
+        sampler = RepeatAugSampler(split.images, place.world_size, place.rank, num_repeats=options.aug_repeats)
+        loader.loader = _with_sampler(loader.loader, sampler)
+    share = len(loader.sampler)
     if share < options.batch_size:
         raise UsageError(
             f"--batch-size {options.batch_size}: the training split has only {share} images per process, "
             "less than one batch"
         )
-    if options.auto_augment is not None:
-        with usage_errors(f"--auto-augment {options.auto_augment}"):
-            create_transform(is_training=True, auto_augment=options.auto_augment)
-    loader = create_loader(
-        split.images,
-        is_training=True,
-        scale=options.scale,
-        ratio=options.ratio,
-        hflip=options.hflip,
-        color_jitter=options.color_jitter or None,
-        auto_augment=options.auto_augment,
-        re_prob=options.random_erasing,
-        re_mode="pixel",
-        **_loader_arguments(options, config, place),
-    )
-    if place.distributed:
-        loader.sampler.seed = options.seed
     return loader
 
 
-def create_test_loader(split: Split, options: RunOptions, config: dict[str, Any], place: Place) -> Iterable:
+def _with_sampler(loader: DataLoader, sampler: Sampler) -> DataLoader:
+    """The loader with another order of images; timm's takes repeated augmentation only of several processes."""
+    names = ("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "worker_init_fn")
+    return DataLoader(loader.dataset, sampler=sampler, **{name: getattr(loader, name) for name in names})
+
+
+def create_test_loader(split: Split, options: RunOptions, config: dict[str, Any], place: Place) -> Any:
     """Batches of test images in a fixed order, as `create_train_loader`.
 
     With several processes each gets every `world_size`-th image, some processes one more at the end that is a

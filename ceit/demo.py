@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from .runtime import checkpoints
+from .runtime.files import write_json
 from .runtime.options import UsageError, check, option
 
 KINDS = ("plain", "fused")
@@ -70,7 +71,7 @@ def demo(options: DemoOptions) -> None:
     results = {kind: json.loads((folder / checkpoints.RESULT).read_text()) for kind, folder in runs.items()}
     histories = {kind: _read_lines(folder / checkpoints.METRICS) for kind, folder in runs.items()}
     comparison = compare(results)
-    checkpoints.write_json(output / "comparison.json", comparison)
+    write_json(output / "comparison.json", comparison)
     draw_comparison(results, histories, output / "comparison.png")
     show_comparison(comparison)
     print(f"saved {output / 'comparison.json'} and {output / 'comparison.png'}")

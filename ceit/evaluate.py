@@ -1,23 +1,25 @@
 """Accuracy of a model on test images."""
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ceit_kernels import freeze
 
-from .checkpoint import load_checkpoint
 from .data import check_classes, create_test_loader, open_split, resolve_data_options
-from .runtime.building import build_model, number_of_classes
-from .runtime.checkpoints import load_checkpoint_state
+from .runtime.building import input_arguments, number_of_classes, restore_model
 from .runtime.distributed import Place, processes
+from .runtime.files import claimed, write_csv, write_json
 from .runtime.machine import AMP_DTYPES, autocast, backend, fused_operators
-from .runtime.options import EvaluateOptions, UsageError, check, usage_errors
+from .runtime.options import EvaluateOptions, check, needed, plain, usage_errors
 from .runtime.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
@@ -25,15 +27,28 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Means over `images` test images: cross entropy in nats, accuracies in percent."""
+    """Means over `images` test images: cross entropy in nats, accuracies in percent.
+
+    `confusion` has the number of images by class (row) and by the model's answer (column).
+    """
 
     loss: float
     top1: float
     top5: float
     images: int
+    confusion: Tensor = dataclasses.field(repr=False, compare=False)
+
+    def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Images and accuracy of each class, of those that have images."""
+        counts, right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        return [
+            {"class": name, "images": count, "top1": 100 * correct / count}
+            for name, count, correct in zip(classes, counts, right, strict=False)
+            if count
+        ]
 
 
-def evaluate(model: nn.Module, loader: Iterable, place: Place, amp: str = "none") -> Metrics:
+def evaluate(model: nn.Module, loader: Any, place: Place, amp: str = "none") -> Metrics:
     """Evaluate a model on every test image exactly once, also with several processes.
 
     Args:
@@ -48,63 +63,69 @@ def evaluate(model: nn.Module, loader: Iterable, place: Place, amp: str = "none"
     model.eval()
     # To give every process as many, the sampler repeats images at the end of some processes' shares.
     left = len(range(place.rank, len(loader.dataset), place.world_size))
-    totals, count = torch.zeros(3, dtype=torch.float64, device=place.device), left
+    loss, top5, confusion = 0.0, 0, torch.zeros((), dtype=torch.int64, device=place.device)
     with progress_bar(left, "testing", place.primary) as bar, torch.no_grad(), autocast(place.device, amp):
         for images, targets in loader:
-            images, targets = images[:left], targets[:left]
-            if not len(images):
-                break
-            left -= len(images)
-            logits = model(images).float()
-            ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            totals += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()])
-            bar.update(len(images))
-    loss, top1, top5, count = place.sum([*totals.tolist(), count])
-    return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, int(count))
+            # All images, of which the repeated ones do not count: with sharded weights processes compute together.
+            logits, targets = model(images).float()[:left], targets[:left]
+            left -= len(targets)
+            ranked = logits.topk(min(5, logits.shape[1])).indices
+            loss = loss + F.cross_entropy(logits, targets, reduction="sum").double()
+            top5 = top5 + (ranked == targets[:, None]).sum()
+            counts = torch.bincount(targets * logits.shape[1] + ranked[:, 0], minlength=logits.shape[1] ** 2)
+            confusion = confusion + counts
+            bar.update(len(targets))
+    loss, top5 = place.sum([float(loss), float(top5)])
+    confusion = place.total(confusion).cpu().unflatten(0, (logits.shape[1], -1))
+    count = int(confusion.sum())
+    return Metrics(loss / count, 100 * int(confusion.trace()) / count, 100 * top5 / count, count, confusion)
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
-    """Evaluate a checkpoint on the test split of `options.data`.
+    """Evaluate a checkpoint on the test images of `options.data`.
 
     For a checkpoint of `ceit train` the model, its arguments, the image size and the names of the classes are the
-    recorded ones; for another, `options.model` is needed. A fused model is frozen, for its weights do not change any
-    more; a plain one runs as it is.
+    recorded ones; for another, `options.model` is needed, and the number of classes is the file's. A fused model is
+    frozen, for its weights do not change any more; a plain one runs as it is. With `options.output` the figures, those
+    of each class and a picture of the confusions are left there.
 
     Raises:
         UsageError: an option, the data or the checkpoint cannot be used.
     """
     check(options)
-    options, classes = _with_recorded_options(options)
-    options = resolve_data_options(options)
-    with processes(options.device) as place, backend(options.backend):
-        split = open_split(options.data, training=False)
+    with processes(options.device) as place, backend(options.backend), contextlib.ExitStack() as stack:
+        model, options, classes = restore_model(options)
+        options = resolve_data_options(options)
+        split = open_split(options, training=False)
         if classes is not None:
             check_classes(classes, split.classes, "the checkpoint and the test images")
-        options = dataclasses.replace(options, num_classes=number_of_classes(options, split.classes))
-        model = build_model(options)
-        with usage_errors("--checkpoint"):
-            load_checkpoint(model, options.checkpoint, use_ema=options.ema)
+        number_of_classes(options, split.classes)
+        output = Path(options.output) if options.output is not None and place.primary else None
+        if output is not None:
+            stack.enter_context(claimed(output))
         model = model.to(place.device)
         operators = fused_operators(model, place.device, AMP_DTYPES[options.amp])
         _logger.info("fused operators: %s", {name: by["backend"] for name, by in operators.items()} or "none")
-        config = resolve_model_data_config(model, args={"img_size": options.img_size})
-        if operators:
-            model = freeze(model)
-        return evaluate(model, create_test_loader(split, options, config, place), place, options.amp)
+        config = resolve_model_data_config(model, args=input_arguments(options))
+        loader = create_test_loader(split, options, config, place)
+        parameters = number_of_parameters(model)
+        metrics = evaluate(freeze(model) if operators else model, loader, place, options.amp)
+        if output is not None:
+            _write(metrics, split.classes, {"parameters": parameters, "options": plain(options)}, output)
+        return metrics
 
 
-def _with_recorded_options(options: EvaluateOptions) -> tuple[EvaluateOptions, tuple[str, ...] | None]:
-    """The options completed from a checkpoint of `ceit train`, and its classes; None for another's checkpoint."""
-    if options.model is not None:
-        return options, None
-    try:
-        state = load_checkpoint_state(options.checkpoint)
-    except UsageError as error:
-        raise UsageError(f"{error}; for another's checkpoint give --model") from error
-    recorded = state["options"]
-    completed = {
-        name: getattr(options, name) or recorded[name] for name in ("model", "num_classes", "img_size", "crop_pct")
-    }
-    model_kwargs = {**recorded["model_kwargs"], **options.model_kwargs}
-    return dataclasses.replace(options, **completed, model_kwargs=model_kwargs), tuple(state["classes"])
+def number_of_parameters(model: nn.Module) -> int:
+    """Parameters of a model, sharded or not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _write(metrics: Metrics, classes: Sequence[str], about: dict[str, Any], output: Path) -> None:
+    figures = {name: getattr(metrics, name) for name in ("top1", "top5", "loss", "images")}
+    per_class = metrics.per_class(classes)
+    with usage_errors(f"--output {output}"):
+        write_json(output / "results.json", {**figures, **about, "per_class": per_class})
+        write_csv(output / "per_class.csv", per_class)
+        with needed("confusion.png", "ceit-kernels[demo]"):
+            from .runtime.plots import draw_confusion
+        draw_confusion(metrics.confusion, classes, output / "confusion.png")

@@ -1,9 +1,11 @@
 """The named models: registered with timm; `create_model` also loads checkpoints and fuses."""
 
 import difflib
+import json
 from collections.abc import Collection
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -70,7 +72,8 @@ def create_model(
     """Create a model of the CeiT family.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, or a folder in the layout of timm's hub checkpoints (`config.json` and
+            `model.safetensors`), with its weights.
         pretrained: only with a `pretrained_cfg_overlay` that says where weights are; none are published with the names.
         checkpoint: file of weights for `load_checkpoint`, loaded into the model before anything is fused.
         fused: which operators are fused: True for all, False for none, a collection of "leff", "lca", "i2t",
@@ -84,12 +87,31 @@ def create_model(
         ValueError: for an unknown name, a bad `fused`, weights that are asked for but do not exist, arguments out of
             range, or a checkpoint that is unreadable or does not match.
         OSError: if the file `checkpoint` cannot be opened.
+        RuntimeError: if the weights in a folder do not match its configuration.
     """
-    if name not in default_cfgs:
+    if is_model_folder(name):
+        name, pretrained = _source_of(Path(name)), True
+    elif name not in default_cfgs:
         close = difflib.get_close_matches(str(name), list_models())
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"name: unknown model {name!r}; {hint}available: {', '.join(list_models())}")
     return timm.create_model(name, pretrained=pretrained, checkpoint=checkpoint, fused=fused, **kwargs)
+
+
+def is_model_folder(name: str | PathLike) -> bool:
+    """Whether this is a folder in the layout of timm's hub checkpoints, by its `config.json`."""
+    return name not in default_cfgs and (Path(name) / "config.json").is_file()
+
+
+def _source_of(folder: Path) -> str:
+    """timm's name for the model in a folder, which is one of ours."""
+    try:
+        architecture = json.loads((folder / "config.json").read_text())["architecture"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"name: {folder / 'config.json'} does not say which model it is of") from error
+    if architecture not in default_cfgs:
+        raise ValueError(f"name: {folder} holds a {architecture}, expected one of {', '.join(list_models())}")
+    return f"local-dir:{folder}"
 
 
 def _operators(fused: bool | str | Collection[str]) -> set[str]:

@@ -1,18 +1,24 @@
-"""The model that a run's options describe."""
+"""The model that a run's options and its checkpoint describe."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
-from ..registry import create_model
-from .options import RunOptions, UsageError, usage_errors
+from ..checkpoint import load_checkpoint, number_of_outputs
+from ..registry import create_model, is_model_folder
+from .checkpoints import load_checkpoint_state
+from .options import EvaluateOptions, ExportOptions, ModelOptions, PredictOptions, UsageError, usage_errors
+
+_Options = TypeVar("_Options", EvaluateOptions, PredictOptions, ExportOptions)
 
 
-def build_model(options: RunOptions, **kwargs: Any) -> nn.Module:
+def build_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
     """Create the model that the options describe.
 
     Args:
-        options: options with `num_classes` filled in.
+        options: options with `num_classes` filled in, unless `model` is a folder.
         **kwargs: further arguments of the model; `options.model_kwargs` go before them.
 
     Raises:
@@ -24,13 +30,81 @@ def build_model(options: RunOptions, **kwargs: Any) -> nn.Module:
     for name in ("img_size", "num_classes"):
         if name in kwargs:
             raise UsageError(f"--model-kwargs {name}={kwargs[name]}: give it as --{name.replace('_', '-')}")
-    if options.img_size is not None:
-        kwargs["img_size"] = options.img_size
+        if getattr(options, name) is not None:
+            kwargs[name] = getattr(options, name)
+    if "img_size" in kwargs:
+        kwargs["img_size"] = image_size(options)
     with usage_errors(f"--model {options.model}"):
-        return create_model(options.model, fused=options.fused, num_classes=options.num_classes, **kwargs)
+        return create_model(options.model, fused=options.fused, **kwargs)
 
 
-def number_of_classes(options: RunOptions, classes: tuple[str, ...]) -> int:
+def image_size(options: ModelOptions) -> tuple[int, int] | None:
+    """Height and width that `--img-size` gives, None where it is the model's own.
+
+    Raises:
+        UsageError: neither one number nor two.
+    """
+    size = options.img_size
+    if size is None:
+        return None
+    sides = [size] if isinstance(size, int) else list(size)
+    if len(sides) > 2:
+        raise UsageError(f"--img-size must be one number or two, got {len(sides)}")
+    return sides[0], sides[-1]
+
+
+def input_arguments(options: ModelOptions) -> dict[str, Any]:
+    """What `timm.data.resolve_model_data_config` is to know of the options: the size of the images."""
+    size = image_size(options)
+    return {} if size is None else {"input_size": (3, *size)}
+
+
+def restore_model(options: _Options) -> tuple[nn.Module, _Options, tuple[str, ...] | None]:
+    """Create the model of a checkpoint, or of a folder in timm's hub layout, and load its weights.
+
+    Returns:
+        The model on the CPU; the options with what the checkpoint records filled in; and the names of the classes, None
+        where nothing records them.
+
+    Raises:
+        UsageError: the checkpoint cannot be used, or does not say which model it is of.
+    """
+    if options.model is not None and is_model_folder(options.model):
+        if options.checkpoint is not None or options.ema:
+            raise UsageError("--checkpoint and --ema: a folder as --model brings its own weights")
+        model: Any = build_model(options)
+        options = dataclasses.replace(options, num_classes=model.num_classes)
+        labels = model.pretrained_cfg.get("label_names")
+        return model, options, None if labels is None else tuple(labels)
+    checkpoint = options.checkpoint
+    if checkpoint is None:
+        raise UsageError("--checkpoint must be given, unless --model is a folder")
+    options, classes = _with_recorded_options(options, checkpoint)
+    if options.num_classes is None:
+        with usage_errors("--checkpoint"):
+            options = dataclasses.replace(options, num_classes=number_of_outputs(checkpoint, use_ema=options.ema) or 0)
+    model = build_model(options)
+    with usage_errors("--checkpoint"):
+        load_checkpoint(model, checkpoint, use_ema=options.ema)
+    return model, options, classes
+
+
+def _with_recorded_options(options: _Options, checkpoint: str) -> tuple[_Options, tuple[str, ...] | None]:
+    """The options completed from a checkpoint of `ceit train`, and its classes; None for another's checkpoint."""
+    if options.model is not None:
+        return options, None
+    try:
+        state = load_checkpoint_state(checkpoint)
+    except UsageError as error:
+        raise UsageError(f"{error}; for another's checkpoint give --model") from error
+    recorded: Mapping[str, Any] = state["options"]
+    names = ("model", "num_classes", "img_size", "crop_pct")
+    completed = {name: getattr(options, name) or recorded.get(name) for name in names if hasattr(options, name)}
+    model_kwargs = {**recorded.get("model_kwargs", {}), **options.model_kwargs}
+    return dataclasses.replace(options, **completed, model_kwargs=model_kwargs), tuple(state["classes"])
+
+
+def number_of_classes(options: ModelOptions, classes: tuple[str, ...]) -> int:
     """The size of the model's head: as given, or one output for each of the data's classes.
 
     Raises:

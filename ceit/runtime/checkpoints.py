@@ -1,52 +1,34 @@
 """What a training run leaves on disk, and how a run goes on from it."""
 
-import json
-import os
-from collections.abc import Callable
+import math
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .options import TrainOptions, UsageError, flag, usage_errors
+from ..checkpoint import read_checkpoint
+from .files import write_atomically
+from .options import TrainOptions, UsageError, flag
 
 FORMAT = 1
-LAST, BEST, OPTIONS, METRICS, RESULT = "last.pt", "best.pt", "options.json", "metrics.jsonl", "result.json"
+LAST, BEST, OPTIONS, RESULT = "last.pt", "best.pt", "options.json", "result.json"
+METRICS, METRICS_CSV, CURVES = "metrics.jsonl", "metrics.csv", "curves.png"
 
-# They change where a run computes and what with: its numbers by no more than rounding.
-_FREE_OPTIONS = {"output", "resume", "device", "fused", "backend", "compile"}
-_KEYS = {"format", "model", "optimizer", "epoch", "options", "classes", "history", "step_losses"}
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that at any moment, even if the machine fails, `path` is either the old file or the new one.
-
-    Args:
-        path: the file to make or replace.
-        write: writes the contents to a binary file. If it raises, `path` stays as it was.
-    """
-    # One name for all attempts, so that what a killed process leaves is overwritten by the next.
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, contents: Any) -> None:
-    """Write `contents` as indented JSON, atomically."""
-    write_atomically(path, lambda file: file.write((json.dumps(contents, indent=2) + "\n").encode()))
-
-
-def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
-    """Write one line of JSON per epoch, atomically: epochs after the checkpoint that a run resumed from disappear."""
-    lines = "".join(json.dumps(record) + "\n" for record in history)
-    write_atomically(path, lambda file: file.write(lines.encode()))
+# They change where a run computes and what with: its numbers by no more than rounding, or what workers draw.
+_FREE_OPTIONS = {"output", "resume", "device", "fused", "backend", "compile", "workers"}
+_PER_UPDATE = ("batch_size", "accumulate")
+_KEYS = {
+    "format": int,
+    "model": dict,
+    "optimizer": dict,
+    "epoch": int,
+    "updates": int,
+    "options": dict,
+    "classes": list,
+    "history": list,
+    "step_losses": Tensor,
+}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -60,20 +42,29 @@ def load_checkpoint_state(path: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, damaged, or not one of ours.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"checkpoint {path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise UsageError(f"checkpoint {path} is damaged or no checkpoint ({type(error).__name__})") from error
-    missing = _KEYS - set(state) if isinstance(state, dict) else _KEYS
+        state = read_checkpoint(Path(path))
+    except FileNotFoundError as error:
+        raise UsageError(f"checkpoint {path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    found = state if isinstance(state, dict) else {}
+    if isinstance(found.get("format"), int) and found["format"] != FORMAT:
+        raise UsageError(f"checkpoint {path} has format {found['format']}, this version reads format {FORMAT}")
+    missing = sorted(name for name, kind in _KEYS.items() if not isinstance(found.get(name), kind))
     if missing:
-        raise UsageError(f"checkpoint {path} is not one of `ceit train`, it lacks {', '.join(sorted(missing))}")
-    if state["format"] != FORMAT:
-        raise UsageError(f"checkpoint {path} has format {state['format']}, this version reads format {FORMAT}")
+        raise UsageError(f"checkpoint {path} is not one of `ceit train`, it lacks {', '.join(missing)}")
     return state
+
+
+def load_state_to_resume(path: Path) -> dict[str, Any]:
+    """As `load_checkpoint_state`; the error says how to start from the weights of another's checkpoint."""
+    try:
+        return load_checkpoint_state(path)
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; to start a run from its weights, give --checkpoint {path} without --resume"
+        ) from error
 
 
 def find_checkpoint(options: TrainOptions) -> Path | None:
@@ -85,6 +76,8 @@ def find_checkpoint(options: TrainOptions) -> Path | None:
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file, expected a folder")
+    if (output / LAST).is_dir():
+        raise UsageError(f"--output {output}: {LAST} in it is a folder, expected a checkpoint")
     begun = any((output / name).exists() for name in (LAST, OPTIONS))
     if options.resume is None:
         if begun:
@@ -95,7 +88,7 @@ def find_checkpoint(options: TrainOptions) -> Path | None:
     if options.resume == "auto":
         return output / LAST if (output / LAST).is_file() else None
     checkpoint = Path(options.resume)
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise UsageError(f"--resume {checkpoint}: no such file")
     if begun and checkpoint.resolve().parent != output.resolve():
         raise UsageError(f"--output {output} already holds another run than --resume {checkpoint}: give another folder")
@@ -105,6 +98,9 @@ def find_checkpoint(options: TrainOptions) -> Path | None:
 def check_same_options(saved: dict[str, Any], options: dict[str, Any], path: Path) -> None:
     """Check that a run would go on with the same numbers as the run that saved a checkpoint.
 
+    More epochs go on by the longer schedule. Another number of processes is allowed where an update sees as many
+    images as before.
+
     Args:
         saved: the options in the checkpoint.
         options: the options now.
@@ -113,17 +109,19 @@ def check_same_options(saved: dict[str, Any], options: dict[str, Any], path: Pat
     Raises:
         UsageError: naming every option that differs and changes the numbers.
     """
-    free = _FREE_OPTIONS | ({"epochs"} if options["sched"] == "none" else set())
+    free = set(_FREE_OPTIONS)
+    if options["epochs"] >= saved.get("epochs", 0) or options["sched"] == "none":
+        free.add("epochs")
+    if options["world_size"] != saved.get("world_size") and _images_per_update(options) == _images_per_update(saved):
+        free |= {"world_size", *_PER_UPDATE}
     names = [name for name in {**saved, **options} if name not in free and saved.get(name) != options.get(name)]
     if names:
         differences = "; ".join(f"{flag(name)} was {saved.get(name)}, is {options.get(name)}" for name in names)
-        raise UsageError(f"cannot resume from {path} with other options: {differences}")
+        raise UsageError(
+            f"cannot resume from {path} with other options: {differences} (what may change: more --epochs, "
+            "--workers, --device, --fused, --backend, --compile, and processes with as many images per update)"
+        )
 
 
-def create_output(options: TrainOptions, contents: dict[str, Any]) -> Path:
-    """Make the output folder and write the options into it."""
-    output = Path(options.output)
-    with usage_errors(f"--output {output}"):
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / OPTIONS, contents)
-    return output
+def _images_per_update(options: dict[str, Any]) -> int:
+    return options.get("world_size", 1) * math.prod(options.get(name, 0) for name in _PER_UPDATE)

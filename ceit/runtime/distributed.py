@@ -1,6 +1,7 @@
-"""The processes of a run: one, or those that torchrun starts."""
+"""The processes of a run: one, or those that torchrun or SLURM starts."""
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from timm.utils import is_distributed_env
 from timm.utils.distributed import init_distributed_device_so
-from torch import nn
+from torch import Tensor, nn
 
 from .options import UsageError
 
@@ -39,15 +40,18 @@ class Place:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum each of the values over all processes."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place."""
         if self.distributed:
-            torch.distributed.all_reduce(total)
-        return total.tolist()
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
 
 @contextmanager
 def processes(device: str) -> Iterator[Place]:
-    """Join the processes that torchrun started, if it did, and take a device.
+    """Join the processes that torchrun or SLURM's srun started, if one did, and take a device.
 
     Args:
         device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one. With several processes each takes the
@@ -59,6 +63,7 @@ def processes(device: str) -> Iterator[Place]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)
+    _prepare_slurm()
     state = init_distributed_device_so(device)
     place = Place(torch.device(state["device"]), state["global_rank"], state["world_size"])
     try:
@@ -77,6 +82,21 @@ def parallel(model: nn.Module, place: Place) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         model, device_ids=[place.device] if place.device.type == "cuda" else None
     )
+
+
+def _prepare_slurm() -> None:
+    """Tell processes that `srun` started, without torchrun, where the first of them is."""
+    if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+        return
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "localhost"
+    os.environ.setdefault("MASTER_ADDR", first_node(nodes))
+    # Jobs that share a machine differ in their numbers.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def first_node(nodes: str) -> str:
+    """The first of SLURM's list of nodes, such as gpu[07-09,12],login1."""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
 def _check_device(device: str) -> None:

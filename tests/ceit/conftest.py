@@ -76,8 +76,8 @@ def arguments_of():
         words = ["train"]
         for field in dataclasses.fields(settings):
             value = getattr(settings, field.name)
-            if field.name == "model_kwargs":
-                words += ["--model-kwargs", *(f"{name}={part}" for name, part in value.items())]
+            if isinstance(value, dict):
+                words += [flag(field.name), *(f"{name}={part}" for name, part in value.items())]
             elif isinstance(value, bool):
                 words.append(flag(field.name) if value else flag(f"no_{field.name}"))
             elif isinstance(value, list):

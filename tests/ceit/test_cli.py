@@ -73,7 +73,7 @@ def test_progress_shows_loss_accuracy_and_speed_and_each_epoch_is_logged(train_a
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data", "nowhere"], "error: --data nowhere: expected 'digits' or a folder"),
+        (["train", "--data", "nowhere"], "error: --data nowhere: expected 'digits', a folder or torch/NAME"),
         (["train", "--data", "digits", "--epochs", "0"], "error: --epochs must be at least 1, got 0"),
         (["evaluate", "--data", "digits", "--checkpoint", "nowhere.pt"], "error: checkpoint nowhere.pt does not exist"),
         (["demo", "--epochs", "1"], "error: --epochs must be at least 2, got 1"),
@@ -110,7 +110,8 @@ def test_a_failed_run_is_one_line_and_status_1(train_arguments, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    ("epoch", "message"), [(1, "interrupted before the first checkpoint"), (2, "to go on: python -m ceit train --data")]
+    ("epoch", "message"),
+    [(1, "interrupted before the first checkpoint"), (2, "to go on: python -m ceit train --model")],
 )
 def test_ctrl_c_says_how_to_resume(train_arguments, monkeypatch, capsys, epoch, message):
     test_epoch = training._test_epoch

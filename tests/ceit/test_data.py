@@ -3,6 +3,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ceit.data import Digits, check_classes, create_test_loader, create_train_loader, open_split, resolve_data_options
 from ceit.runtime.distributed import Place
@@ -43,8 +44,8 @@ def test_digits_are_rgb_images_from_black_to_white():
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UsageError, match=r"--data digits needs scikit-learn: pip install"):
-        open_split("digits", training=True)
+    with pytest.raises(UsageError, match=r"--data digits needs sklearn: pip install 'ceit-kernels\[demo\]'"):
+        open_split(RunOptions(data="digits"), training=True)
 
 
 def test_digits_are_not_flipped_and_not_cropped_for_testing_unless_asked(options):
@@ -60,7 +61,7 @@ def test_digits_are_not_flipped_and_not_cropped_for_testing_unless_asked(options
 @pytest.mark.parametrize("name", ["val", "validation", "test"])
 def test_test_images_are_found_under_any_usual_name(make_images, tmp_path, name):
     root = make_images(tmp_path / "images", {"train/a": 1, "train/b": 2, f"{name}/a": 3, f"{name}/b": 4})
-    split = open_split(str(root), training=False)
+    split = open_split(RunOptions(data=str(root)), training=False)
     assert (len(split.images), split.classes) == (7, ("a", "b"))
 
 
@@ -76,7 +77,7 @@ def test_test_images_are_found_under_any_usual_name(make_images, tmp_path, name)
 def test_folders_that_cannot_be_used_are_named(make_images, tmp_path, folders, training, message):
     root = make_images(tmp_path / "images", folders)
     with pytest.raises(UsageError, match=message) as error:
-        open_split(str(root), training)
+        open_split(RunOptions(data=str(root)), training)
     assert str(root) in str(error.value)
 
 
@@ -88,7 +89,7 @@ def test_classes_that_differ_are_listed():
 
 
 def test_test_images_are_cropped_and_normalised(options):
-    split = open_split("digits", training=False)
+    split = open_split(RunOptions(data="digits"), training=False)
     split.images.images = np.full_like(split.images.images, 255)
     images, targets = next(iter(create_test_loader(split, options(data="digits"), CONFIG, CPU)))
     assert images.shape == (8, 3, 32, 32)
@@ -102,7 +103,7 @@ def test_order_and_augmentation_follow_torch_seed_in_every_epoch(options, worker
     from timm.utils import random_seed
 
     settings = resolve_data_options(options(workers=workers, auto_augment="rand-m9-mstd0.5", random_erasing=0.5))
-    loader = create_train_loader(open_split(settings.data, training=True), settings, CONFIG, CPU)
+    loader = create_train_loader(open_split(settings, training=True), settings, CONFIG, CPU)
 
     def batches(seed):
         random_seed(seed)
@@ -113,7 +114,16 @@ def test_order_and_augmentation_follow_torch_seed_in_every_epoch(options, worker
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])
+def test_policies_draw_any_strength_with_any_pillow(name):
+    from timm.data.auto_augment import NAME_TO_OP
+
+    image = Image.new("RGB", (4, 4), (200, 100, 50))
+    values = [NAME_TO_OP[name](image, bits).getpixel((0, 0)) for bits in (0, 1, 4, 8)]
+    assert values == [(0, 0, 0), (128, 0, 0), (192, 96, 48), (200, 100, 50)]
+
+
 def test_fewer_images_than_a_batch_is_an_error(options):
     settings = resolve_data_options(options(batch_size=64))
     with pytest.raises(UsageError, match="--batch-size 64: the training split has only 34 images"):
-        create_train_loader(open_split(settings.data, training=True), settings, CONFIG, CPU)
+        create_train_loader(open_split(settings, training=True), settings, CONFIG, CPU)

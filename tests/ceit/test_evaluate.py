@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ def test_every_test_image_counts_once(options):
     settings = options(num_classes=7)
     torch.manual_seed(0)
     model = build_model(settings)
-    loader = create_test_loader(open_split(settings.data, training=False), settings, CONFIG, CPU)
+    loader = create_test_loader(open_split(settings, training=False), settings, CONFIG, CPU)
     metrics = evaluate(model, loader, CPU)
     batches = list(loader)
     images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -53,7 +55,7 @@ def test_with_fewer_than_five_classes_top5_is_100(options):
         def forward(self, x):
             return x.new_tensor([0.0, 1.0, 0.0]).expand(len(x), 3)
 
-    loader = create_test_loader(open_split(settings.data, training=False), settings, CONFIG, CPU)
+    loader = create_test_loader(open_split(settings, training=False), settings, CONFIG, CPU)
     metrics = evaluate(Constant(), loader, CPU)
     assert (metrics.top1, metrics.top5) == (pytest.approx(100 * 4 / 13), 100.0)
 
@@ -144,7 +146,7 @@ def test_images_of_other_classes_are_named(trained, make_images, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": None}, "--checkpoint must be given"),
+        ({"checkpoint": None}, "--checkpoint must be given, unless --model is a folder"),
         ({"checkpoint": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
         ({"model": "ceit_tiny_patch16_224"}, "--checkpoint: checkpoint .* does not match the model"),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
@@ -155,3 +157,40 @@ def test_options_that_cannot_be_used_are_named(trained, changes, message):
     options = {"data": settings.data, "checkpoint": path, "workers": 0, "device": "cpu", **changes}
     with pytest.raises(UsageError, match=message):
         evaluate_checkpoint(EvaluateOptions(**options))
+
+
+def test_results_of_each_class_and_a_picture_are_left_in_a_folder(trained, tmp_path):
+    settings, _, path = trained
+    options = EvaluateOptions(
+        data=settings.data, checkpoint=path, output=str(tmp_path / "results"), workers=0, device="cpu"
+    )
+    metrics = evaluate_checkpoint(options)
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert (results["top1"], results["top5"], results["images"]) == (metrics.top1, 100.0, 13)
+    assert results["parameters"] > 1000
+    assert [(r["class"], r["images"]) for r in results["per_class"]] == [("ant", 5), ("bee", 4), ("cat", 4)]
+    correct = sum(r["images"] * r["top1"] / 100 for r in results["per_class"])
+    assert 100 * correct / 13 == pytest.approx(metrics.top1)
+    assert int(metrics.confusion.sum()) == 13
+    lines = (tmp_path / "results" / "per_class.csv").read_text().splitlines()
+    assert lines[0] == "class,images,top1"
+    assert len(lines) == 4
+    assert (tmp_path / "results" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_number_of_classes_is_the_files(trained, tmp_path):
+    settings, _, path = trained
+    weights = torch.load(path, weights_only=True)["model"]
+    weights |= {"head.weight": torch.zeros(9, 32), "head.bias": torch.zeros(9)}
+    torch.save({"model": weights}, tmp_path / "official.pth")
+    described = {"model": settings.model, "model_kwargs": settings.model_kwargs, "img_size": 32}
+    common = {"data": settings.data, "checkpoint": str(tmp_path / "official.pth"), "workers": 0, "device": "cpu"}
+    assert evaluate_checkpoint(EvaluateOptions(**common, **described)).confusion.shape == (9, 9)
+
+
+def test_a_flat_folder_of_classes_is_evaluated(trained):
+    settings, _, path = trained
+    options = EvaluateOptions(data=f"{settings.data}/val", checkpoint=path, workers=0, device="cpu")
+    assert evaluate_checkpoint(options).images == 13
+    named = EvaluateOptions(data=settings.data, test_split="train", checkpoint=path, workers=0, device="cpu")
+    assert evaluate_checkpoint(named).images == 34

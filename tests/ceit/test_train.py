@@ -14,8 +14,9 @@ import torch
 
 from ceit import train as training
 from ceit.runtime.building import build_model
-from ceit.runtime.checkpoints import load_checkpoint_state, save_checkpoint, write_atomically
+from ceit.runtime.checkpoints import load_checkpoint_state, save_checkpoint
 from ceit.runtime.distributed import Place
+from ceit.runtime.files import write_atomically
 from ceit.runtime.options import UsageError
 from ceit.runtime.progress import TrainingFailed
 from ceit.train import train
@@ -41,11 +42,11 @@ def without_times(history):
 def test_a_run_leaves_options_metrics_result_and_checkpoints(options, tmp_path):
     result = train(options(epochs=3, warmup_epochs=1))
     folder = tmp_path / "run"
-    names = {"options.json", "metrics.jsonl", "result.json", "last.pt", "best.pt"}
+    names = {"options.json", "metrics.jsonl", "metrics.csv", "result.json", "last.pt", "best.pt", "curves.png", ".lock"}
     assert {path.name for path in folder.iterdir()} == names
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [1, 2, 3]
-    keys = {"epoch", "train_loss", "test_loss", "test_accuracy", "images_per_second", "lr", "seconds"}
+    keys = {"epoch", "train_loss", "test_loss", "test_accuracy", "test_top5", "images_per_second", "lr", "seconds"}
     assert all(set(record) == keys for record in records)
     written = json.loads((folder / "result.json").read_text())
     assert written["accuracy"] == result.accuracy == records[-1]["test_accuracy"]
@@ -206,7 +207,7 @@ def test_training_starts_from_given_weights_without_the_excluded(options, tmp_pa
     train(options(epochs=1))
     weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     settings = options(num_classes=5, checkpoint=str(tmp_path / "run" / "last.pt"), exclude=["head"])
-    model = training._prepare_model(settings, Place(torch.device("cpu")))
+    model = training.prepare_model(settings, Place(torch.device("cpu")))
     assert torch.equal(model.cls_token, weights["cls_token"])
     assert model.head.weight.shape == (5, 32)
 
@@ -233,7 +234,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint_of_it(o
         ({"data": "nowhere"}, "there is no such folder"),
         ({"warmup_epochs": 2}, "--warmup-epochs must be below --epochs, 2, got 2"),
         ({"mixup": 0.1, "batch_size": 7}, "--batch-size must be even with --mixup or --cutmix, got 7"),
-        ({"lr": 1e-6}, "--min-lr must be at most --lr, 1e-06, got 1e-05"),
+        ({"lr": 1e-6, "min_lr": 1e-5}, "--min-lr must be at most --lr, 1e-06, got 1e-05"),
         ({"model": "ceit_huge"}, "--model ceit_huge: .*unknown model"),
         ({"model_kwargs": {"colour": 1}}, "--model ceit_tiny_patch16_224: .*colour"),
         ({"model_kwargs": {"in_chans": 1}}, "in_chans=1: images are read as RGB, expected 3"),
@@ -291,11 +292,11 @@ def test_an_output_that_is_a_file_is_named(options, tmp_path):
 
 def test_resuming_names_every_option_that_would_change_the_numbers(options):
     train(options())
-    changes = {"lr": 5e-4, "epochs": 3, "batch_size": 16, "seed": 1, "workers": 1, "model_kwargs": {"depth": 3}}
+    changes = {"lr": 5e-4, "epochs": 1, "batch_size": 16, "seed": 1, "ema": True, "model_kwargs": {"depth": 3}}
     with pytest.raises(UsageError, match="cannot resume") as error:
         train(options(resume="auto", **changes))
     named = set(re.findall(r"--([a-z-]+) was", str(error.value)))
-    assert named == {"lr", "epochs", "batch-size", "seed", "workers", "model-kwargs"}
+    assert named == {"lr", "epochs", "batch-size", "seed", "ema", "model-kwargs"}
     assert "--lr was 0.001, is 0.0005" in str(error.value)
 
 

@@ -1,0 +1,189 @@
+"""What a run of training is made of: complete options, the model, its optimizer, schedule and loss."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..checkpoint import load_checkpoint, number_of_outputs
+from ..data import resolve_data_options
+from ..registry import is_model_folder
+from .building import build_model
+from .distributed import Place, parallel
+from .options import TrainOptions, UsageError, needed, usage_errors
+from .sharding import shard
+
+_logger = logging.getLogger(__name__)
+
+# Options whose default follows from others: a run that goes on keeps what it had.
+_DERIVED = ("lr", "min_lr", "warmup_epochs", "scale", "ratio", "hflip", "crop_pct")
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that a step of training changes or uses."""
+
+    options: TrainOptions
+    place: Place
+    model: nn.Module
+    forward: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    mixup: Mixup | None
+    loss: nn.Module
+    updates: int = 0
+    epoch: int = 0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    step_losses: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose test figures count."""
+        return self.ema.module if self.ema else self.model
+
+
+def resolve(options: TrainOptions, place: Place, state: dict[str, Any] | None) -> TrainOptions:
+    """Fill in what was not given: from the run that goes on, or by the data, the epochs and the images per update."""
+    if state is not None:
+        missing = {name: state["options"].get(name) for name in _DERIVED if getattr(options, name) is None}
+        options = dataclasses.replace(options, **missing)
+    options = resolve_data_options(options)
+    images = options.batch_size * options.accumulate * place.world_size
+    lr = options.lr or (options.lr_base * images / 512 if options.lr_base else 1e-3)
+    min_lr = min(1e-5, lr / 100) if options.min_lr is None else options.min_lr
+    options = dataclasses.replace(options, lr=lr, min_lr=min_lr)
+    if options.warmup_epochs and options.warmup_epochs >= options.epochs:
+        raise UsageError(f"--warmup-epochs must be below --epochs, {options.epochs}, got {options.warmup_epochs}")
+    if min_lr > lr:
+        raise UsageError(f"--min-lr must be at most --lr, {lr}, got {min_lr}")
+    return options
+
+
+def check_together(options: TrainOptions) -> None:
+    """Check what single options cannot show."""
+    if options.cooldown_epochs >= options.epochs:
+        raise UsageError(f"--cooldown-epochs must be below --epochs, {options.epochs}, got {options.cooldown_epochs}")
+    if (options.mixup or options.cutmix) and options.batch_size % 2:
+        raise UsageError(f"--batch-size must be even with --mixup or --cutmix, got {options.batch_size}")
+    if options.exclude and options.checkpoint is None:
+        raise UsageError("--exclude says what is not read from --checkpoint, which is not given")
+    if options.checkpoint is not None and is_model_folder(options.model):
+        raise UsageError("--checkpoint: a folder as --model brings its own weights")
+    if options.fsdp and (options.amp == "float16" or options.compile):
+        raise UsageError("--fsdp goes with neither --amp float16 nor --compile")
+    if options.tensorboard:
+        with needed("--tensorboard", "tensorboard"):
+            import torch.utils.tensorboard  # noqa: F401
+    if options.freeze_bn and options.sync_bn:
+        raise UsageError("--freeze-bn and --sync-bn: frozen statistics are not computed, give one of the two")
+
+
+def prepare_model(options: TrainOptions, place: Place) -> nn.Module:
+    """The model that the options describe, with the weights of `options.checkpoint`, on this process's device.
+
+    Raises:
+        UsageError: the model or the checkpoint cannot be used, or an option does not fit this machine.
+    """
+    model: Any = build_model(options, drop_path_rate=options.drop_path)
+    if options.checkpoint is not None:
+        with usage_errors("--checkpoint"):
+            load_checkpoint(model, options.checkpoint, exclude=_excluded(options, options.checkpoint))
+    if options.freeze_bn:
+        for norm in batch_norms(model):
+            norm.requires_grad_(False)
+    if options.fsdp and not place.distributed:
+        raise UsageError("--fsdp needs several processes, started by torchrun or SLURM")
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if options.sync_bn:
+        if place.device.type != "cuda" or not place.distributed:
+            raise UsageError("--sync-bn needs several processes, started by torchrun, with a CUDA GPU each")
+        model = convert_sync_batchnorm(model)
+    return model.to(place.device)
+
+
+def _excluded(options: TrainOptions, checkpoint: str) -> list[str]:
+    """What is not read from the checkpoint: a head of another size neither."""
+    found = number_of_outputs(checkpoint)
+    if "head" in options.exclude or found in (None, options.num_classes):
+        return list(options.exclude)
+    _logger.info("the checkpoint's head is for %d classes: a new one for %d begins", found, options.num_classes)
+    return [*options.exclude, "head"]
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """All BatchNorms of a model."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def prepare_run(model: nn.Module, options: TrainOptions, place: Place, batches: int) -> Run:
+    """Everything that training needs beside the images.
+
+    Args:
+        model: from `prepare_model`; sharded in place where the options say so.
+        options: complete options.
+        place: this process's device and rank.
+        batches: steps of an epoch.
+
+    Raises:
+        UsageError: unknown optimizer, or arguments that it does not take.
+    """
+    ema = None
+    if options.ema:
+        # Sharded tensors are averaged one by one.
+        ema = ModelEmaV3(model, decay=options.ema_decay, use_warmup=True, foreach=not options.fsdp)
+    if options.fsdp:
+        for sharded in filter(None, [model, ema and ema.module]):
+            shard(sharded, place)
+    with usage_errors(f"--opt {options.opt}"):
+        optimizer = create_optimizer_v2(
+            model,
+            opt=options.opt,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            layer_decay=options.layer_decay,
+            **options.opt_kwargs,
+        )
+    names = ("sched", "decay_epochs", "decay_milestones", "decay_rate", "warmup_epochs", "warmup_lr", "min_lr")
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        num_epochs=options.epochs - options.cooldown_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=-(-batches // options.accumulate),
+        **{name: getattr(options, name) for name in names},
+    )
+    mixup = None
+    if options.mixup or options.cutmix:
+        mixup = Mixup(
+            mixup_alpha=options.mixup,
+            cutmix_alpha=options.cutmix,
+            prob=options.mixup_prob,
+            switch_prob=options.mixup_switch_prob,
+            label_smoothing=options.label_smoothing,
+            num_classes=options.num_classes or 0,
+        )
+    forward: Any = model if options.fsdp else parallel(model, place)
+    if options.compile:
+        forward = torch.compile(forward)
+    return Run(
+        options=options,
+        place=place,
+        model=model,
+        forward=forward,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(place.device.type, enabled=options.amp == "float16"),
+        mixup=mixup,
+        loss=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else options.label_smoothing),
+    )
