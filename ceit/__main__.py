@@ -16,8 +16,14 @@ from .demo import DemoFailed, DemoOptions, demo
 from .evaluate import evaluate_checkpoint
 from .runtime import checkpoints
 from .runtime.machine import devices, versions
-from .runtime.options import EvaluateOptions, TrainOptions, UsageError, add_options
+from .runtime.options import (
+    EvaluateOptions,
+    TrainOptions,
+    UsageError,
+    add_options,
+)
 from .runtime.progress import TrainingFailed
+from .runtime.recipes import add_recipe_options, with_recipe
 from .train import train
 
 _logger = logging.getLogger("ceit.main")
@@ -32,7 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("evaluate", EvaluateOptions, "accuracy of a checkpoint on test images"),
         ("demo", DemoOptions, "train on the digits with plain and with fused operators, and compare"),
     ):
-        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        # In full, or --rec would not be taken for --recipe where the recipe is read.
+        command = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=options is not TrainOptions
+        )
+        if options is TrainOptions:
+            add_recipe_options(command)
         add_options(command, options)
         command.set_defaults(options=options)
     commands.add_parser("bench", help="time plain and fused operators and models, or this commit against another")
@@ -45,7 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
-    given = vars(build_parser().parse_args(arguments))
+    try:
+        words = ["train", *with_recipe(arguments[1:])] if arguments[:1] == ["train"] else arguments
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    given = vars(build_parser().parse_args(words))
     command, options_class = given.pop("command"), given.pop("options", None)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     # Of the processes that torchrun starts, one speaks.
@@ -109,7 +125,12 @@ def _how_to_resume(arguments: list[str], options: object) -> str:
     return f"; to go on: python -m ceit {shlex.join(again)}"
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "demo": demo, "info": _info}
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "demo": demo,
+    "info": _info,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
