@@ -1,4 +1,4 @@
-"""The command line: `python -m ceit {train,evaluate,demo,bench,info}`."""
+"""The command line: `python -m ceit {train,evaluate,predict,demo,bench,info}`."""
 
 import argparse
 import importlib
@@ -14,10 +14,12 @@ import ceit_kernels
 
 from .demo import DemoFailed, DemoOptions, demo
 from .evaluate import evaluate_checkpoint
+from .predict import predict, rendered
 from .runtime import checkpoints
 from .runtime.machine import devices, versions
 from .runtime.options import (
     EvaluateOptions,
+    PredictOptions,
     TrainOptions,
     UsageError,
     add_options,
@@ -36,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, options, help in (
         ("train", TrainOptions, "train a model on the digits or on a folder of images"),
         ("evaluate", EvaluateOptions, "accuracy of a checkpoint on test images"),
+        ("predict", PredictOptions, "classes of pictures, by a checkpoint"),
         ("demo", DemoOptions, "train on the digits with plain and with fused operators, and compare"),
     ):
         # In full, or --rec would not be taken for --recipe where the recipe is read.
@@ -109,6 +112,10 @@ def _bench(arguments: list[str]) -> int:
     return importlib.import_module("benchmarks.__main__").main(arguments)
 
 
+def _predict(options: PredictOptions) -> None:
+    print(rendered(predict(options), options.format))
+
+
 def _info(_: None) -> None:
     print(ceit_kernels.status())
     print()
@@ -128,6 +135,7 @@ def _how_to_resume(arguments: list[str], options: object) -> str:
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "predict": _predict,
     "demo": demo,
     "info": _info,
 }
