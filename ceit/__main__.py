@@ -1,4 +1,4 @@
-"""The command line: `python -m ceit {train,evaluate,predict,demo,bench,info}`."""
+"""The command line: `python -m ceit {train,evaluate,predict,export,demo,bench,info}`."""
 
 import argparse
 import importlib
@@ -14,11 +14,13 @@ import ceit_kernels
 
 from .demo import DemoFailed, DemoOptions, demo
 from .evaluate import evaluate_checkpoint
+from .export import ExportFailed, export
 from .predict import predict, rendered
 from .runtime import checkpoints
 from .runtime.machine import devices, versions
 from .runtime.options import (
     EvaluateOptions,
+    ExportOptions,
     PredictOptions,
     TrainOptions,
     UsageError,
@@ -39,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", TrainOptions, "train a model on the digits or on a folder of images"),
         ("evaluate", EvaluateOptions, "accuracy of a checkpoint on test images"),
         ("predict", PredictOptions, "classes of pictures, by a checkpoint"),
+        ("export", ExportOptions, "write a checkpoint's model in other formats"),
         ("demo", DemoOptions, "train on the digits with plain and with fused operators, and compare"),
     ):
         # In full, or --rec would not be taken for --recipe where the recipe is read.
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, ceit_kernels.BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingFailed, DemoFailed) as error:
+    except (TrainingFailed, ExportFailed, DemoFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -116,6 +119,11 @@ def _predict(options: PredictOptions) -> None:
     print(rendered(predict(options), options.format))
 
 
+def _export(options: ExportOptions) -> None:
+    for path in export(options):
+        print(path)
+
+
 def _info(_: None) -> None:
     print(ceit_kernels.status())
     print()
@@ -136,6 +144,7 @@ _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "export": _export,
     "demo": demo,
     "info": _info,
 }
