@@ -48,6 +48,7 @@ namespace {
 
 void normalise(Tensor x, Tensor norm, Tensor out) {
   const int64_t channels = norm.numel() / 3;
+  STD_TORCH_CHECK(channels > 0, "norm: expected three numbers for each channel, got ", norm.numel(), " in all");
   NormaliseCall call{};
   call.channels = channels, call.pixels = x.numel() / channels;
   call.norm = elements("norm", norm, 3 * channels, acc_dtype(x));
