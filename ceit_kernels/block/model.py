@@ -1,4 +1,4 @@
-"""A whole CeiT at inference on the CPU, from images to logits, in one call of what was packed once."""
+"""A whole CeiT at inference on the CPU, from images to logits, in one call that reads prepacked weights."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ class ModelParts(NamedTuple):
 class WholeModel:
     """Logits (B, classes) of images (B, I, H, W) of one size on the CPU; None for what takes other calls."""
 
-    def __init__(self, like: Tensor, stem: tuple[Tensor, Tensor, Tensor], packed: Tensor, scalars, sizes) -> None:
-        self._like, self._stem, self._packed = (like.shape[1:], like.dtype), stem, packed
+    def __init__(self, like: Tensor, stem: tuple[Tensor, Tensor, Tensor], prepacked: Tensor, scalars, sizes) -> None:
+        self._like, self._stem, self._prepacked = (like.shape[1:], like.dtype), stem, prepacked
         self._scalars, self._sizes = scalars, sizes
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The logits of images x."""
         if x.device.type != "cpu" or (x.shape[1:], x.dtype) != self._like or not can_run_fused(x, 4, _OPERATORS):
             return None
-        return torch.ops.ceit._model_infer(x, *self._stem, self._packed, self._scalars, self._sizes)
+        return torch.ops.ceit._model_infer(x, *self._stem, self._prepacked, self._scalars, self._sizes)
 
 
 @torch.no_grad()
 def prepare_model(parts: ModelParts, image_size: tuple[int, int]) -> WholeModel | None:
-    """Fold and pack a model in evaluation mode; None where one of its parts has to be called.
+    """Fold and prepack a model in evaluation mode; None where one of its parts has to be called.
 
     Args:
         parts: the model.
@@ -90,5 +90,5 @@ def prepare_model(parts: ModelParts, image_size: tuple[int, int]) -> WholeModel 
     scalars = [*encoder.scalars, *layers.scalars, parts.norm.eps]
     sizes = [embedding.height, embedding.width, *encoder.sizes, *layers.sizes, head[0].shape[0]]
     map_channels = embedding.sign.shape[0]
-    packed = torch.ops.ceit._model_prepack(image, map_channels, parameters, scalars, sizes)
-    return WholeModel(image, (embedding.stem, embedding.sign, embedding.norm), packed, scalars, sizes)
+    prepacked = torch.ops.ceit._model_prepack(image, map_channels, parameters, scalars, sizes)
+    return WholeModel(image, (embedding.stem, embedding.sign, embedding.norm), prepacked, scalars, sizes)

@@ -53,7 +53,7 @@ class Settings(NamedTuple):
         num_prefix_tokens: P.
         activations: names, after the first and the second layer.
         group: name of the process group whose batches are one for the statistics; None for this process alone.
-        compute_dtype: what products take, by default the dtype of x.
+        compute_dtype: of the GEMMs, by default the dtype of x.
         backend: which implementation.
     """
 

@@ -1,8 +1,8 @@
 """LeFF on the CPU: one compiled call for inference, one for the forward and one for the backward pass (csrc/cpu/leff).
 
 The kernels take tensors (B, rows, channels) whose rows before the image's tokens are prefix tokens, so nothing is split
-or copied. z1 has rows for the prefix tokens too, which nobody reads; z2 and z3 have none. Norm and gradient arrays are
-laid out as the Triton kernels lay them out.
+or copied. z1 has rows for the prefix tokens too, which no kernel reads; z2 and z3 have none. Norm and gradient arrays
+are laid out as the Triton kernels lay them out.
 """
 
 from __future__ import annotations

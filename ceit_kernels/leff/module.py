@@ -236,7 +236,7 @@ class FusedLeFF(LeFFFusion, LocallyEnhancedFeedForward):
 
 
 class FrozenLeFF(Prepacked, FusedLeFF):
-    """A block of a frozen model: norms folded, and packed on the CPU. Made by ``freeze`` alone."""
+    """A block of a frozen model: norms folded, and prepacked on the CPU. Made by ``freeze`` alone."""
 
     @staticmethod
     def freeze(module: nn.Module) -> None:
@@ -251,7 +251,7 @@ class FrozenLeFF(Prepacked, FusedLeFF):
             module.__class__ = FrozenLeFF
             parameters, eps, activations = parts
             parameters = in_compute_dtype(parameters, weight.dtype)
-            sizes = leff_sizes(parameters, activations, (1, 1))  # what is packed does not depend on the grid
+            sizes = leff_sizes(parameters, activations, (1, 1))  # prepacking does not depend on the grid
             module.__dict__["_prepacked"] = kernels._leff_prepack(weight, parameters, eps, sizes), eps, sizes[:-2]
         elif weight.is_cuda:
             fold_norms(module)

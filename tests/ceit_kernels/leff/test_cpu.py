@@ -212,7 +212,7 @@ def test_the_number_of_threads_changes_only_rounding_and_two_runs_nothing():
             results.append(train_step("native", copy.deepcopy(leff), x, grad_out, grid_size))
     finally:
         torch.set_num_threads(threads)
-    # The products' sums may depend on the number of threads.
+    # The GEMMs' sums may depend on the number of threads.
     for other in results[1:]:
         for name, value in results[0].items():
             atol = max(1e-5, 5e-7 * value.abs().max().item())

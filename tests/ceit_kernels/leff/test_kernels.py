@@ -120,7 +120,7 @@ def test_large_running_means_cost_no_more_accuracy_than_in_plain_pytorch(dtype):
         nn.init.constant_(norm.running_mean, 1e3)
         nn.init.ones_(norm.running_var)
     check(leff, make_tokens(2, 10, 16, dtype), (3, 3))
-    nn.init.zeros_(leff.conv1.bias)  # the products make the mean
+    nn.init.zeros_(leff.conv1.bias)  # the GEMMs make the mean
     check(leff, make_tokens(2, 10, 16, dtype, mean=1e3), (3, 3))
 
 

@@ -207,7 +207,7 @@ def test_autocast_gives_plain_pytorchs_dtypes_and_accuracy(dtype, prefix):
             train_step(backend, copy.deepcopy(leff), x, grad_out, grid_size) for backend in ("triton", "reference")
         )
     assert {name: t.dtype for name, t in fused.items()} == {name: t.dtype for name, t in plain.items()}
-    # Plain PyTorch rounds gradients on their way to float32, so compare at the rounding of the products.
+    # Plain PyTorch rounds gradients on their way to float32, so compare at the rounding of the GEMMs.
     names = [name for name in exact if not name.endswith("num_batches_tracked")]
     rounded = ([results[name].to(dtype) for name in names] for results in (fused, plain))
     assert_as_accurate(names, *rounded, [exact[name] for name in names])
