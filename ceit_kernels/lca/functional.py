@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.calls import unsupported_reason
+from ..common.calls import needs_gradient, unsupported_reason
 from .op import lca_operator
 from .reference import lca_reference
 
@@ -49,11 +49,11 @@ def lca_attention(
     factor = (x.shape[-1] // max(num_heads, 1)) ** -0.5 if scale is None else scale
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    compute_dtype = autocast_dtype(x)
-    inputs = x, qkv_weight, qkv_bias, seed, num_heads, factor, dropout_p, compute_dtype
+    compute_dtype, training = autocast_dtype(x), needs_gradient(x, qkv_weight, qkv_bias)
+    inputs = x, qkv_weight, qkv_bias, seed, num_heads, factor, dropout_p, training, compute_dtype
     lca_operator.check(*inputs)
     unsupported = lca_operator.unsupported(*inputs) or unsupported_reason(x, qkv_weight, qkv_bias)
     backend = backends.choose("lca", x, compute_dtype or x.dtype, unsupported).backend
     if backend == "reference":
         return lca_reference(x, qkv_weight, qkv_bias, num_heads, factor, dropout_p, seed)
-    return lca_operator(*inputs, backend)
+    return lca_operator(*inputs, backend)[0]

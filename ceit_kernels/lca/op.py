@@ -15,19 +15,21 @@ _MAX_LAYERS, _MAX_HEAD_DIM = 128, 256
 
 
 class _LCA(Operator):
+    # The results behind the first are what backward reads on the CPU; Triton's computes them again.
     name = "lca"
     schema = (
         "(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor? seed, int num_heads, float scale, float dropout_p, "
-        "ScalarType? compute_dtype, str backend) -> Tensor"
+        "bool need_saved, ScalarType? compute_dtype, str backend) "
+        "-> (Tensor out, Tensor q, Tensor absorbed, Tensor probabilities, Tensor attended)"
     )
     backward_schema = (
-        "(Tensor grad_out, Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor? seed, int num_heads, float scale, "
-        "float dropout_p, ScalarType? compute_dtype, bool need_input, bool need_weight, str backend) "
-        "-> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_out, Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor? seed, Tensor? q, Tensor? absorbed, "
+        "Tensor? probabilities, Tensor? attended, int num_heads, float scale, float dropout_p, "
+        "ScalarType? compute_dtype, bool need_input, bool need_weight, str backend) -> (Tensor, Tensor, Tensor)"
     )
     public_name = "ceit_kernels.lca_attention"
 
-    def check(self, x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, compute_dtype):
+    def check(self, x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p, need_saved, compute_dtype):
         check_shape("x", x, "B", "L", "C")
         check_floating("x", x)
         channels = x.shape[2]
@@ -57,18 +59,30 @@ class _LCA(Operator):
         return None
 
     def forward(self, *inputs):
-        x, *_, backend = inputs
-        dtype = self.compute_dtype(*inputs)
-        if x.shape[0] == 0:
-            return x.new_empty((0, 1, x.shape[2]), dtype=dtype)
+        *tensors, num_heads, scale, dropout_p, need_saved, _, backend = inputs
+        settings = num_heads, scale, dropout_p, self.compute_dtype(*inputs)
+        if tensors[0].shape[0] == 0:
+            return self.fake(*inputs)
         if backend == "native":
-            return lca_forward_cpu(*inputs[:-2], dtype)
+            out, *saved = lca_forward_cpu(*tensors, *settings)
+            return out, *(saved if need_saved else (None,) * 4)
         from .triton.launch import lca_forward_triton
 
-        return lca_forward_triton(*contiguous(*inputs[:4]), *inputs[4:-2], dtype)
+        return lca_forward_triton(*contiguous(*tensors), *settings), None, None, None, None
 
-    def fake(self, x, *rest):
-        return x.new_empty((x.shape[0], 1, x.shape[2]), dtype=self.compute_dtype(x, *rest))
+    def fake(self, *inputs):
+        (x, *_, num_heads, _, _, need_saved, _, backend), dtype = inputs, self.compute_dtype(*inputs)
+        batch, layers, channels = x.shape
+        out = x.new_empty((batch, 1, channels), dtype=dtype)
+        if not (need_saved and backend == "native"):
+            return out, None, None, None, None
+        return (
+            out,
+            x.new_empty((batch, channels), dtype=dtype),
+            x.new_empty((num_heads, batch, channels), dtype=dtype),
+            x.new_empty((batch, num_heads, layers), dtype=torch.promote_types(dtype, torch.float32)),
+            x.new_empty((batch, num_heads, channels), dtype=dtype),
+        )
 
     # What is computed, which is less than plain PyTorch computes: W_k is multiplied into the query, W_v into the sum.
     def flops(self, x, qkv_weight, qkv_bias, seed, num_heads, *rest, **options):
@@ -76,22 +90,27 @@ class _LCA(Operator):
         return 3 * matmul_flops(batch, channels, channels) + 2 * matmul_flops(batch * num_heads, layers, channels)
 
     def save(self, ctx, inputs, results):
-        *tensors, num_heads, scale, dropout_p, compute_dtype, ctx.backend = inputs
-        ctx.save_for_backward(*tensors)
+        *tensors, num_heads, scale, dropout_p, ctx.has_saved, compute_dtype, ctx.backend = inputs
+        ctx.save_for_backward(*tensors, *results[1:])
         ctx.settings = num_heads, scale, dropout_p, compute_dtype
 
-    def gradients(self, backward, ctx, grad_out):
+    def gradients(self, backward, ctx, grad_out, *_):
+        if not ctx.has_saved:
+            raise RuntimeError("ceit::lca: expected need_saved=True where a gradient is taken, got False")
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         needs = need_x, need_weight or need_bias
         return backward(grad_out, *ctx.saved_tensors, *ctx.settings, *needs, ctx.backend)
 
-    def check_backward(self, grad_out, x, *rest):
-        self.check(x, *rest[:-3])
+    def check_backward(self, grad_out, *inputs):
+        x, *parameters, seed, q, _, _, _, num_heads, scale, dropout_p, compute_dtype, _, _, backend = inputs
+        self.check(x, *parameters, seed, num_heads, scale, dropout_p, True, compute_dtype)
         check_shape("grad_out", grad_out, x.shape[0], 1, x.shape[2])
+        if backend == "native" and q is None:
+            raise ValueError("q: expected the forward's, which the code for the CPU reads, got None")
 
     def backward(self, *inputs):
         *tensors, num_heads, scale, dropout_p, compute_dtype, need_input, need_weight, backend = inputs
-        _, x, *parameters, _ = tensors
+        grad_out, x, *parameters, seed = tensors[:5]
         settings = num_heads, scale, dropout_p, compute_dtype or x.dtype, need_input, need_weight
         if x.shape[0] == 0:
             return gradients_like((x, *parameters), (need_input, need_weight, need_weight), torch.zeros_like)
@@ -99,14 +118,14 @@ class _LCA(Operator):
             return lca_backward_cpu(*tensors, *settings)
         from .triton.launch import lca_backward_triton
 
-        return lca_backward_triton(*contiguous(*tensors), *settings)
+        return lca_backward_triton(*contiguous(grad_out, x, *parameters, seed), *settings)
 
     def fake_backward(self, grad_out, x, qkv_weight, qkv_bias, *rest):
         *_, need_input, need_weight, _ = rest
         return gradients_like((x, qkv_weight, qkv_bias), (need_input, need_weight, need_weight))
 
-    def backward_flops(self, grad_out, x, qkv_weight, qkv_bias, seed, num_heads, *rest, **options):
-        *_, need_input, need_weight, _ = rest
+    def backward_flops(self, grad_out, x, *rest, **options):
+        *_, num_heads, _, _, _, need_input, need_weight, _ = rest
         batch, layers, channels = x
         per_weight = matmul_flops(batch, channels, channels)
         per_head = matmul_flops(batch * num_heads, layers, channels)

@@ -102,12 +102,12 @@ def test_class_token_attention_counts_what_it_computes():
     batch, layers, heads, channels = 3, 5, 2, 16
     formula = flop_registry[torch.ops.ceit.lca]
     x, weight = torch.empty(batch, layers, channels), torch.empty(3 * channels, channels)
-    arguments = (x, weight, None, None, heads, 1.0, 0.0, None, "triton")
-    flops = formula(*arguments, out_val=torch.empty(batch, 1, channels))
+    grad = torch.empty(batch, 1, channels)
+    flops = formula(x, weight, None, None, heads, 1.0, 0.0, False, None, "triton", out_val=grad)
     assert flops == 2 * batch * channels * (3 * channels + 2 * heads * layers)
     backward = flop_registry[torch.ops.ceit.lca_backward]
     found = [
-        backward(torch.empty(batch, 1, channels), *arguments[:-1], *needs, "triton", out_val=None)
+        backward(grad, x, weight, *(None,) * 6, heads, 1.0, 0.0, None, *needs, "triton", out_val=None)
         for needs in ((True, True), (True, False), (False, True))
     ]
     assert found[0] > found[1] == found[2] > flops

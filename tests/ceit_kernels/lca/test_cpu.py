@@ -57,7 +57,7 @@ def test_gradients_are_those_of_finite_differences(registered, dropout_p):
 
     def call(x, weight, bias):
         if registered:
-            return torch.ops.ceit.lca(x, weight, bias, seed, 2, 0.7, dropout_p, None, "native")
+            return torch.ops.ceit.lca(x, weight, bias, seed, 2, 0.7, dropout_p, True, None, "native")[0]
         return lca_attention(x, weight, bias, num_heads=2, scale=0.7, dropout_p=dropout_p, seed=seed)
 
     assert torch.autograd.gradcheck(call, leaves)
@@ -78,10 +78,12 @@ def test_a_second_derivative_is_an_error_and_the_reference_has_it():
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
 def test_registration_passes_pytorchs_own_checks(needs, bias):
     inputs, grad_out = make(2, 3, 8, 2, torch.float32, bias)
-    settings = (None, 2, 0.7, 0.0, None)
-    torch.library.opcheck(torch.ops.ceit.lca_backward, (grad_out, *inputs, *settings, *needs, "native"))
+    settings = (2, 0.7, 0.0)
+    _, *saved = torch.ops.ceit.lca(*inputs, None, *settings, True, None, "native")
+    arguments = (grad_out, *inputs, None, *saved, *settings, None, *needs, "native")
+    torch.library.opcheck(torch.ops.ceit.lca_backward, arguments)
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
-    torch.library.opcheck(torch.ops.ceit.lca, (*leaves, *settings, "native"))
+    torch.library.opcheck(torch.ops.ceit.lca, (*leaves, None, *settings, True, None, "native"))
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_the_gradients_dtypes():

@@ -58,7 +58,7 @@ def test_a_bad_argument_is_named_with_what_was_given_and_expected(changes, error
     with pytest.raises(error, match=message):
         lca_attention(**arguments)
     x, weight, bias = (arguments[name] for name in ("x", "qkv_weight", "qkv_bias"))
-    settings = (arguments["num_heads"], 1.0, arguments.get("dropout_p", 0.0), None, "triton")
+    settings = (arguments["num_heads"], 1.0, arguments.get("dropout_p", 0.0), False, None, "triton")
     with pytest.raises(error, match=message):
         torch.ops.ceit.lca(x, weight, bias, arguments.get("seed"), *settings)
 
@@ -67,7 +67,7 @@ def test_the_operator_itself_refuses_a_backend_that_cannot_run():
     x, weight, bias = (good_arguments()[name] for name in ("x", "qkv_weight", "qkv_bias"))
     for backend, reason in (("triton", "the tensor is on the CPU"), ("reference", "plain")):
         with pytest.raises(BackendError, match=f"ceit::lca: backend '{backend}' cannot run: .*{reason}"):
-            torch.ops.ceit.lca(x, weight, bias, None, HEADS, 1.0, 0.0, None, backend)
+            torch.ops.ceit.lca(x, weight, bias, None, HEADS, 1.0, 0.0, False, None, backend)
 
 
 @pytest.mark.parametrize(

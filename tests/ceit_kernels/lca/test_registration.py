@@ -19,7 +19,7 @@ def make_arguments(dtype=torch.float32, dropout_p=0.0, requires_grad=True):
         for shape in ((BATCH, LAYERS, CHANNELS), (3 * CHANNELS, CHANNELS), (3 * CHANNELS,))
     ]
     seed = torch.tensor([5], device=DEVICE)
-    return (*tensors, seed, HEADS, 0.25, dropout_p, None, "triton")
+    return (*tensors, seed, HEADS, 0.25, dropout_p, True, None, "triton")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -31,7 +31,8 @@ def test_opcheck_of_the_forward_operator(bias, dropout_p):
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
 def test_opcheck_of_the_backward_operator(needed):
-    *arguments, backend = make_arguments(requires_grad=False)
+    *tensors, heads, scale, dropout_p, _, dtype, backend = make_arguments(requires_grad=False)
+    arguments = (*tensors, *(None,) * 4, heads, scale, dropout_p, dtype)
     grad_out = torch.randn(BATCH, 1, CHANNELS, device=DEVICE)
     torch.library.opcheck(torch.ops.ceit.lca_backward.default, (grad_out, *arguments, *needed, backend))
 
@@ -119,7 +120,7 @@ def test_gradient_checkpointing_replays_the_dropout():
 def test_autocast_reaches_a_direct_call_of_the_operator():
     arguments = make_arguments()
     with torch.autocast(DEVICE, torch.float16):
-        out = torch.ops.ceit.lca(*arguments)
+        out, *_ = torch.ops.ceit.lca(*arguments)
     assert out.dtype == torch.float16
     (grad,) = torch.autograd.grad(out.sum(), arguments[1])
     assert grad.dtype == torch.float32
