@@ -164,16 +164,15 @@ template <class From, class To>
 CEIT_INLINE void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
                            int64_t to_stride) {
   using Acc = acc_t<From>;
-  constexpr int lanes = Lanes<Acc>::count;
-  for (int64_t r = 0; r < rows; r += lanes)
-    for (int64_t c = 0; c < columns; c += lanes) {
-      const int height = int(min_of(rows - r, lanes)), width = int(min_of(columns - c, lanes));
+  for_vectors<Acc>(rows, [&](int64_t r, auto height) {
+    for_vectors<Acc>(columns, [&](int64_t c, auto width) {
       Square<Acc> square;
-      for (int i = 0; i < lanes; ++i)
+      for (int i = 0; i < Lanes<Acc>::count; ++i)
         square.rows[i] = i < height ? load(from + (r + i) * from_stride + c, width) : splat(Acc(0));
       square.transpose();
       for (int j = 0; j < width; ++j) store(to + (c + j) * to_stride + r, square.rows[j], height);
-    }
+    });
+  });
 }
 
 }  // namespace CEIT_CAPABILITY
