@@ -110,14 +110,9 @@ def leff_backward_native(
     need_x: bool,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradient of x, and those of weight, bias, norm weight and norm bias of each layer; None where not wanted.
+    """The results of ``ceit::leff_backward``, its arguments checked; None for gradients that are not wanted.
 
-    Args:
-        dout: gradient of the result, contiguous.
-        x, parameters, settings: of the forward pass.
-        saved: what it returned behind its result.
-        need_x: whether the gradient of x is wanted.
-        needs: whether those of the parameters are, in their order.
+    The gradient dout (B, P + H * W, O) of the result is contiguous; saved is what the forward pass returned behind it.
     """
     dtype, prefix = settings.compute_dtype or x.dtype, settings.num_prefix_tokens
     cast, modes, sizes, group = _training_arguments(parameters, settings, dtype)
