@@ -22,7 +22,7 @@ struct Accumulator<Bf16> {
 template <class T>
 using acc_t = typename Accumulator<T>::Type;
 
-// In the order of ACTIVATIONS in ceit_kernels/leff/arguments.py.
+// In the order of ACTIVATIONS in ceit_kernels/leff/activations.py.
 enum class Activation { gelu, gelu_tanh, silu, relu, hardswish, identity };
 
 // Where a type's kernels are in the tables.

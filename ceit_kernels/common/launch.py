@@ -92,12 +92,14 @@ def target_chip(x: Tensor) -> int:
     return compute_capability(x.device.index) if x.is_cuda else _recorded_chip
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], *, num_warps: int, num_stages: int = 2
-) -> None:
-    """Launch ``kernel`` on the device of its tensors, on that device's current stream."""
+def launch(kernel: Any, grid: tuple[int, ...], known: Mapping[str, Any], num_warps: int, num_stages: int = 2) -> None:
+    """Launch ``kernel`` on the device of its tensors, on that device's current stream.
+
+    It takes what it has a name for of ``known``; a pointer that is not among them is None.
+    """
+    arguments = {name: known.get(name) for name in kernel.arg_names}
     if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, dict(arguments), num_warps, num_stages))
+        _recorder.append(Launch(kernel, grid, arguments, num_warps, num_stages))
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, **nvidia_options(num_warps)}
     on_gpu = next((a for a in arguments.values() if isinstance(a, torch.Tensor) and a.is_cuda), None)

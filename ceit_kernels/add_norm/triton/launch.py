@@ -61,25 +61,9 @@ def add_norm_forward_triton(
     mean, rstd = (torch.empty(x.shape[:-1], dtype=statistics_dtype(source), device=x.device) for _ in range(2))
     constants, num_warps = _tiles(source)
     rows = _token_arguments(x, num_prefix_tokens)
-    launch(
-        add_norm_forward_kernel,
-        (cdiv(rows["M"], constants["TILE_R"]),),
-        {
-            "p_x": x,
-            "p_branch": branch,
-            "p_weight": weight,
-            "p_bias": bias,
-            "p_total": total,
-            "p_out": out,
-            "p_prefix": prefix,
-            "p_mean": mean,
-            "p_rstd": rstd,
-            "EPS": eps,
-            **rows,
-            **constants,
-        },
-        num_warps=num_warps,
-    )
+    known = {"p_x": x, "p_branch": branch, "p_weight": weight, "p_bias": bias, "p_total": total, "p_out": out}
+    known |= {"p_prefix": prefix, "p_mean": mean, "p_rstd": rstd, "EPS": eps, **rows, **constants}
+    launch(add_norm_forward_kernel, (cdiv(rows["M"], constants["TILE_R"]),), known, num_warps)
     return total, out, prefix, *((mean, rstd) if need_statistics else (None, None))
 
 
@@ -105,42 +89,14 @@ def add_norm_backward_triton(
     partial = None
     if need_weight or need_bias:
         partial = torch.empty(parts, 2, total.shape[-1], dtype=mean.dtype, device=total.device)
-    launch(
-        add_norm_backward_kernel,
-        (parts,),
-        {
-            "p_dout": grad_out,
-            "p_dtotal": grad_total,
-            "p_dprefix": grad_prefix,
-            "p_total": total,
-            "p_weight": weight,
-            "p_mean": mean,
-            "p_rstd": rstd,
-            "p_dx": grad,
-            "p_partial": partial,
-            "ROWS": per_part,
-            **rows,
-            **constants,
-        },
-        num_warps=num_warps,
-    )
+    known = {"p_dout": grad_out, "p_dtotal": grad_total, "p_dprefix": grad_prefix, "p_total": total, "p_mean": mean}
+    known |= {"p_weight": weight, "p_rstd": rstd, "p_dx": grad, "p_partial": partial, "ROWS": per_part}
+    known |= {**rows, **constants}
+    launch(add_norm_backward_kernel, (parts,), known, num_warps)
     if partial is None:
         return grad, None, None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else None
-    sizes = {"TILE_T": 64, "TILE_C": 32}
-    launch(
-        add_norm_parameters_kernel,
-        (cdiv(total.shape[-1], sizes["TILE_C"]),),
-        {
-            "p_partial": partial,
-            "p_dweight": grad_weight,
-            "p_dbias": grad_bias,
-            "T": parts,
-            "C": total.shape[-1],
-            "ACC": constants["ACC"],
-            **sizes,
-        },
-        num_warps=4,
-    )
+    known |= {"p_dweight": grad_weight, "p_dbias": grad_bias, "T": parts, "TILE_T": 64, "TILE_C": 32}
+    launch(add_norm_parameters_kernel, (cdiv(total.shape[-1], known["TILE_C"]),), known, num_warps=4)
     return grad, grad_weight, grad_bias

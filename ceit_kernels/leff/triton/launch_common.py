@@ -89,10 +89,8 @@ class Call:
         return cdiv(self.x.shape[0] * self.settings.num_prefix_tokens, rows)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tiles: Tiles, **arguments: Any) -> None:
-        """Launch a kernel with the sizes and constants that it takes; a pointer that is not given is None."""
-        known = {**self._known, **tiles.sizes}
-        taken = {name: known.get(name) for name in kernel.arg_names}
-        launch(kernel, grid, {**taken, **arguments}, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        """Launch a kernel, which also takes what it has a name for of the call's sizes and constants."""
+        launch(kernel, grid, {**self._known, **tiles.sizes, **arguments}, tiles.num_warps, tiles.num_stages)
 
     def tuned(self, kernel: str, table: Tiles, shape: dict[str, Any], run: Callable[[Tiles], Result]) -> Result:
         """What ``run`` returns with the tiles that ``tuned_tiles`` finds; it launches into buffers that it makes.

@@ -32,7 +32,7 @@ def record(
         weight = torch.empty(channels, dtype=weight_dtype or dtype, device="cuda") if affine else None
         bias = None if weight is None else torch.empty_like(weight)
         total, out, first, mean, rstd = add_norm_forward_triton(
-            x, branch, weight, bias, 1e-6, prefix, out_dtype or dtype
+            x, branch, weight, bias, 1e-6, prefix, True, out_dtype or dtype
         )
         with record_launches() as backward:
             total = x if total is None else total
