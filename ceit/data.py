@@ -189,7 +189,11 @@ def create_train_loader(split: Split, options: TrainOptions, config: dict[str, A
     }
     loader: Any = create_loader(split.images, is_training=True, **arguments)
     if options.aug_repeats:
-        sampler = RepeatAugSampler(split.images, place.world_size, place.rank, num_repeats=options.aug_repeats)
+        # Earlier versions of timm round small sets down to nothing.
+        rounded = {} if len(split.images) >= 256 else {"selected_round": 0}
+        sampler = RepeatAugSampler(
+            split.images, place.world_size, place.rank, num_repeats=options.aug_repeats, **rounded
+        )
         loader.loader = _with_sampler(loader.loader, sampler)
     share = len(loader.sampler)
     if share < options.batch_size:

@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models._hub import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import Tensor
 from torch.export import Dim
 
@@ -185,8 +185,10 @@ def _write_hub(source: Source, images: Tensor, folder: Path) -> Path:
     config = {"num_classes": model.num_classes, "pretrained_cfg": {"input_size": [3, *source.size]}}
     if source.classes is not None:
         config["label_names"] = list(source.classes)
-    save_for_hf(model, str(folder / "hub"), config, arguments, safe_serialization=True)
-    return folder / "hub"
+    path: Any = folder / "hub"
+    path.mkdir()
+    save_config_for_hf(model, path / "config.json", config, arguments)
+    return _write_safetensors(source, images, path).parent
 
 
 def _load_hub(path: Path, source: Source) -> Callable:

