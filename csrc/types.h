@@ -33,6 +33,10 @@ inline constexpr int kIndex<Bf16> = 1;
 template <>
 inline constexpr int kIndex<double> = 2;
 
+// Runs a range of a call's tasks.
+template <class Call>
+using Kernel = void (*)(const Call&, int64_t begin, int64_t end);
+
 static inline constexpr int64_t ceil_div(int64_t size, int64_t part) { return (size + part - 1) / part; }
 static inline constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 

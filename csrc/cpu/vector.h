@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -222,6 +223,23 @@ CEIT_INLINE Vec<double> power_of_two(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::count; ++i) x[i] = std::exp2(x[i]);
   return x;
 }
+
+// Memory of a range of tasks: zeros, aligned as vectors want it.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kAlignment))) {
+    std::memset(static_cast<void*>(data_), 0, size_t(count) * sizeof(T));
+  }
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  T* data_;
+};
 
 }  // namespace CEIT_CAPABILITY
 }  // namespace ceit

@@ -7,8 +7,8 @@
 
 namespace ceit::i2t {
 
-template void forward<ScalarMma<double>, double>(const ForwardCall&);
-template void backward<ScalarMma<double>, double>(const BackwardCall&);
+template void compute<ScalarMma<double>, double>(const ForwardCall&);
+template void compute<ScalarMma<double>, double>(const BackwardCall&);
 
 }  // namespace ceit::i2t
 

@@ -38,7 +38,7 @@ bool run(const char* name, int height, int width) {
   using Element = typename Mma::Element;
   using Output = typename Mma::Output;
   std::mt19937 random(1);
-  Sizes s{2, 3, height, width, {int64_t(3) * height * width, int64_t(height) * width, width, 1}};
+  Problem s{2, 3, height, width, int64_t(3) * height * width, int64_t(height) * width, width, 1};
   s.conv_height = (height - 1) / 2 + 1, s.conv_width = (width - 1) / 2 + 1;
   s.pooled_height = (s.conv_height - 1) / 2 + 1, s.pooled_width = (s.conv_width - 1) / 2 + 1;
   s.out_channels = kOut;
@@ -58,16 +58,16 @@ bool run(const char* name, int height, int width) {
     std::vector<Output> out(pooled);
     std::vector<uint8_t> indices(pooled);
     ForwardCall f{};
-    f.sizes = s, f.image = image.data(), f.weight = weight.data(), f.gamma = gamma.data(), f.beta = gamma.data();
+    f.problem = s, f.image = image.data(), f.weight = weight.data(), f.gamma = gamma.data(), f.beta = gamma.data();
     f.mean = mean.data(), f.variance = variance.data(), f.packed = packed.data(), f.eps = 1e-5, f.training = true;
     f.moments = moments.data(), f.out = out.data(), f.indices = indices.data(), f.rows_per_block = kRows;
-    forward<Mma, float>(f);
+    compute<Mma, float>(f);
     BackwardCall b{};
     static_cast<Call&>(b) = f;
     b.gradient = gradient.data(), b.indices = indices.data(), b.sums = sums.data(), b.blocks = kBlocks;
     b.grad_weight = grad_weight.data(), b.grad_gamma = grad_gamma.data(), b.grad_beta = grad_beta.data();
     b.grad_image = grad_image.data();
-    backward<Mma, float>(b);
+    compute<Mma, float>(b);
     const uint64_t bits[5] = {bits_of(out, good), bits_of(grad_weight, good), bits_of(grad_gamma, good),
                               bits_of(mean, good), bits_of(grad_image, good)};
     for (int i = 0; i < 5; ++i) {

@@ -127,8 +127,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels kernels[3];
-const Kernels kernels[3] = {
+extern const Kernels kernels[3] = {
     {forward<float>, backward<float>}, {forward<Bf16>, backward<Bf16>}, {forward<double>, backward<double>}};
 
 }  // namespace CEIT_CAPABILITY

@@ -34,9 +34,6 @@ struct BackwardCall {
   void* partial;  // (tiles of kTileRows rows, 2, channels): what each tile adds to the gradients of weight and bias
 };
 
-template <class Call>
-using Kernel = void (*)(const Call&, int64_t begin, int64_t end);
-
 // Each runs a range of tasks, tiles of kTileRows rows.
 struct Kernels {
   Kernel<ForwardCall> forward;

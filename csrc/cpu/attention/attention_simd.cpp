@@ -1,5 +1,4 @@
 // Self-attention a tile of queries at a time: scores, softmax and weighted sum while they are in cache.
-#include "../scratch.h"
 #include "../tile.h"
 #include "calls.h"
 
@@ -271,8 +270,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
   }
 }
 
-extern const Kernels kernels[3];
-const Kernels kernels[3] = {
+extern const Kernels kernels[3] = {
     {forward<float>, backward<float>}, {forward<Bf16>, backward<Bf16>}, {forward<double>, backward<double>}};
 
 }  // namespace CEIT_CAPABILITY

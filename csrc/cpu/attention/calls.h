@@ -34,10 +34,8 @@ struct BackwardCall {
 };
 
 struct Kernels {
-  // Tasks: tiles of queries of all heads of all images.
-  void (*forward)(const ForwardCall&, int64_t begin, int64_t end);
-  // Tasks: heads of all images.
-  void (*backward)(const BackwardCall&, int64_t begin, int64_t end);
+  Kernel<ForwardCall> forward;    // tasks: tiles of queries of all heads of all images
+  Kernel<BackwardCall> backward;  // tasks: heads of all images
 };
 
 }  // namespace ceit::attention

@@ -22,16 +22,6 @@ class Norm {
   add_norm::ForwardCall call_{};
 };
 
-// Attention of the first `queries` of `tokens` tokens of each image: attended (images, queries, channels).
-template <class T>
-attention::ForwardCall attention_call(int64_t images, int64_t tokens, int64_t queries, int64_t channels, int64_t heads,
-                                      double scale, const T* qkv, T* attended);
-template <class T>
-void attend(const attention::ForwardCall& call, int64_t begin, int64_t end);
-inline int64_t tasks_of(const attention::ForwardCall& call) {
-  return call.shape.images * call.shape.heads * call.shape.tiles();
-}
-
 // Of an attention between two norms.
 struct AttentionSizes {
   int64_t channels, heads;

@@ -2,8 +2,16 @@
 // keys and values of all tokens, and of the rest one row an image.
 #include <vector>
 
+#include "../capability.h"
 #include "../scalar.h"
 #include "block.h"
+
+namespace ceit::add_norm {
+CEIT_DECLARE_TABLE(Kernels, kernels, 3)
+}
+namespace ceit::attention {
+CEIT_DECLARE_TABLE(Kernels, kernels, 3)
+}
 
 namespace ceit::block {
 namespace {
@@ -24,6 +32,19 @@ template <class T>
 gemm::Call<T> with_rows(gemm::Call<T> call, const T* a, T* out, const T* residual = nullptr) {
   call.a = a, call.out = out, call.residual = residual;
   return call;
+}
+
+// Attention of the first `queries` of `tokens` tokens of each image: attended (images, queries, channels).
+template <class T, class Run>
+void attend(const Attention<T>& block, int64_t images, int64_t tokens, int64_t queries, int64_t channels, const T* qkv,
+            T* attended, const Run& run) {
+  const int64_t heads = block.heads;
+  STD_TORCH_CHECK(heads > 0 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
+  attention::ForwardCall call{};
+  call.shape = {images, tokens, heads, channels / heads, queries};
+  call.scale = block.scale, call.qkv = qkv, call.out = attended;
+  run(images * heads * call.shape.tiles(),
+      [&](int64_t begin, int64_t end) { attention::chosen(kIndex<T>).forward(call, begin, end); });
 }
 
 // One row an image: the token that asks, what attention gives it, their sum and its norm.
@@ -50,6 +71,21 @@ class ClassTokens {
 }  // namespace
 
 template <class T>
+Norm<T>::Norm(int64_t channels, double eps, gemm::Packer<T>& packer) {
+  call_.channels = channels, call_.eps = eps;
+  call_.weight = packer.vector("norm.weight", channels, 1);
+  call_.bias = packer.vector("norm.bias", channels);
+}
+
+template <class T>
+void Norm<T>::operator()(const T* x, T* out, int64_t begin, int64_t end) const {
+  add_norm::ForwardCall call = call_;
+  call.rows = end - begin;
+  call.x = x + begin * call.channels, call.out = out + begin * call.channels;
+  add_norm::chosen(kIndex<T>).forward(call, 0, ceil_div(call.rows, add_norm::kTileRows));
+}
+
+template <class T>
 void infer_encoder(const Encoder<T>& encoder, int64_t images, int64_t rows, const T* x, T* out) {
   const Attention<T>& block = encoder.attention;
   const leff::Inference<T>& leff = encoder.leff;
@@ -62,9 +98,7 @@ void infer_encoder(const Encoder<T>& encoder, int64_t images, int64_t rows, cons
       block.norm1(in, memory.normalised, begin, end);
       gemm::multiply(with_rows<T>(block.qkv, memory.normalised, memory.qkv), begin, end);
     });
-    const auto attention =
-        attention_call<T>(1, rows, rows, channels, block.heads, block.scale, memory.qkv, memory.attended);
-    run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
+    attend<T>(block, 1, rows, rows, channels, memory.qkv, memory.attended, run);
     run(rows, [&](int64_t begin, int64_t end) {
       gemm::multiply(with_rows<T>(block.projection, memory.attended, memory.total, in), begin, end);
       block.norm2(memory.total, memory.normalised, begin, end);
@@ -93,9 +127,7 @@ void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, 
       gemm::multiply(qkv, gemm::Range{begin, end}, keys_and_values);
       if (begin == 0) gemm::multiply(qkv, gemm::Range{0, 1}, gemm::Range{0, gemm::panels_of(channels)});
     });
-    const auto attention =
-        attention_call<T>(1, rows, 1, channels, block.heads, block.scale, qkv.out, tokens.attended(image));
-    run(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
+    attend<T>(block, 1, rows, 1, channels, qkv.out, tokens.attended(image), run);
   });
   tokens.add_attention(block);
   for (int64_t i = 0; i < images * channels; ++i)
@@ -119,15 +151,14 @@ void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const 
   }
   block.norm1(memory + elements, memory, 0, rows);
   gemm::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows);
-  const auto attention =
-      attention_call<T>(images, layers, 1, channels, block.heads, block.scale, memory + elements, tokens.attended(0));
-  gemm::Threads()(tasks_of(attention), [&](int64_t begin, int64_t end) { attend<T>(attention, begin, end); });
+  attend<T>(block, images, layers, 1, channels, memory + elements, tokens.attended(0), gemm::Threads());
   tokens.add_attention(block);
   gemm::multiply_few(with_rows<T>(layer.expanding, tokens.normalised(), hidden), images);
   gemm::multiply_few(with_rows<T>(layer.contracting, hidden, out, tokens.total()), images);
 }
 
 #define CEIT_INSTANTIATE(T)                                                                           \
+  template class Norm<T>;                                                                             \
   template void infer_encoder(const Encoder<T>&, int64_t, int64_t, const T*, T*);                     \
   template void infer_class_token(const Attention<T>&, int64_t, int64_t, int64_t, const T*, Rows<T>); \
   template void infer_layers(const Layers<T>&, int64_t, int64_t, const T*, T*);

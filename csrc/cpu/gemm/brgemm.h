@@ -2,7 +2,6 @@
 // that is given to it. With AVX-512 alone, in bfloat16 on processors that multiply it.
 #pragma once
 
-#include "../scratch.h"
 #include "../tile.h"
 #include "epilogue.h"
 

@@ -1,5 +1,6 @@
 #include "gemm.h"
 
+#include <memory>
 #include <new>
 
 #include "../capability.h"
@@ -25,23 +26,20 @@ const Kernels<T>& kernels() {
 
 class Workspace {
  public:
-  ~Workspace() { release(); }
   void* get(int64_t bytes) {
     if (bytes > bytes_) {
-      release();
-      data_ = ::operator new(size_t(bytes), kAlignment);
-      bytes_ = bytes;
+      data_.reset(), bytes_ = 0;
+      data_.reset(::operator new(size_t(bytes), kAlignment)), bytes_ = bytes;
     }
-    return data_;
+    return data_.get();
   }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  void release() {
-    ::operator delete(data_, kAlignment);
-    data_ = nullptr, bytes_ = 0;
-  }
-  void* data_ = nullptr;
+  struct Free {
+    void operator()(void* data) const { ::operator delete(data, kAlignment); }
+  };
+  std::unique_ptr<void, Free> data_;
   int64_t bytes_ = 0;
 };
 

@@ -231,8 +231,7 @@ constexpr Kernels<T> kernels_of() {
 
 }  // namespace
 
-extern const Table table[1];
-const Table table[1] = {{kernels_of<float>(), kernels_of<Bf16>(), kernels_of<double>()}};
+extern const Table table[1] = {{kernels_of<float>(), kernels_of<Bf16>(), kernels_of<double>()}};
 
 }  // namespace CEIT_CAPABILITY
 }  // namespace ceit::gemm

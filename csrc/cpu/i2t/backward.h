@@ -2,7 +2,6 @@
 // while it is in cache.
 #pragma once
 
-#include "places.h"
 #include "rows.h"
 
 namespace ceit::i2t_cpu {

@@ -4,7 +4,7 @@
 // Maps are channels-last in memory. Parameters, statistics and sums are of the type that is computed in.
 #pragma once
 
-#include <cstdint>
+#include "../../types.h"
 
 namespace ceit::i2t_cpu {
 
@@ -68,9 +68,6 @@ struct BackwardCall {
 };
 
 // Each runs a range of tasks: rows of the result (forward, sums), pixels (normalise), parts (backward).
-template <class Call>
-using Kernel = void (*)(const Call&, int64_t begin, int64_t end);
-
 struct Kernels {
   Kernel<ForwardCall> forward;
   Kernel<NormaliseCall> normalise;

@@ -1,7 +1,6 @@
 // The stem's forward pass: a row of the result at a time, from rows of the convolution that stay in cache.
 #pragma once
 
-#include "places.h"
 #include "rows.h"
 
 namespace ceit::i2t_cpu {

@@ -13,8 +13,7 @@ constexpr Kernels kernels_of() {
 
 }  // namespace
 
-extern const Kernels kernels[3];
-const Kernels kernels[3] = {kernels_of<float>(), kernels_of<Bf16>(), kernels_of<double>()};
+extern const Kernels kernels[3] = {kernels_of<float>(), kernels_of<Bf16>(), kernels_of<double>()};
 
 }  // namespace CEIT_CAPABILITY
 }  // namespace ceit::i2t_cpu

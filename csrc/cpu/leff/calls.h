@@ -114,9 +114,6 @@ struct FinishCall {
   Map out;
 };
 
-template <class Call>
-using Kernel = void (*)(const Call&, int64_t begin, int64_t end);
-
 // Each runs a range of its call's tasks: channel_tiles (depthwise to sums) or row_tiles (the others).
 struct Kernels {
   Kernel<DepthwiseCall> depthwise;

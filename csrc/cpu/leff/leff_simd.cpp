@@ -14,8 +14,7 @@ constexpr Kernels kernels_of(Kernel<FinishCall> finish_in_float = nullptr) {
 
 }  // namespace
 
-extern const Kernels kernels[3];
-const Kernels kernels[3] = {kernels_of<float>(), kernels_of<Bf16>(finish<Bf16, float>), kernels_of<double>()};
+extern const Kernels kernels[3] = {kernels_of<float>(), kernels_of<Bf16>(finish<Bf16, float>), kernels_of<double>()};
 
 }  // namespace CEIT_CAPABILITY
 }  // namespace ceit::leff

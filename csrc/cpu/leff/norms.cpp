@@ -1,9 +1,9 @@
 // A few thousand numbers: one thread, in the order of the parts.
-#include "norms.h"
-
 #include <cmath>
 #include <cstring>
 #include <vector>
+
+#include "training.h"
 
 namespace ceit::leff {
 namespace {

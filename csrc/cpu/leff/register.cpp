@@ -1,6 +1,5 @@
-// LeFF's inference image by image, and the registration of its code for the CPU. The schemas are in ceit_kernels/leff.
+// LeFF's inference image by image, and its registration. The schemas are in ceit_kernels/leff.
 #include "inference.h"
-#include "training.h"
 
 namespace ceit::leff {
 namespace {
@@ -61,6 +60,4 @@ Tensor prepack(Tensor like, std::vector<OptionalTensor> parameters, std::vector<
 STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) {
   m.impl("_leff_infer", TORCH_BOX(&ceit::leff::infer));
   m.impl("_leff_prepack", TORCH_BOX(&ceit::leff::prepack));
-  m.impl("_leff_train", TORCH_BOX(&ceit::leff::train));
-  m.impl("_leff_train_backward", TORCH_BOX(&ceit::leff::train_backward));
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../activations.h"
-#include "../scratch.h"
 #include "calls.h"
 
 namespace ceit::leff {

@@ -1,7 +1,6 @@
-#include "training_gemm.h"
-
 #include "../capability.h"
 #include "../gemm/packing.h"
+#include "training.h"
 
 namespace ceit::leff {
 

@@ -18,15 +18,15 @@ struct ScalarMma;
 
 constexpr int64_t kPackedPerChannel = 7 * 8 * 4;  // weights as the kernels read them
 
-// Of the image as it lies in memory, and of the convolution's result and its pool.
-struct Sizes {
+struct Problem {
   int batch, channels, height, width;
-  int64_t strides[4];
+  int64_t stride_batch, stride_channel, stride_row, stride_column;  // of the image, in elements
   int conv_height, conv_width, pooled_height, pooled_width, out_channels;
+  int64_t pooled_elements() const { return int64_t(batch) * pooled_height * pooled_width * out_channels; }
 };
 
 struct Call {
-  Sizes sizes;
+  Problem problem;
   const void* image;
   const void *weight, *gamma, *beta;  // float32, or float64 where that is computed in; gamma and beta may be null
   void *mean, *variance;              // likewise; written by a training forward, else read
@@ -54,22 +54,21 @@ struct BackwardCall : Call {
 
 // Scratch elements of a training forward: count, mean and squares of every warp side by side, 14 pooled columns a
 // block.
-inline int64_t moments_elements(const Sizes& s, int rows_per_block) {
-  const int64_t blocks =
-      int64_t(s.batch) * ((s.pooled_width + 13) / 14) * ((s.pooled_height + rows_per_block - 1) / rows_per_block);
+inline int64_t moments_elements(const Problem& s, int rows_per_block) {
+  const int64_t blocks = s.batch * ceil_div(s.pooled_width, 14) * ceil_div(s.pooled_height, rows_per_block);
   return 2 * blocks * (1 + 2 * s.out_channels);
 }
 
 // Scratch elements of a backward: see GradientSums in backward.h.
-inline int64_t sums_elements(const Sizes& s, int blocks) {
+inline int64_t sums_elements(const Problem& s, int blocks) {
   const int64_t weights = int64_t(s.channels) * 7 * 7;
   return blocks * (2 * weights * s.out_channels + weights + s.out_channels);
 }
 
 // Mma is one of the structs of mma.h, In is the type of the image.
 template <class Mma, class In>
-void forward(const ForwardCall& call);
+void compute(const ForwardCall& call);
 template <class Mma, class In>
-void backward(const BackwardCall& call);
+void compute(const BackwardCall& call);
 
 }  // namespace ceit::i2t

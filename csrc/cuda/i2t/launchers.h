@@ -11,40 +11,31 @@ namespace ceit::i2t {
 
 static_assert(kDepth == kPackedPerChannel);
 
-inline Problem make_problem(const Sizes& s) {
-  return {s.batch,      s.channels,    s.height,     s.width,         s.strides[0],   s.strides[1],  s.strides[2],
-          s.strides[3], s.conv_height, s.conv_width, s.pooled_height, s.pooled_width, s.out_channels};
-}
-
 template <class Acc>
 Norm<Acc> make_norm(const Call& call) {
   return {static_cast<const Acc*>(call.gamma), static_cast<const Acc*>(call.beta), static_cast<const Acc*>(call.mean),
           static_cast<const Acc*>(call.variance), static_cast<Acc>(call.eps)};
 }
 
-inline Grid forward_grid(const Sizes& s, int rows_per_block) {
-  constexpr int kColumns = kStrips * kPooledColumns;
-  return {int64_t(s.batch) * ((s.pooled_width + kColumns - 1) / kColumns),
-          (s.pooled_height + rows_per_block - 1) / rows_per_block};
-}
-
 template <class Mma>
 void pack(const Call& call) {
   using Acc = typename Mma::Acc;
-  const int64_t size = int64_t(call.sizes.out_channels) * kDepth;
-  launch("pack_weights", pack_weights<Mma>, {(size + 255) / 256}, 256, 0, call.stream,
+  const Problem& p = call.problem;
+  const int64_t size = int64_t(p.out_channels) * kDepth;
+  launch("pack_weights", pack_weights<Mma>, {ceil_div(size, 256)}, 256, 0, call.stream,
          static_cast<const Acc*>(call.weight), static_cast<const Acc*>(call.gamma),
-         static_cast<typename Mma::Element*>(call.packed), call.sizes.channels, call.sizes.out_channels);
+         static_cast<typename Mma::Element*>(call.packed), p.channels, p.out_channels);
 }
 
 template <class Mma, class In>
-void forward(const ForwardCall& call) {
+void compute(const ForwardCall& call) {
   using Acc = typename Mma::Acc;
   using Output = typename Mma::Output;
-  const Sizes& s = call.sizes;
+  const Problem& s = call.problem;
   pack<Mma>(call);
 
-  const Grid grid = forward_grid(s, call.rows_per_block);
+  const Grid grid{s.batch * ceil_div(s.pooled_width, kStrips * kPooledColumns),
+                  ceil_div(s.pooled_height, call.rows_per_block)};
   const int rows = int(grid.x * grid.y) * kStrips;
   Acc* counts = static_cast<Acc*>(call.moments);
   Moments<Acc> moments{};
@@ -59,25 +50,25 @@ void forward(const ForwardCall& call) {
                       : call.indices ? forward_kernel<Mma, In, false, true>
                                      : forward_kernel<Mma, In, false, false>;
   const size_t shared = sizeof(typename Mma::Element) * kForwardImageRows * kForwardImageColumns * kChannels;
-  launch("the stem's forward", kernel, grid, 32 * kStrips * s.out_channels / kGroup, shared, call.stream,
-         make_problem(s), static_cast<const In*>(call.image), arguments);
+  launch("the stem's forward", kernel, grid, 32 * kStrips * s.out_channels / kGroup, shared, call.stream, s,
+         static_cast<const In*>(call.image), arguments);
   if (!call.training) return;
 
   launch("merge_moments", merge_moments<Acc>, {s.out_channels}, kMergeThreads, 3 * sizeof(Acc) * kMergeThreads,
          call.stream, moments, rows, static_cast<const Acc*>(call.gamma), static_cast<Acc*>(call.mean),
          static_cast<Acc*>(call.variance));
-  const int64_t size = int64_t(s.batch) * s.pooled_height * s.pooled_width * s.out_channels;
+  const int64_t size = s.pooled_elements();
   const int64_t per_block = kNormaliseThreads * (16 / sizeof(Output));
   // A multiple of 3, so that a thread meets the same channels again where there are 96.
-  const int64_t blocks = (std::min<int64_t>((size + per_block - 1) / per_block, 3072) + 2) / 3 * 3;
+  const int64_t blocks = (std::min<int64_t>(ceil_div(size, per_block), 3072) + 2) / 3 * 3;
   launch("normalise", normalise<Output, Acc>, {blocks}, kNormaliseThreads, 0, call.stream,
          static_cast<Output*>(call.out), size, s.out_channels, make_norm<Acc>(call));
 }
 
 template <class Mma, class In>
-void backward(const BackwardCall& call) {
+void compute(const BackwardCall& call) {
   using Acc = typename Mma::Acc;
-  const Sizes& s = call.sizes;
+  const Problem& s = call.problem;
   pack<Mma>(call);
 
   const int64_t weights = int64_t(s.out_channels) * s.channels * kSide * kSide;
@@ -87,14 +78,13 @@ void backward(const BackwardCall& call) {
   const BackwardArguments<Mma> arguments{static_cast<const typename Mma::Element*>(call.packed),
                                          static_cast<const typename Mma::Output*>(call.gradient), call.indices,
                                          make_norm<Acc>(call)};
-  const Problem problem = make_problem(s);
   const In* image = static_cast<const In*>(call.image);
   const size_t shared =
       sizeof(typename Mma::Element) * (kTileImageElements + (call.training ? 2 : 1) * kOperandElements);
   launch("the stem's weight gradient",
          call.training ? weight_gradient_kernel<Mma, In, true> : weight_gradient_kernel<Mma, In, false>,
-         {call.blocks, s.out_channels / kBackwardChannels}, kBackwardThreads, shared, call.stream, problem, image,
-         arguments, sums);
+         {call.blocks, s.out_channels / kBackwardChannels}, kBackwardThreads, shared, call.stream, s, image, arguments,
+         sums);
 
   const Acc count = Acc(double(s.batch) * s.conv_height * s.conv_width);
   const Gradients<Acc> gradients{static_cast<Acc*>(call.grad_weight), static_cast<Acc*>(call.grad_gamma),
@@ -105,11 +95,10 @@ void backward(const BackwardCall& call) {
   if (!call.grad_image) return;
 
   const ImageGradientArguments<Mma> image_arguments{static_cast<const Acc*>(call.weight), gradients, count};
-  const int64_t across = (s.width + kGradientColumns - 1) / kGradientColumns;
-  const int64_t down = (s.height + kGradientRows - 1) / kGradientRows;
+  const int64_t tiles = ceil_div(s.width, kGradientColumns) * ceil_div(s.height, kGradientRows);
   launch("the stem's image gradient",
          call.training ? image_gradient_kernel<Mma, In, true> : image_gradient_kernel<Mma, In, false>,
-         {s.batch * across * down}, kBackwardThreads, shared, call.stream, problem, image, arguments, image_arguments,
+         {s.batch * tiles}, kBackwardThreads, shared, call.stream, s, image, arguments, image_arguments,
          static_cast<In*>(call.grad_image));
 }
 

@@ -1,4 +1,4 @@
-// The sizes of a call and what all kernels of the stem agree on.
+// What all kernels of the stem agree on.
 //
 // The convolution is 7x7 with stride 2 and padding 3, the pool 3x3 with stride 2 and padding 1. In shared memory a
 // pixel of the image has 4 channels (absent ones are zero), and a row of the kernel 8 columns, of which the first is
@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../device.h"
+#include "calls.h"
 
 namespace ceit::i2t {
 
@@ -17,12 +18,6 @@ constexpr int kPixelStride = 2 * kChannels;   // elements between the windows of
 constexpr int kGroup = 16;                    // output channels of a warp: two 8-column fragments
 constexpr int kOwn = 4;                       // of these, neighbours that one thread holds: 4 * (lane % 4) onwards
 constexpr int kTilePixels = 16;               // neighbouring outputs of the convolution in a fragment
-
-struct Problem {
-  int batch, channels, height, width;
-  int64_t stride_batch, stride_channel, stride_row, stride_column;  // of the image, in elements
-  int conv_height, conv_width, pooled_height, pooled_width, out_channels;
-};
 
 // BatchNorm as the kernels apply it. Raw values carry the sign of gamma, so that the pool always takes the maximum.
 template <class Acc>

@@ -6,24 +6,19 @@
 namespace ceit::i2t {
 namespace {
 
-int64_t pooled_elements(const Sizes& s) { return int64_t(s.batch) * s.pooled_height * s.pooled_width * s.out_channels; }
-
-Sizes make_sizes(const Tensor& image, const Tensor& weight) {
+Problem problem_of(const Tensor& image, const Tensor& weight) {
   STD_TORCH_CHECK(image.dim() == 4 && weight.dim() == 4, "image and weight: expected 4 dimensions");
   STD_TORCH_CHECK(weight.size(2) == 7 && weight.size(3) == 7, "weight: expected a kernel of 7 x 7");
   STD_TORCH_CHECK(image.size(1) == weight.size(1) && image.size(1) <= 4,
                   "image: expected up to 4 channels, as the weight");
   STD_TORCH_CHECK(weight.size(0) % 32 == 0 && weight.size(0) <= 96, "weight: expected 32, 64 or 96 output channels");
-  Sizes s{};
-  s.batch = int(image.size(0));
-  s.channels = int(image.size(1));
-  s.height = int(image.size(2));
-  s.width = int(image.size(3));
-  for (int i = 0; i < 4; ++i) s.strides[i] = image.stride(i);
-  s.conv_height = (s.height - 1) / 2 + 1;
-  s.conv_width = (s.width - 1) / 2 + 1;
-  s.pooled_height = (s.conv_height - 1) / 2 + 1;
-  s.pooled_width = (s.conv_width - 1) / 2 + 1;
+  Problem s{};
+  s.batch = int(image.size(0)), s.channels = int(image.size(1));
+  s.height = int(image.size(2)), s.width = int(image.size(3));
+  s.stride_batch = image.stride(0), s.stride_channel = image.stride(1);
+  s.stride_row = image.stride(2), s.stride_column = image.stride(3);
+  s.conv_height = (s.height - 1) / 2 + 1, s.conv_width = (s.width - 1) / 2 + 1;
+  s.pooled_height = (s.conv_height - 1) / 2 + 1, s.pooled_width = (s.conv_width - 1) / 2 + 1;
   s.out_channels = int(weight.size(0));
   return s;
 }
@@ -32,46 +27,37 @@ bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || type == S
 
 void fill(Call& call, const Tensor& image, const Tensor& weight, const OptionalTensor& gamma, const Tensor& mean,
           const Tensor& variance, const Tensor& packed, double eps, bool training) {
-  const ScalarType compute = packed.scalar_type(), acc = acc_dtype(compute);
-  call.sizes = make_sizes(image, weight);
-  const int64_t channels = call.sizes.out_channels;
-  STD_TORCH_CHECK(image.scalar_type() == compute || (is_half(compute) && image.scalar_type() == ScalarType::Float),
+  const ScalarType dtype = packed.scalar_type(), acc = acc_dtype(dtype);
+  call.problem = problem_of(image, weight);
+  const int64_t channels = call.problem.out_channels;
+  STD_TORCH_CHECK(image.scalar_type() == dtype || (is_half(dtype) && image.scalar_type() == ScalarType::Float),
                   "image: expected the dtype of the computation, or float32 for one of 16 bits");
   call.image = image.data_ptr();
   call.weight = elements("weight", weight, weight.numel(), acc);
   call.gamma = elements("gamma", gamma, channels, acc);
   call.mean = elements("mean", mean, channels, acc), call.variance = elements("variance", variance, channels, acc);
-  call.packed = elements("packed", packed, channels * kPackedPerChannel, compute);
+  call.packed = elements("packed", packed, channels * kPackedPerChannel, dtype);
   call.eps = eps;
   call.training = training;
   call.stream = stream_of(image);
 }
 
-// The instance that computes in the dtype of `packed` on an image of its dtype.
-template <template <class, class> class Run, class SomeCall>
-void dispatch(const SomeCall& call, ScalarType compute, ScalarType image, bool tensor_cores) {
+// By the instance that computes in the dtype of `packed` on an image of its dtype.
+template <class SomeCall>
+void dispatch(const SomeCall& call, ScalarType dtype, ScalarType image, bool tensor_cores) {
   const bool from_float = image == ScalarType::Float;
-  if (compute == ScalarType::BFloat16)
-    from_float ? Run<HalfMma<Bf16>, float>::run(call) : Run<HalfMma<Bf16>, Bf16>::run(call);
-  else if (compute == ScalarType::Half)
-    from_float ? Run<HalfMma<Fp16>, float>::run(call) : Run<HalfMma<Fp16>, Fp16>::run(call);
-  else if (compute == ScalarType::Float)
-    tensor_cores ? Run<Tf32Mma, float>::run(call) : Run<ScalarMma<float>, float>::run(call);
+  if (dtype == ScalarType::BFloat16)
+    from_float ? compute<HalfMma<Bf16>, float>(call) : compute<HalfMma<Bf16>, Bf16>(call);
+  else if (dtype == ScalarType::Half)
+    from_float ? compute<HalfMma<Fp16>, float>(call) : compute<HalfMma<Fp16>, Fp16>(call);
+  else if (dtype == ScalarType::Float)
+    tensor_cores ? compute<Tf32Mma, float>(call) : compute<ScalarMma<float>, float>(call);
   else {
-    STD_TORCH_CHECK(kComputesInDouble && compute == ScalarType::Double,
+    STD_TORCH_CHECK(kComputesInDouble && dtype == ScalarType::Double,
                     "the kernels compute in float32, float16 and bfloat16");
-    if constexpr (kComputesInDouble) Run<ScalarMma<double>, double>::run(call);
+    if constexpr (kComputesInDouble) compute<ScalarMma<double>, double>(call);
   }
 }
-
-template <class Mma, class In>
-struct Forward {
-  static void run(const ForwardCall& call) { forward<Mma, In>(call); }
-};
-template <class Mma, class In>
-struct Backward {
-  static void run(const BackwardCall& call) { backward<Mma, In>(call); }
-};
 
 void i2t_forward(Tensor image, Tensor weight, OptionalTensor gamma, OptionalTensor beta, Tensor mean, Tensor variance,
                  Tensor packed, OptionalTensor moments, Tensor out, OptionalTensor indices, double eps, bool training,
@@ -79,15 +65,15 @@ void i2t_forward(Tensor image, Tensor weight, OptionalTensor gamma, OptionalTens
   const DeviceGuard guard(image.get_device_index());
   ForwardCall call{};
   fill(call, image, weight, gamma, mean, variance, packed, eps, training);
-  const ScalarType compute = packed.scalar_type(), acc = acc_dtype(compute);
+  const ScalarType dtype = packed.scalar_type(), acc = acc_dtype(dtype);
   call.rows_per_block = int(rows_per_block);
-  const int64_t channels = call.sizes.out_channels, pooled = pooled_elements(call.sizes);
+  const int64_t channels = call.problem.out_channels, pooled = call.problem.pooled_elements();
   STD_TORCH_CHECK(!training || (moments && indices), "moments and indices: expected in training");
   call.beta = elements("beta", beta, channels, acc);
-  call.moments = elements("moments", moments, moments_elements(call.sizes, call.rows_per_block), acc);
-  call.out = elements("out", out, pooled, compute);
+  call.moments = elements("moments", moments, moments_elements(call.problem, call.rows_per_block), acc);
+  call.out = elements("out", out, pooled, dtype);
   call.indices = elements<uint8_t>("indices", indices, pooled);
-  dispatch<Forward>(call, compute, image.scalar_type(), tensor_cores);
+  dispatch(call, dtype, image.scalar_type(), tensor_cores);
 }
 
 void i2t_backward(Tensor gradient, Tensor indices, Tensor image, Tensor weight, OptionalTensor gamma, Tensor mean,
@@ -96,17 +82,17 @@ void i2t_backward(Tensor gradient, Tensor indices, Tensor image, Tensor weight, 
   const DeviceGuard guard(image.get_device_index());
   BackwardCall call{};
   fill(call, image, weight, gamma, mean, variance, packed, eps, training);
-  const ScalarType compute = packed.scalar_type(), acc = acc_dtype(compute);
+  const ScalarType dtype = packed.scalar_type(), acc = acc_dtype(dtype);
   call.blocks = int(blocks);
-  const int64_t channels = call.sizes.out_channels, pooled = pooled_elements(call.sizes);
-  call.gradient = elements("gradient", gradient, pooled, compute);
+  const int64_t channels = call.problem.out_channels, pooled = call.problem.pooled_elements();
+  call.gradient = elements("gradient", gradient, pooled, dtype);
   call.indices = elements<uint8_t>("indices", indices, pooled);
-  call.sums = elements("sums", sums, sums_elements(call.sizes, call.blocks), acc);
+  call.sums = elements("sums", sums, sums_elements(call.problem, call.blocks), acc);
   call.grad_weight = elements("grad_weight", grad_weight, weight.numel(), acc);
   call.grad_gamma = elements("grad_gamma", grad_gamma, channels, acc);
   call.grad_beta = elements("grad_beta", grad_beta, channels, acc);
   call.grad_image = elements("grad_image", grad_image, image.numel(), image.scalar_type());
-  dispatch<Backward>(call, compute, image.scalar_type(), tensor_cores);
+  dispatch(call, dtype, image.scalar_type(), tensor_cores);
 }
 
 }  // namespace
