@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.compare import Worker, checkout, comparison_rows
+from benchmarks.harness.measure import result_rows
 from benchmarks.harness.targets import target_rows
 from benchmarks.session import OPTIONS, Session
-from benchmarks.tables import format_table, result_rows
+from benchmarks.tables import format_table
 from ceit.runtime.options import UsageError
 
 SESSION = pytest.StashKey[Session]()

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
 from .harness.implementations import OURS
 from .harness.measure import Entry, Result
-from .results import Report
-from .roofline import rooflines
-from .scaling import AXES, Curve, scaling_curves
-from .style import COLORS, INK, MARKERS, OTHER_COLOR, label_log_axis, legend_below
+from .results import AXES, Curve, Report, scaling_curves
+
+COLORS = {"plain": "#64748b", "compile": "#2563eb", "fused": "#c2410c", "frozen": "#f59e0b"}
+OTHER_COLOR, INK = "#cbd5e1", "#0f172a"
+OPERATOR_COLORS = {
+    "leff": "#c2410c",
+    "i2t": "#0f766e",
+    "lca": "#7c3aed",
+    "attention": "#be185d",
+    "add_norm": "#a16207",
+    "model": "#334155",
+}
+MARKERS = {"plain": "s", "compile": "^", "fused": "o", "frozen": "P"}
 
 
 def draw_all(report: Report, folder: Path) -> dict[str, str]:
@@ -30,7 +41,7 @@ def draw_all(report: Report, folder: Path) -> dict[str, str]:
         title = f"{operator}: speed against plain PyTorch, measured"
         figures[f"ratios-{operator}.png"] = title, ratio_bars(operator, results, where)
     title = "rooflines: measured here, and every kernel of the fused operators"
-    figures["roofline.png"] = title, rooflines(report, where)
+    figures["roofline.png"] = title, _rooflines(report, where)
     batches = batch_curves(report.measured, where)
     if batches is not None:
         figures["batches.png"] = "images/s and memory by batch, measured", batches
@@ -64,7 +75,8 @@ def ratio_bars(operator: str, results: Sequence[Result], where: str) -> Figure:
 
 
 def _bars(axes: Axes, entries: Sequence[Entry]) -> None:
-    names = [_label(entry) for entry in entries]
+    backends = [", ".join(sorted({by["backend"] for by in entry.backends.values()})) for entry in entries]
+    names = [e.implementation + (f"\n({ran})" if ran else "") for e, ran in zip(entries, backends, strict=True)]
     intervals = [(r.value, r.value - r.low, r.high - r.value) if (r := e.ratio) else (0.0, 0.0, 0.0) for e in entries]
     values, *ends = np.array(intervals).T
     colors = [COLORS.get(entry.implementation, OTHER_COLOR) for entry in entries]
@@ -77,11 +89,6 @@ def _bars(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.set_xlim(0, 1.3 * max([1.0, *(value + above for value, _, above in intervals if above < 2 * value)]))
     axes.tick_params(labelsize=8)
     axes.invert_yaxis()
-
-
-def _label(entry: Entry) -> str:
-    backends = ", ".join(sorted({by["backend"] for by in entry.backends.values()}))
-    return f"{entry.implementation}\n({backends})" if backends else entry.implementation
 
 
 def batch_curves(measured: Sequence[Result], where: str) -> Figure | None:
@@ -144,9 +151,9 @@ def _plot_curve(axes: Axes, curve: Curve, values: Sequence[float], exponent: flo
         label=f"{curve.implementation}, {curve.phase}: exponent {exponent:.2f}",
     )
     axes.set_yscale("log")
-    label_log_axis(axes.yaxis, axes.get_ylim())
+    _label_log_axis(axes.yaxis, axes.get_ylim())
     _log_sizes(axes, curve.sizes, AXES[curve.axis])
-    legend_below(axes, ncols=2, below=0.16)
+    _legend_below(axes, ncols=2, below=0.16)
 
 
 def _log_sizes(axes: Axes, sizes: Sequence[int], label: str) -> None:
@@ -155,3 +162,91 @@ def _log_sizes(axes: Axes, sizes: Sequence[int], label: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
     axes.grid(alpha=0.25)
+
+
+def _rooflines(report: Report, where: str) -> Figure:
+    """Implementations under this machine's ceilings; the fused kernels as measured on a GPU and as modelled."""
+    measured = [
+        {**kernel, "operator": result.workload.operator, "phase": result.workload.phase}
+        for result in report.measured
+        for entry in result.entries
+        for kernel in entry.kernels
+    ]
+    modelled = [{**kernel, "seconds": kernel["modelled_seconds"]} for kernel in report.modelled["kernels"]]
+    figure = Figure(figsize=(19.5 if measured else 13, 5.8), layout="constrained")
+    here, *kernel_axes = figure.subplots(1, 3 if measured else 2)
+    _implementations(here, report, where)
+    if measured:
+        _kernels(kernel_axes[0], measured, f"every kernel of the fused operators,\n{where}")
+        _roofs(kernel_axes[0], report.ceilings)
+    _kernels(kernel_axes[-1], modelled, "every kernel of the fused operators,\nMODELLED for an H100, not measured")
+    _roofs(kernel_axes[-1], {"H100, bfloat16": report.modelled["assumptions"]})
+    for axes in (here, *kernel_axes):
+        axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
+        axes.grid(alpha=0.25, which="major")
+        _label_log_axis(axes.xaxis, axes.get_xlim())
+        _label_log_axis(axes.yaxis, axes.get_ylim())
+    return figure
+
+
+def _implementations(axes: Axes, report: Report, where: str) -> None:
+    labels = {}
+    for result in report.measured:
+        for entry in result.entries:
+            marker, operator = MARKERS.get(entry.implementation), result.workload.operator
+            if marker and entry.median and result.flops:
+                labels[f"{operator}, {entry.implementation}"] = axes.plot(
+                    result.flops / result.compulsory_bytes,
+                    result.flops / entry.median / 1e12,
+                    marker,
+                    color=OPERATOR_COLORS[operator],
+                    markersize=7,
+                    alpha=0.75,
+                    fillstyle="full" if entry.implementation in OURS else "none",
+                )[0]
+    _roofs(axes, report.ceilings)
+    _legend_below(axes, labels.values(), labels.keys(), ncols=5)
+    axes.set_title(f"operators and models, {where}", fontsize=10)
+    axes.set_xlabel("FLOP per byte of input, output and parameters")
+
+
+def _kernels(axes: Axes, kernels: Sequence[dict[str, Any]], title: str) -> None:
+    # Without FLOPs there is no intensity: at this one, the height below the roof is the share of the bandwidth.
+    edge = min((kernel["flops"] / kernel["bytes"] for kernel in kernels if kernel["flops"]), default=1.0) / 4
+    labels = {}
+    for kernel in kernels:
+        operator, phase, flops, moved = (kernel[name] for name in ("operator", "phase", "flops", "bytes"))
+        labels[f"{operator}, {phase if flops else 'bytes alone'}"] = axes.plot(
+            flops / moved if flops else edge,
+            (flops or edge * moved) / kernel["seconds"] / 1e12,
+            "<" if not flops else "o" if phase == "inference" else "D",
+            color=OPERATOR_COLORS[operator],
+            markersize=6,
+            alpha=0.6,
+        )[0]
+    _legend_below(axes, labels.values(), labels.keys(), ncols=4)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("FLOP per byte that the kernel moves")
+
+
+def _roofs(axes: Axes, ceilings: dict[str, dict[str, float]]) -> None:
+    found = [float(x) for line in axes.lines for x in line.get_xdata()] or [0.2, 500.0]
+    x = np.geomspace(min(found) / 2, 2 * max(found), 100)
+    for i, (name, ceiling) in enumerate(ceilings.items()):
+        memory, arithmetic, style = ceiling["bytes_per_second"], ceiling["flops_per_second"], ("-", "--", ":")[i % 3]
+        axes.plot(x, np.minimum(x * memory, arithmetic) / 1e12, style, color=INK, linewidth=1.2)
+        text = f"{style} {name}: {memory / 1e9:,.0f} GB/s, {arithmetic / 1e12:,.3g} TFLOP/s"
+        axes.text(0.98, 0.03 + 0.05 * i, text, transform=axes.transAxes, ha="right", fontsize=8)
+
+
+def _label_log_axis(axis: Axis, limits: tuple[float, float]) -> None:
+    """Plain numbers along a logarithmic axis: 1, 2, 5, 10 and so on, over many decades only the powers of ten."""
+    low, high = limits
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+
+
+def _legend_below(axes: Axes, *labels: object, ncols: int, below: float = 0.12) -> None:
+    """A small legend under the axes."""
+    axes.legend(*labels, frameon=False, fontsize=7, ncols=ncols, loc="upper center", bbox_to_anchor=(0.5, -below))

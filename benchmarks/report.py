@@ -12,13 +12,12 @@ import torch
 
 from .harness.implementations import IMPLEMENTATIONS
 from .harness.machine import environment, measure_ceilings
-from .harness.measure import Result
+from .harness.measure import Result, result_rows
 from .pictures import draw_all
-from .results import Report
-from .scaling import AXES, scaling_curves
+from .results import AXES, Report, scaling_curves
 from .session import Session
-from .tables import format_table, result_rows
-from .traffic import model_gpu
+from .tables import format_table
+from .traffic import assumed, model_gpu
 
 
 def make_report(session: Session, command: str) -> Report:
@@ -115,10 +114,8 @@ def _modelled_text(modelled: Mapping[str, Any]) -> str:
     missing = modelled["compile_missing"]
     return (
         "## Modelled for an H100, not measured\n\n"
-        f"Batch {given['batch']}, {given['dtype']}: kernels counted without a GPU, each its bytes at "
-        f"{given['bytes_per_second'] / 1e12:.1f} TB/s or its matmuls at {given['flops_per_second'] / 1e12:.0f} "
-        f"TFLOP/s, whichever takes longer, and {1e6 * given['launch_seconds']:.0f} us a launch. The stem's compiled "
-        "operators count as one launch each, and their FLOPs as plain PyTorch's, which is less than they do. "
+        f"Batch {given['batch']}, {given['dtype']}: kernels counted without a GPU, each {assumed(given)}. The stem's "
+        "compiled operators count as one launch each, and their FLOPs as plain PyTorch's, which is less than they do. "
         "Counted again by `python -m benchmarks.traffic`.\n\n"
         + format_table(rows, markdown=True)
         + (f"\n\n`torch.compile` is missing: {missing}" if missing else "")

@@ -127,37 +127,35 @@ class Workload:
         return [x.to(device, self.torch_dtype).requires_grad_(self.input_gradient) for x in inputs]
 
 
-# Operator, sizes, dtypes and batches by phase, in the order of importance: what comes last is left out when time is up.
-_Plan = tuple[tuple[str, Sequence[str], Sequence[str], dict[str, Sequence[int]]], ...]
-_BOTH, _FLOAT32 = ("tiny", "small"), ("float32",)
+# Operator, sizes and batches by phase, in the order of importance: what comes last is left out when time is up.
+_Plan = tuple[tuple[str, Sequence[str], dict[str, Sequence[int]]], ...]
+_BOTH = "tiny", "small"
 _CPU_PLAN: _Plan = (
-    ("leff", _BOTH, _FLOAT32, {"inference": (16,), "training": (16,)}),
-    ("model", ("tiny",), _FLOAT32, {"inference": (1, 4, 16), "training": (8,)}),
-    ("i2t", ("tiny",), _FLOAT32, {"inference": (16,), "training": (8,)}),
-    ("attention", ("tiny",), _FLOAT32, {"inference": (16,), "training": (8,)}),
-    ("lca", ("tiny",), _FLOAT32, {"inference": (16,), "training": (16,)}),
-    ("add_norm", ("tiny",), _FLOAT32, {"inference": (16,), "training": (16,)}),
-    ("model", ("small",), _FLOAT32, {"inference": (1,), "training": (8,)}),
-    ("model", ("small",), _FLOAT32, {"inference": (16,)}),
-    ("leff", _BOTH, _FLOAT32, {"inference": (1,)}),
-    ("i2t", ("tiny",), _FLOAT32, {"inference": (1,)}),
-    ("lca", ("small",), _FLOAT32, {"inference": (16,), "training": (16,)}),
-    ("add_norm", ("small",), _FLOAT32, {"inference": (16,), "training": (16,)}),
+    ("leff", _BOTH, {"inference": (16,), "training": (16,)}),
+    ("model", ("tiny",), {"inference": (1, 4, 16), "training": (8,)}),
+    ("i2t", ("tiny",), {"inference": (16,), "training": (8,)}),
+    ("attention", ("tiny",), {"inference": (16,), "training": (8,)}),
+    ("lca", ("tiny",), {"inference": (16,), "training": (16,)}),
+    ("add_norm", ("tiny",), {"inference": (16,), "training": (16,)}),
+    ("model", ("small",), {"inference": (1,), "training": (8,)}),
+    ("model", ("small",), {"inference": (16,)}),
+    ("leff", _BOTH, {"inference": (1,)}),
+    ("i2t", ("tiny",), {"inference": (1,)}),
+    ("lca", ("small",), {"inference": (16,), "training": (16,)}),
+    ("add_norm", ("small",), {"inference": (16,), "training": (16,)}),
 )
-_CPU_BFLOAT16_PLAN: _Plan = (("model", _BOTH, ("bfloat16",), {"inference": (1, 16)}),)
-_GPU_DTYPES = ("bfloat16", "float32")
+_CPU_BFLOAT16_PLAN: _Plan = (("model", _BOTH, {"inference": (1, 16)}),)
 _GPU_PLAN: _Plan = tuple(
-    (operator, ("tiny",) if operator == "i2t" else _BOTH, (dtype,), batches)
-    for dtype in _GPU_DTYPES
+    (operator, ("tiny",) if operator == "i2t" else _BOTH, batches)
     for batches in ({"inference": (256,), "training": (256,)}, {"inference": (1, 64)})
     for operator in ("leff", "model", "i2t", "lca", "add_norm")
 )
 _QUICK_PLAN: _Plan = (
-    ("leff", ("tiny",), _FLOAT32, {"inference": (4,), "training": (4,)}),
-    ("i2t", ("tiny",), _FLOAT32, {"inference": (4,)}),
-    ("lca", ("tiny",), _FLOAT32, {"inference": (16,)}),
-    ("add_norm", ("tiny",), _FLOAT32, {"inference": (16,)}),
-    ("model", ("tiny",), _FLOAT32, {"inference": (1,)}),
+    ("leff", ("tiny",), {"inference": (4,), "training": (4,)}),
+    ("i2t", ("tiny",), {"inference": (4,)}),
+    ("lca", ("tiny",), {"inference": (16,)}),
+    ("add_norm", ("tiny",), {"inference": (16,)}),
+    ("model", ("tiny",), {"inference": (1,)}),
 )
 _SCALING = {"batch": (1, 2, 4, 8), "image_size": (128, 192, 256, 320), "depth": (3, 6, 9, 12)}
 _GPU_BATCHES = (1, 4, 16, 64, 256)
@@ -170,13 +168,11 @@ def plan(device: torch.device, *, quick: bool = False) -> list[Workload]:
         device: where; a GPU also takes bfloat16 and larger batches, a CPU bfloat16 where it has instructions for it.
         quick: a few workloads instead, on a GPU in each of its dtypes.
     """
-    on_gpu = device.type == "cuda"
-    if quick:
-        workloads = _workloads(_QUICK_PLAN)
-        return [replace(w, dtype=dtype) for dtype in _GPU_DTYPES for w in workloads] if on_gpu else workloads
-    if on_gpu:
-        return _workloads(_GPU_PLAN)
-    return _workloads(_CPU_PLAN + (_CPU_BFLOAT16_PLAN if has_bfloat16(device) else ()))
+    if device.type == "cuda":
+        rows = _QUICK_PLAN if quick else _GPU_PLAN
+        return [*_workloads(rows, "bfloat16"), *_workloads(rows, "float32")]
+    workloads = _workloads(_QUICK_PLAN if quick else _CPU_PLAN, "float32")
+    return workloads + (_workloads(_CPU_BFLOAT16_PLAN, "bfloat16") if not quick and has_bfloat16(device) else [])
 
 
 def scaling_plan(device: torch.device) -> list[Workload]:
@@ -195,11 +191,10 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
-def _workloads(rows: _Plan) -> list[Workload]:
+def _workloads(rows: _Plan, dtype: str) -> list[Workload]:
     return [
         Workload(operator, size, phase, dtype, batch)
-        for operator, sizes, dtypes, batches in rows
-        for dtype in dtypes
+        for operator, sizes, batches in rows
         for size in sizes
         for phase in batches
         for batch in batches[phase]

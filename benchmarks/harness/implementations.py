@@ -1,10 +1,14 @@
 """The implementations: plain PyTorch, what it gives for free, the hand rewrite, other runtimes, fused and frozen."""
 
 import copy
+import importlib.util
 import io
+import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +16,6 @@ from torch import Tensor, nn
 import ceit_kernels
 
 from ..workloads import Workload
-from .exported import EXPORTERS, SPINNING, missing_packages
 
 IMPLEMENTATIONS = {
     "plain": "plain PyTorch as shipped",
@@ -64,10 +67,19 @@ class Step:
         return grads if x.grad is None else {**grads, "input": x.grad}
 
 
+# Other runtimes, which are installed with the extra `bench`.
+PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx")}
+
+
+def missing_packages(implementation: str) -> list[str]:
+    """Packages that an implementation needs and that are not installed."""
+    return [name for name in PACKAGES[implementation] if importlib.util.find_spec(name) is None]
+
+
 def absence(implementation: str, workload: Workload, device: torch.device) -> str | None:
     """Why an implementation does not take part in a workload on a device, None if it does."""
     operator, on_cpu = workload.operator, device.type == "cpu"
-    if implementation in EXPORTERS:
+    if implementation in PACKAGES:
         if not on_cpu:
             return "taken for the CPU only"
         if workload.training:
@@ -126,10 +138,44 @@ _COMPILE: dict[str, dict] = {
 }
 
 
+def _to_openvino(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of the input on OpenVINO's CPU device, in float32 with PyTorch's number of threads."""
+    import openvino
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The check compares names of nodes, which differ between two traces of a model that is reused.
+        traced = torch.jit.trace(module, x, check_trace=False)
+        converted = openvino.convert_model(traced, example_input=x, input=list(x.shape))
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    request = compiled.create_infer_request()
+    return lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0])
+
+
+def _to_onnxruntime(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of the input on ONNX Runtime's CPU provider with PyTorch's number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = str(Path(folder, "module.onnx"))
+        torch.onnx.export(module, (x,), path, dynamo=False, input_names=["x"])
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+# Measured. Without spinning ONNX Runtime would take up to a quarter longer.
+_SPINNING = {"openvino": 0.0, "onnxruntime": 0.04}
+_EXPORTERS = {"openvino": _to_openvino, "onnxruntime": _to_onnxruntime}
+
+
 def _build(implementation: str, workload: Workload, module: nn.Module, x: Tensor) -> Step:
-    if implementation in EXPORTERS:
+    if implementation in _EXPORTERS:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return Step(EXPORTERS[implementation](module, x), None, SPINNING[implementation])
+            return Step(_EXPORTERS[implementation](module, x), None, _SPINNING[implementation])
     if implementation == "fused":
         module = ceit_kernels.fuse(module)
     elif implementation == "frozen":
@@ -137,7 +183,7 @@ def _build(implementation: str, workload: Workload, module: nn.Module, x: Tensor
     elif implementation in ("rewrite", FLOOR):
         from . import rewrite
 
-        module = rewrite.rewrite(module) if implementation == "rewrite" else rewrite.with_mlp(module)
+        module = rewrite.rewrite(module, rewrite.MLP if implementation == FLOOR else rewrite.REWRITTEN)
     elif implementation == "channels-last":
         module = module.to(memory_format=torch.channels_last)
         if x.ndim == 4:

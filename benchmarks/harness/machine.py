@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import ceit_kernels
 from ceit.runtime.machine import versions
 
-from .exported import EXPORTERS, missing_packages
+from .implementations import PACKAGES, missing_packages
 
 _ROOT = Path(__file__).parents[2]
 # Bytes of the copied tensor and side of the multiplied matrices, by device.
@@ -23,7 +24,7 @@ _SIZES = {"cpu": (256 << 20, 2048), "cuda": (2 << 30, 8192)}
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, chip, threads, commit and the backends of the fused operators, as JSON has them."""
-    packages = {name: _version(name) for name in EXPORTERS}
+    packages = {name: "not installed" if missing_packages(name) else version(name) for name in PACKAGES}
     return {
         "device": device.type,
         "chip": _chip(device),
@@ -79,14 +80,6 @@ def _best(call: Callable[[], Any], device: torch.device, rounds: int = 15) -> fl
         wait()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def _version(package: str) -> str:
-    if missing_packages(package):
-        return "not installed"
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def _chip(device: torch.device) -> str:

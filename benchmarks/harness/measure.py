@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ceit.runtime.machine import fused_operators
 
-from ..traffic import count_workload
+from ..traffic import SavedTensors, count_workload
 from ..workloads import Workload
 from .checking import check_outputs
 from .implementations import COSTLY, FLOOR, IMPLEMENTATIONS, OURS, Step, absence, build, first_line
-from .kernels import kernel_times
 from .statistics import Ratio, median_ratio
 from .timing import Sampler, interleave, make_timer
-from .usage import compulsory_bytes, count_launches, peak_memory, saved_bytes
+from .usage import compulsory_bytes, count_launches, kernel_times, peak_memory
 
 _MAX_INPUTS = 64
 
@@ -110,6 +109,21 @@ class Result:
         """The result of `dataclasses.asdict`."""
         entries = [Entry(**{**e, "ratio": Ratio(**e["ratio"]) if e["ratio"] else None}) for e in stored["entries"]]
         return cls(**{**stored, "workload": Workload(**stored["workload"]), "entries": entries})
+
+
+def result_rows(result: Result) -> list[list[str]]:
+    """The implementations of a workload: time, ratio with its interval, rates, memory, backends or the reason."""
+    rows = [["implementation", "ms", "plain / this", "99% interval", "GB/s", "TFLOP/s", "peak MB", "saved MB", "note"]]
+    for entry in result.entries:
+        if entry.median is None:
+            rows.append([entry.implementation, *["-"] * 7, f"{entry.status}: {entry.reason}"])
+            continue
+        rates = result.compulsory_bytes / entry.median / 1e9, result.flops / entry.median / 1e12
+        memory = ("-" if size is None else f"{size / 1e6:,.1f}" for size in (entry.peak_bytes, entry.saved_bytes))
+        backends = ", ".join(f"{operator} by {by['backend']}" for operator, by in entry.backends.items())
+        time = [f"{1e3 * entry.median:,.2f}", *entry.ratio.cells()]
+        rows.append([entry.implementation, *time, f"{rates[0]:,.1f}", f"{rates[1]:,.3f}", *memory, backends])
+    return rows
 
 
 def measure_workload(
@@ -215,7 +229,9 @@ def _add_usage(entry: Entry, step: Step, x: Tensor, workload: Workload, device: 
         times, entry.unmatched = kernel_times(call, device, count_workload(workload, "fused", 10 * major + minor))
         entry.kernels = [asdict(time) for time in times]
     if workload.training:
-        entry.saved_bytes = saved_bytes(call, step.module)
+        with SavedTensors(step.module) as saved:
+            call()
+        entry.saved_bytes = saved.bytes()
 
 
 def _num_inputs(workload: Workload, device: torch.device) -> int:

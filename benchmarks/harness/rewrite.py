@@ -118,23 +118,14 @@ class GELUMlp(nn.Module):
         return z if residual is None else residual + z
 
 
-_REWRITTEN = {LocallyEnhancedFeedForward: RewrittenLeFF, Image2Tokens: RewrittenImage2Tokens}
-_MLP = {LocallyEnhancedFeedForward: GELUMlp}
+REWRITTEN = {LocallyEnhancedFeedForward: RewrittenLeFF, Image2Tokens: RewrittenImage2Tokens}
+MLP = {LocallyEnhancedFeedForward: GELUMlp}
 
 
-def rewrite(module: nn.Module) -> nn.Module:
-    """Replace the plain modules in `module` by the hand rewrite, in place; returns the result."""
-    return _replace(module, _REWRITTEN)
-
-
-def with_mlp(module: nn.Module) -> nn.Module:
-    """Replace every LeFF in `module` by a GELU MLP of equal width, in place; returns the result."""
-    return _replace(module, _MLP)
-
-
-def _replace(module: nn.Module, by: dict[type, type]) -> nn.Module:
+def rewrite(module: nn.Module, by: dict[type, type]) -> nn.Module:
+    """Replace plain modules in `module` by those of their class in `by`, in place; returns the result."""
     if type(module) in by:
         return by[type(module)](module)
     for name, child in module.named_children():
-        setattr(module, name, _replace(child, by))
+        setattr(module, name, rewrite(child, by))
     return module

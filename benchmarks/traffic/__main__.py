@@ -13,7 +13,7 @@ from ..tables import format_table
 from ..workloads import PHASES, SIZES, Workload
 from .compiled import STORED, STORED_FOR, STORED_WITH, CompiledTrafficError
 from .counting import Call, Kernel
-from .workloads import ASSUMPTIONS, GPU_OPERATORS, count_workload, modelled_seconds
+from .workloads import ASSUMPTIONS, GPU_OPERATORS, assumed, count_workload, modelled_seconds
 
 TIMED_BATCHES = (1, 64, 256)
 
@@ -49,7 +49,10 @@ def traffic_tables(options: argparse.Namespace) -> dict[str, list[list[str]]]:
     ]
     lists = {}
     for operator in options.operators or GPU_OPERATORS:
-        workloads = [_workload(options, operator, phase) for phase in PHASES]
+        workloads = [
+            Workload(operator, options.size, phase, options.dtype, options.batch, options.image_size)
+            for phase in PHASES
+        ]
         unit_bytes = options.batch * workloads[0].tokens * SIZES[options.size] * workloads[0].torch_dtype.itemsize
         fused, plain = ([count_workload(w, by) for w in workloads] for by in ("fused", "plain"))
         compiled = STORED.get(operator, {}) if stored else {}
@@ -84,12 +87,7 @@ def times_table(options: argparse.Namespace) -> dict[str, list[list[str]]]:
                     seconds = modelled_seconds(count_workload(workload, "compile").kernels)
                     compiled = [f"{1e6 * seconds:,.0f}", f"{seconds / fused:.1f}"]
                 rows.append([size, str(batch), phase, f"{1e6 * fused:,.0f}", *compiled])
-    memory, arithmetic, launch = ASSUMPTIONS.values()
-    title = (
-        f"Modelled for an H100, not measured: each kernel its bytes at {memory / 1e12:.1f} TB/s or its matmuls at "
-        f"{arithmetic / 1e12:.0f} TFLOP/s, whichever takes longer, and {1e6 * launch:.0f} us a launch."
-    )
-    return {title: rows}
+    return {f"Modelled for an H100, not measured: each kernel {assumed(ASSUMPTIONS)}.": rows}
 
 
 def phases(inference: Call, training: Call) -> dict[str, list[Kernel]]:
@@ -105,10 +103,6 @@ def figures(inference: Call, training: Call) -> Figures:
     """Launches and bytes of both calls by phase."""
     found = phases(inference, training).items()
     return {phase: (len(kernels), sum(kernel.bytes for kernel in kernels)) for phase, kernels in found}
-
-
-def _workload(options: argparse.Namespace, operator: str, phase: str) -> Workload:
-    return Workload(operator, options.size, phase, options.dtype, options.batch, options.image_size)
 
 
 def _cells(figures: tuple[int, int] | None, unit_bytes: int) -> list[str]:

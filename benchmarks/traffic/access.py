@@ -78,146 +78,92 @@ def _lca_flops(a: Arguments) -> int:
     return a["B"] * a["C"] * (6 * a["C"] + 4 * a["C"] // a["D"] * a["L"])
 
 
-def _all(*names: str) -> dict[str, Share]:
-    return dict.fromkeys(names, whole)
+def _cost(
+    reads: str, writes: str, flops: Callable[[Arguments], int] = lambda arguments: 0, **parts: Share
+) -> KernelCost:
+    """The entry of a kernel that moves these tensors whole, and reads `parts` of others; names are without `p_`."""
+    read, written = ({f"p_{name}": whole for name in names.split()} for names in (reads, writes))
+    return KernelCost(read | {f"p_{name}": share for name, share in parts.items()}, written, flops)
 
 
-def _leff_layer(i: int) -> dict[str, Share]:
+def _leff_layer(i: int) -> str:
     """The parameters of a layer of LeFF."""
-    return _all(
-        *(f"p_{name}{i}" for name in ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var"))
-    )
+    return f" weight{i} bias{i} norm_weight{i} norm_bias{i} running_mean{i} running_var{i} "
 
-
-_LCA_PARAMETERS = _all("p_weight", "p_bias", "p_seed")
 
 KERNELS: dict[str, KernelCost] = {
-    "leff_expand_kernel": KernelCost(
-        reads={
-            **_leff_layer(1),
-            **_leff_layer(2),
-            "p_x": image_tokens,
-        },
-        writes=_all("p_h", "p_rows2"),
-        flops=lambda a: 2 * a["M"] * a["C"] * a["E"],
+    "leff_expand_kernel": _cost(
+        _leff_layer(1) + _leff_layer(2), "h rows2", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
     ),
-    "leff_contract_kernel": KernelCost(
-        reads={
-            **_leff_layer(3),
-            **_all("p_h", "p_rows2", "p_residual"),
-            "p_x": prefix_tokens,
-        },
-        writes=_all("p_out"),
-        flops=lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * (a["O"] + a["KERNEL"] ** 2),
+    "leff_contract_kernel": _cost(
+        _leff_layer(3) + "h rows2 residual",
+        "out",
+        lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * (a["O"] + a["KERNEL"] ** 2),
+        x=prefix_tokens,
     ),
-    "leff_expand_moments_kernel": KernelCost(
-        reads={**_all("p_weight", "p_bias"), "p_x": image_tokens},
-        writes=_all("p_z1", "p_partial", "p_count"),
-        flops=lambda a: 2 * a["M"] * a["C"] * a["E"],
+    "leff_expand_moments_kernel": _cost(
+        "weight bias", "z1 partial count", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
     ),
     # Column tiles of an image are neighbours in launch order and share their margins.
-    "leff_depthwise_kernel": KernelCost(
-        reads=_all("p_z1", "p_norm1", "p_taps", "p_bias"),
-        writes=_all("p_z2", "p_partial", "p_count"),
-        flops=lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
+    "leff_depthwise_kernel": _cost(
+        "z1 norm1 taps bias", "z2 partial count", lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2
     ),
-    "leff_contract_operand_kernel": KernelCost(
-        reads={
-            **_all("p_a", "p_z", "p_rows", "p_weight", "p_bias", "p_mean", "p_tail", "p_residual"),
-            "p_tokens": image_tokens,
-            "p_prefix": prefix_tokens,
-        },
-        writes=_all("p_out", "p_partial", "p_count", "p_operand"),
-        flops=lambda a: 2 * a["M"] * (a["E"] + (0 if a["p_tail"] is None else a["O"])) * a["O"],
+    "leff_contract_operand_kernel": _cost(
+        "a z rows weight bias mean tail residual",
+        "out partial count operand",
+        lambda a: 2 * a["M"] * (a["E"] + (0 if a["p_tail"] is None else a["O"])) * a["O"],
+        tokens=image_tokens,
+        prefix=prefix_tokens,
     ),
-    "leff_norm_kernel": KernelCost(
-        reads={**_all("p_z3", "p_norm3", "p_residual"), "p_x": prefix_tokens},
-        writes=_all("p_out"),
+    "leff_norm_kernel": _cost("z3 norm3 residual", "out", x=prefix_tokens),
+    "leff_norm_sums_kernel": _cost("z3 norm3", "partial", dout=image_tokens),
+    "leff_norm_gradient_kernel": _cost("z3 gradient3", "dz3", dout=image_tokens),
+    "leff_hidden_gradient_kernel": _cost(
+        "weight z2 norm2", "g2 partial", lambda a: 2 * a["M"] * a["O"] * a["E"], dz3=image_tokens
     ),
-    "leff_norm_sums_kernel": KernelCost(
-        reads={**_all("p_z3", "p_norm3"), "p_dout": image_tokens},
-        writes=_all("p_partial"),
-    ),
-    "leff_norm_gradient_kernel": KernelCost(
-        reads={**_all("p_z3", "p_gradient3"), "p_dout": image_tokens},
-        writes=_all("p_dz3"),
-    ),
-    "leff_hidden_gradient_kernel": KernelCost(
-        reads={**_all("p_weight", "p_z2", "p_norm2"), "p_dz3": image_tokens},
-        writes=_all("p_g2", "p_partial"),
-        flops=lambda a: 2 * a["M"] * a["O"] * a["E"],
-    ),
-    "leff_depthwise_backward_kernel": KernelCost(
-        reads=_all("p_g2", "p_z2", "p_z1", "p_gradient2", "p_norm1", "p_taps"),
-        writes=_all("p_g1", "p_taps_gradient", "p_partial"),
-        flops=lambda a: 4 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
+    "leff_depthwise_backward_kernel": _cost(
+        "g2 z2 z1 gradient2 norm1 taps",
+        "g1 taps_gradient partial",
+        lambda a: 4 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
     ),
     # The tiles of one range of tokens run side by side and share what they read.
-    "leff_weight_gradient_kernel": KernelCost(
-        reads={**_all("p_z", "p_rows"), "p_a": operand_tokens, "p_tokens": image_tokens},
-        writes=_all("p_partial", "p_sums"),
-        flops=lambda a: 2 * a["M"] * a["E"] * a["C"],
+    "leff_weight_gradient_kernel": _cost(
+        "z rows", "partial sums", lambda a: 2 * a["M"] * a["E"] * a["C"], a=operand_tokens, tokens=image_tokens
     ),
-    "leff_statistics_kernel": KernelCost(
-        reads={**_all("p_count", "p_weight", "p_bias"), "p_partial": sweeps(2)},
-        writes=_all("p_norm", "p_total"),
+    "leff_statistics_kernel": _cost("count weight bias", "norm total", partial=sweeps(2)),
+    "leff_coefficients_kernel": _cost("partial norm total", "sums gradient dbias dnorm_weight dnorm_bias"),
+    "leff_fold_gradient_kernel": _cost(
+        "weight gradient total sums",
+        "folded tail bias mean",
+        lambda a: 0 if a["p_tail"] is None else 2 * a["E"] * a["C"] ** 2,
     ),
-    "leff_coefficients_kernel": KernelCost(
-        reads=_all("p_partial", "p_norm", "p_total"),
-        writes=_all("p_sums", "p_gradient", "p_dbias", "p_dnorm_weight", "p_dnorm_bias"),
+    "leff_factored_weight_kernel": _cost(
+        "partial weight gradient gram sums mean",
+        "out",
+        lambda a: 0 if a["p_gram"] is None else 2 * a["E"] * a["C"] ** 2,
     ),
-    "leff_fold_gradient_kernel": KernelCost(
-        reads=_all("p_weight", "p_gradient", "p_total", "p_sums"),
-        writes=_all("p_folded", "p_tail", "p_bias", "p_mean"),
-        flops=lambda a: 0 if a["p_tail"] is None else 2 * a["E"] * a["C"] ** 2,
-    ),
-    "leff_factored_weight_kernel": KernelCost(
-        reads=_all("p_partial", "p_weight", "p_gradient", "p_gram", "p_sums", "p_mean"),
-        writes=_all("p_out"),
-        flops=lambda a: 0 if a["p_gram"] is None else 2 * a["E"] * a["C"] ** 2,
-    ),
-    "leff_sum_kernel": KernelCost(reads=_all("p_partial"), writes=_all("p_out")),
-    "add_norm_forward_kernel": KernelCost(
-        reads=_all("p_x", "p_branch", "p_weight", "p_bias"),
-        writes=_all("p_total", "p_out", "p_prefix", "p_mean", "p_rstd"),
-    ),
-    "add_norm_backward_kernel": KernelCost(
-        reads=_all("p_dout", "p_dtotal", "p_dprefix", "p_total", "p_weight", "p_mean", "p_rstd"),
-        writes=_all("p_dx", "p_partial"),
-    ),
-    "add_norm_parameters_kernel": KernelCost(reads=_all("p_partial"), writes=_all("p_dweight", "p_dbias")),
+    "leff_sum_kernel": _cost("partial", "out"),
+    "add_norm_forward_kernel": _cost("x branch weight bias", "total out prefix mean rstd"),
+    "add_norm_backward_kernel": _cost("dout dtotal dprefix total weight mean rstd", "dx partial"),
+    "add_norm_parameters_kernel": _cost("partial", "dweight dbias"),
     # The second axis is the heads', each of which sweeps over all channels of x.
-    "lca_forward_kernel": KernelCost(
-        reads={**_LCA_PARAMETERS, "p_x": swept(1)},
-        writes=_all("p_out"),
-        flops=_lca_flops,
-    ),
-    "lca_backward_scores_kernel": KernelCost(
-        reads={**_LCA_PARAMETERS, "p_x": swept(1), "p_grad": whole},
-        writes=_all("p_q", "p_dq", "p_p", "p_ds"),
-        flops=_lca_flops,
-    ),
+    "lca_forward_kernel": _cost("weight bias seed", "out", _lca_flops, x=swept(1)),
+    "lca_backward_scores_kernel": _cost("weight bias seed grad", "q dq p ds", _lca_flops, x=swept(1)),
     # The axes behind the first are blocks of channels, and of layers.
-    "lca_backward_input_kernel": KernelCost(
-        reads={**_all("p_weight"), **dict.fromkeys(("p_grad", "p_q", "p_dq", "p_p", "p_ds"), swept(1, 2))},
-        writes=_all("p_dx"),
-        flops=_lca_flops,
+    "lca_backward_input_kernel": _cost(
+        "weight", "dx", _lca_flops, **dict.fromkeys(("grad", "q", "dq", "p", "ds"), swept(1, 2))
     ),
     # Heads are neighbours in launch order, blocks of channels are a sweep apart, and each takes its own columns of x.
-    "lca_backward_weight_kernel": KernelCost(
-        reads={**_all("p_x"), **dict.fromkeys(("p_grad", "p_q", "p_dq", "p_p", "p_ds"), swept(1))},
-        writes=_all("p_dweight", "p_dbias"),
-        flops=_lca_flops,
+    "lca_backward_weight_kernel": _cost(
+        "x", "dweight dbias", _lca_flops, **dict.fromkeys(("grad", "q", "dq", "p", "ds"), swept(1))
     ),
 }
 
 
 def tensor_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's distinct elements: those that an expansion repeats count once."""
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= size if stride else min(size, 1)
-    return elements * tensor.itemsize
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return prod(size if stride else min(size, 1) for size, stride in sizes) * tensor.itemsize
 
 
 def launch_bytes(launch: Launch) -> int:
@@ -226,7 +172,7 @@ def launch_bytes(launch: Launch) -> int:
     Raises:
         LookupError: ``KERNELS`` has no entry for the kernel, or the entry does not name a tensor of the launch.
     """
-    cost = _cost(launch)
+    cost = _entry(launch)
     moved: dict[int, tuple[float, float, int]] = {}
     for name, tensor in launch.arguments.items():
         if not isinstance(tensor, Tensor):
@@ -237,21 +183,18 @@ def launch_bytes(launch: Launch) -> int:
                 f"benchmarks.traffic.access.KERNELS, got {name} beside {sorted({*cost.reads, *cost.writes})}"
             )
         # A tensor that is passed twice is one.
-        read, written, _ = moved.get(id(tensor), (0.0, 0.0, 0))
-        if name in cost.reads:
-            read = max(read, cost.reads[name](launch, tensor))
-        if name in cost.writes:
-            written = max(written, cost.writes[name](launch, tensor))
+        shares = [by[name](launch, tensor) if name in by else 0.0 for by in (cost.reads, cost.writes)]
+        read, written = map(max, shares, moved.get(id(tensor), (0.0, 0.0)))
         moved[id(tensor)] = read, written, tensor_bytes(tensor)
     return round(sum((read + written) * size for read, written, size in moved.values()))
 
 
 def launch_flops(launch: Launch) -> int:
     """FLOPs of a launch's matmuls and convolutions."""
-    return _cost(launch).flops(launch.arguments)
+    return _entry(launch).flops(launch.arguments)
 
 
-def _cost(launch: Launch) -> KernelCost:
+def _entry(launch: Launch) -> KernelCost:
     name = launch.kernel.__name__
     if name not in KERNELS:
         raise LookupError(f"{name}: expected an entry in benchmarks.traffic.access.KERNELS, which has {[*KERNELS]}")

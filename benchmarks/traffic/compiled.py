@@ -7,8 +7,8 @@ the versions of PyTorch that it was tried with; ``STORED`` holds figures for whe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -133,6 +133,8 @@ def _count(
 
 def _schedule(graph: GraphModule, arguments: Sequence[Any], is_backward: bool) -> list[Kernel]:
     """The kernels that Inductor makes of a traced graph on a GPU."""
+    import torch._inductor.codegen.triton  # registers code generation for GPUs
+    from torch._inductor import config
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -152,7 +154,9 @@ def _schedule(graph: GraphModule, arguments: Sequence[Any], is_backward: bool) -
     fake_mode = next(a.fake_mode for a in on_gpu if isinstance(a, FakeTensor))
     lowering = GraphLowering(gpu_graph, shape_env=fake_mode.shape_env, is_backward=is_backward)
     with ExitStack() as stack:
-        stack.enter_context(_pretended_gpu())
+        for name, value in _PRETENDED.items():
+            stack.enter_context(mock.patch(name, value, create=True))
+        stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
         stack.enter_context(V.set_graph_handler(lowering))
         stack.enter_context(V.set_fake_mode(fake_mode))
         stack.enter_context(V.set_debug_handler(DebugContext()))
@@ -162,18 +166,6 @@ def _schedule(graph: GraphModule, arguments: Sequence[Any], is_backward: bool) -
         return [
             _kernel(node, size) for node in lowering.scheduler.nodes if (size := node.get_read_write_buffers_sizes())
         ]
-
-
-@contextmanager
-def _pretended_gpu() -> Iterator[None]:
-    import torch._inductor.codegen.triton  # noqa: F401  (registers code generation for GPUs)
-    from torch._inductor import config
-
-    with ExitStack() as stack:
-        for name, value in _PRETENDED.items():
-            stack.enter_context(mock.patch(name, value, create=True))
-        stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
-        yield
 
 
 def _kernel(scheduled: Any, moved_bytes: int) -> Kernel:

@@ -180,9 +180,8 @@ def count_call(
             with torch.no_grad(), counter:
                 module(x)
             return call
-        saved = _Saved(module)
         with counter:
-            with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            with SavedTensors(module) as saved:
                 out = module(x)
             counter.kernels = call.backward
             out.backward(torch.empty(out.shape, dtype=out.dtype))
@@ -190,18 +189,24 @@ def count_call(
     return call
 
 
-class _Saved:
-    """What autograd keeps for backward, a storage once, parameters and buffers left out."""
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Sees what autograd keeps for backward in a `with` block: a storage once, parameters and buffers left out."""
 
     def __init__(self, module: nn.Module) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
         self._own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, int] = {}
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in self._own:
-            self._kept[storage] = tensor
+    def __enter__(self) -> SavedTensors:
+        super().__enter__()
+        return self
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._kept[storage._cdata] = storage.nbytes()
         return tensor
 
     def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+        """Bytes of all that is kept."""
+        return sum(self._kept.values())

@@ -6,7 +6,7 @@ These times are modelled, not measured.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +60,15 @@ def modelled_seconds(kernels: Iterable[Kernel]) -> float:
     """The least that these kernels take one after another: each its bytes' or its FLOPs' time, and a launch."""
     memory, arithmetic, launch = ASSUMPTIONS.values()
     return sum(max(kernel.bytes / memory, kernel.flops / arithmetic) + launch for kernel in kernels)
+
+
+def assumed(assumptions: Mapping[str, Any]) -> str:
+    """What a kernel takes by the model, in words."""
+    memory, arithmetic, launch = (assumptions[name] for name in ASSUMPTIONS)
+    return (
+        f"its bytes at {memory / 1e12:.1f} TB/s or its matmuls at {arithmetic / 1e12:.0f} TFLOP/s, whichever takes "
+        f"longer, and {1e6 * launch:.0f} us a launch"
+    )
 
 
 def model_gpu(batch: int = 256) -> dict[str, Any]:

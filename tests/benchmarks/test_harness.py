@@ -12,11 +12,11 @@ import torch
 from benchmarks import test_benchmarks as suite
 from benchmarks.harness import compare, implementations, measure
 from benchmarks.harness.checking import check_outputs
-from benchmarks.harness.measure import Clock, measure_workload
+from benchmarks.harness.measure import Clock, measure_workload, result_rows
 from benchmarks.harness.statistics import Ratio
 from benchmarks.harness.usage import peak_memory
 from benchmarks.session import Session, select_workloads
-from benchmarks.tables import format_table, result_rows
+from benchmarks.tables import format_table
 from benchmarks.workloads import Workload, plan
 from ceit.runtime.options import UsageError
 from ceit_kernels import Frozen, FusedLCAAttention, FusedLeFF
@@ -71,7 +71,7 @@ def test_run_fails_for_a_wrong_operator(monkeypatch):
 
 
 def test_implementation_that_cannot_run_is_listed(monkeypatch):
-    def fail(module):
+    def fail(module, by):
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr("benchmarks.harness.rewrite.rewrite", fail)

@@ -12,7 +12,7 @@ from support.bench_report import MODELLED
 from support.fake_cuda import FakeCuda, FakeProfile
 
 from benchmarks import session, workloads
-from benchmarks.harness import kernels, machine, measure, timing, usage
+from benchmarks.harness import machine, measure, timing, usage
 from benchmarks.report import make_report, write_report
 from benchmarks.results import Report
 from benchmarks.session import Session
@@ -53,13 +53,12 @@ def _pretend(patch):
     patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     properties = SimpleNamespace(L2_cache_size=1 << 10, multi_processor_count=132)
     patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    for module in (kernels, usage):
-        patch.setattr(module, "profile", FakeProfile)
+    patch.setattr(usage, "profile", FakeProfile)
     run = measure._run
     patch.setattr(measure, "_run", lambda step, inputs, i: cuda.timed(lambda i: run(step, inputs, i))(i))
     patch.setitem(workloads.SIZES, "tiny", 64)
     patch.setitem(machine._SIZES, "cuda", (1 << 12, 16))
-    patch.setattr(kernels, "_ROUNDS", 1)
+    patch.setattr(usage, "_ROUNDS", 1)
     patch.setattr(timing, "_WARMUP_CALLS", 1)
 
 
