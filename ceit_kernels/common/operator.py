@@ -30,9 +30,8 @@ class Operator:
     which takes up to a millisecond a call on the CPU.
 
     A subclass gives the attributes and formulas, whose ``inputs`` are the arguments of the schema (``options`` only let
-    type checkers take any signature of them). ``forward``,
-    ``backward`` and their fakes return None for a tensor that a call does not have; the registered operator, which must
-    return tensors, returns one without elements.
+    type checkers take any signature of them). Where a call does not have a tensor, formulas return None; the registered
+    operator, which must return tensors, returns one without elements.
 
     Attributes:
         name: what it is registered as.
@@ -42,6 +41,12 @@ class Operator:
         differentiable: how many of the results, from the first, have a gradient.
         public_name: what users call, for the error of a second derivative.
         twice: where second derivatives are to be had.
+        forward, backward: the results, and those of the gradient's operator.
+        fake, fake_backward: tensors of the shapes and dtypes of these.
+        save: ``save(ctx, inputs, results)`` keeps in ``ctx`` what ``gradients`` needs.
+        gradients: ``gradients(backward, ctx, *grads)`` gives those of the first inputs, and those that nobody asked for
+            are dropped. ``backward`` is the method or the registered operator; of the results' ``grads`` some may be
+            None, but not all.
     """
 
     name: ClassVar[str]
@@ -51,6 +56,12 @@ class Operator:
     differentiable: ClassVar[int] = 1
     public_name: ClassVar[str]
     twice: ClassVar[str] = 'ceit_kernels.use_backend("reference")'
+    forward: ClassVar[Callable[..., Results]]
+    fake: ClassVar[Callable[..., Results]]
+    backward: ClassVar[Callable[..., Results]]
+    fake_backward: ClassVar[Callable[..., Results]]
+    save: ClassVar[Callable[..., None]]
+    gradients: ClassVar[Callable[..., Sequence[Tensor | None]]]
 
     def check(self, *inputs: Any, **options: Any) -> None:
         """Raise ValueError or TypeError for inputs, without the backend, that make no call."""
@@ -63,14 +74,6 @@ class Operator:
         place = self._compute_dtype
         return (None if place is None else inputs[place]) or inputs[0].dtype
 
-    def forward(self, *inputs: Any, **options: Any) -> Results:
-        """The results."""
-        raise NotImplementedError
-
-    def fake(self, *inputs: Any, **options: Any) -> Results:
-        """Tensors of the results' shapes and dtypes."""
-        raise NotImplementedError
-
     def flops(self, *inputs: Any, **options: Any) -> int:
         """FLOPs of ``forward``, with shapes in the place of tensors."""
         return 0
@@ -81,32 +84,8 @@ class Operator:
         chosen = inputs[place] or (None if inputs[0].dtype == torch.float64 else dtype)
         return *inputs[:place], chosen, *inputs[place + 1 :]
 
-    def save(self, ctx: Any, inputs: tuple[Any, ...], results: Results) -> None:
-        """Keep in ``ctx`` what ``gradients`` needs."""
-        raise NotImplementedError
-
-    def gradients(
-        self, backward: Callable[..., Results], ctx: Any, *grads: Any, **options: Any
-    ) -> Sequence[Tensor | None]:
-        """The gradients of the first inputs; those that nobody asked for are dropped.
-
-        Args:
-            backward: the method, or the registered operator.
-            ctx: what ``save`` kept.
-            grads: of the results; None where nothing uses one, but not for all.
-        """
-        raise NotImplementedError
-
     def check_backward(self, *inputs: Any, **options: Any) -> None:
         """Raise ValueError or TypeError for inputs of ``backward`` that make no call."""
-
-    def backward(self, *inputs: Any, **options: Any) -> Results:
-        """The results of the gradient's operator."""
-        raise NotImplementedError
-
-    def fake_backward(self, *inputs: Any, **options: Any) -> Results:
-        """Tensors of the shapes and dtypes of these."""
-        raise NotImplementedError
 
     def backward_flops(self, *inputs: Any, **options: Any) -> int:
         """FLOPs of ``backward``, with shapes in the place of tensors."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sizes import conv_size
+from .arguments import Stem, conv_size
 
 __all__ = ["i2t_backward_cpu", "i2t_forward_cpu", "stem_arguments"]
 
@@ -35,26 +35,23 @@ def _scale(variance: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     return rstd if gamma is None else rstd * gamma
 
 
-def _norm(gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+def _norm(stem: Stem, acc_dtype: torch.dtype) -> Tensor:
+    """Mean, scale and shift (3, O)."""
+    gamma, beta, mean, variance = _vectors(stem, acc_dtype)
     shift = torch.zeros_like(mean) if beta is None else beta
-    return torch.stack((mean, _scale(variance, gamma, eps), shift))
+    return torch.stack((mean, _scale(variance, gamma, stem.eps), shift))
 
 
-def stem_arguments(
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _vectors(stem: Stem, acc_dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if t is None else t.to(acc_dtype) for t in (stem.gamma, stem.beta, stem.mean, stem.variance)]
+
+
+def stem_arguments(stem: Stem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the kernel takes beside the image: weight, sign of gamma, and the norm; none in training."""
     acc_dtype = torch.promote_types(dtype, torch.float32)
-    gamma, beta, mean, variance = (None if t is None else t.to(acc_dtype) for t in (gamma, beta, mean, variance))
-    sign = torch.ones(weight.shape[0], dtype=acc_dtype) if gamma is None else gamma.sign()
-    norm = None if mean is None else _norm(gamma, beta, mean, variance, eps)
-    return _prepack(weight, dtype, acc_dtype), sign, norm
+    sign = torch.ones(stem.weight.shape[0], dtype=acc_dtype) if stem.gamma is None else stem.gamma.to(acc_dtype).sign()
+    norm = None if stem.mean is None else _norm(stem, acc_dtype)
+    return _prepack(stem.weight, dtype, acc_dtype), sign, norm
 
 
 def _merged(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -66,20 +63,11 @@ def _merged(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def i2t_forward_cpu(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-    need_indices: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """The registered operator's results, its arguments checked, B at least 1; training if ``mean`` is None."""
-    training, acc_dtype = mean is None, torch.promote_types(dtype, torch.float32)
-    channels, conv_sizes = weight.shape[0], [conv_size(size) for size in x.shape[2:]]
-    gamma, beta, mean, variance = (None if t is None else t.to(acc_dtype) for t in (gamma, beta, mean, variance))
+    x: Tensor, stem: Stem, need_indices: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The registered operator's results, its arguments checked, B at least 1."""
+    training, acc_dtype = stem.mean is None, torch.promote_types(dtype, torch.float32)
+    channels, conv_sizes = stem.weight.shape[0], [conv_size(size) for size in x.shape[2:]]
     result = torch.empty(
         (x.shape[0], channels, *map(conv_size, conv_sizes)), dtype=dtype, memory_format=torch.channels_last
     )
@@ -89,35 +77,26 @@ def i2t_forward_cpu(
     pooled = torch.empty_like(out) if training and need_indices else None
     target = out if pooled is None else pooled
     moments = torch.empty((x.shape[0], conv_sizes[0], 2, channels), dtype=acc_dtype) if training else None
-    prepacked, sign, norm = stem_arguments(weight, gamma, beta, mean, variance, eps, dtype)
+    prepacked, sign, norm = stem_arguments(stem, dtype)
     torch.ops.ceit._i2t_forward_cpu(x.to(dtype), prepacked, sign, norm, target, indices, moments)
+    mean = variance = None
     if training:
         mean, variance = _merged(moments, conv_sizes[1])
-        torch.ops.ceit._i2t_normalise_cpu(target, _norm(gamma, beta, mean, variance, eps), out)
+        torch.ops.ceit._i2t_normalise_cpu(target, _norm(stem._replace(mean=mean, variance=variance), acc_dtype), out)
     return result, None if indices is None else indices.permute(0, 3, 1, 2), mean, variance, pooled
 
 
 def i2t_backward_cpu(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    indices: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    training: bool,
-    need_input: bool,
-    dtype: torch.dtype,
-    pooled: Tensor | None,
+    grad_out: Tensor, x: Tensor, stem: Stem, indices: Tensor, pooled: Tensor | None, need_x: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of x (None unless needed), the weight, gamma and beta; ``pooled`` is the forward's in training."""
     acc_dtype = torch.promote_types(dtype, torch.float32)
+    weight, eps = stem.weight, stem.eps
     channels, conv_sizes = weight.shape[0], [conv_size(size) for size in x.shape[2:]]
-    gamma, mean, variance = (None if t is None else t.to(acc_dtype) for t in (gamma, mean, variance))
+    gamma, _, mean, variance = _vectors(stem, acc_dtype)
     grad_out, indices = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_out.to(dtype), indices))
     scale, zeros = _scale(variance, gamma, eps), torch.zeros_like(mean)
-    if training:
+    if pooled is not None:
         sums = torch.empty((*grad_out.shape[:2], 2, channels), dtype=acc_dtype)
         torch.ops.ceit._i2t_sums_cpu(grad_out, pooled.contiguous(), mean, sums)
         grad_beta, centred = sums.flatten(0, 1).sum(0)
@@ -130,7 +109,7 @@ def i2t_backward_cpu(
     prepacked = _prepack(weight, dtype, acc_dtype)
     parts = min(_PARTS, x.shape[0] * conv_sizes[0])
     grad_weight, dots = (torch.empty((parts, *size), dtype=acc_dtype) for size in (prepacked.shape, (channels,)))
-    grad_convolution = torch.empty((x.shape[0], *conv_sizes, channels), dtype=dtype) if need_input else None
+    grad_convolution = torch.empty((x.shape[0], *conv_sizes, channels), dtype=dtype) if need_x else None
     torch.ops.ceit._i2t_backward_cpu(
         grad_out, indices, image, prepacked, torch.stack(coefficients), grad_weight, dots, grad_convolution
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import is_recording
-from .sizes import conv_size, pooled_size
+from .arguments import Stem, conv_size, pooled_size
 
 __all__ = ["OUT_CHANNELS", "i2t_backward_cuda", "i2t_forward_cuda"]
 
@@ -67,20 +67,12 @@ def _rows_per_block(x: Tensor, height: int, width: int) -> int:
 
 
 def i2t_forward_cuda(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-    need_indices: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
-    """The registered operator's result, its arguments checked; training if ``mean`` is None."""
-    training, parameter = mean is None, _parameter_dtype(dtype)
-    channels, height, width = weight.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3])
-    weight, gamma, beta, mean, variance = _as_parameters(dtype, weight, gamma, beta, mean, variance)
+    x: Tensor, stem: Stem, need_indices: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
+    """The registered operator's results, its arguments checked."""
+    training, parameter = stem.mean is None, _parameter_dtype(dtype)
+    channels, height, width = stem.weight.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3])
+    weight, gamma, beta, mean, variance = _as_parameters(dtype, *stem[:5])
     result = torch.empty(
         (x.shape[0], channels, height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -96,27 +88,18 @@ def i2t_forward_cuda(
     prepacked = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
     torch.ops.ceit._i2t_forward(
         _image_for(x, dtype), weight, gamma, beta, mean, variance, prepacked, moments, out, indices,
-        eps, training, _tensor_cores(dtype), rows,
+        stem.eps, training, _tensor_cores(dtype), rows,
     )  # fmt: skip
-    return result, None if indices is None else indices.permute(0, 3, 1, 2), mean, variance, None
+    statistics = (mean, variance) if training else (None, None)
+    return result, None if indices is None else indices.permute(0, 3, 1, 2), *statistics, None
 
 
 def i2t_backward_cuda(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    indices: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    training: bool,
-    need_input: bool,
-    dtype: torch.dtype,
+    grad_out: Tensor, x: Tensor, stem: Stem, indices: Tensor, training: bool, need_input: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of x (None unless needed), the weight, gamma and beta; the last three in the kernels' dtype."""
     parameter = _parameter_dtype(dtype)
-    weight, gamma, mean, variance = _as_parameters(dtype, weight, gamma, mean, variance)
+    weight, gamma, _, mean, variance = _as_parameters(dtype, *stem[:5])
     channels, fan_in = weight.shape[0], weight.shape[1] * 49
     tiles = x.shape[0] * -(-conv_size(x.shape[2]) // _TILE[0]) * -(-conv_size(x.shape[3]) // _TILE[1])
     blocks = min(tiles, max(1, 2 * _multiprocessors(x) * _CHANNELS_PER_BLOCK // channels))
@@ -129,6 +112,6 @@ def i2t_backward_cuda(
     torch.ops.ceit._i2t_backward(
         grad_out.permute(0, 2, 3, 1).to(dtype).contiguous(), indices.permute(0, 2, 3, 1).contiguous(),
         image, weight, gamma, mean, variance, prepacked, sums, grad_weight, grad_gamma, grad_beta, grad_x,
-        eps, training, _tensor_cores(dtype), blocks,
+        stem.eps, training, _tensor_cores(dtype), blocks,
     )  # fmt: skip
     return (None if grad_x is None else grad_x.to(x.dtype)), grad_weight, grad_gamma, grad_beta

@@ -10,6 +10,7 @@ from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input
 from ..common.children import children_reason, convolution_reason
 from ..common.module import Fusion, attributes_of
+from .arguments import Stem
 from .cpu import stem_arguments
 from .functional import image_to_tokens
 from .op import size_unsupported_reason
@@ -98,7 +99,8 @@ class Image2TokensFusion(Fusion, attributes_of(Image2Tokens)):
         weight = self.conv.weight
         if size_unsupported_reason(x, weight.shape[0]) is not None:
             return None
-        return stem_arguments(weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, x.dtype)
+        stem = Stem(weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        return stem_arguments(stem, x.dtype)
 
 
 class FusedImage2Tokens(Image2TokensFusion, Image2Tokens):

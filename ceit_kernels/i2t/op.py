@@ -9,9 +9,9 @@ from .. import backends
 from ..common.checks import check_device, check_dtype, check_floating, check_parameters, check_shape
 from ..common.flops import conv_backward_flops, conv_flops
 from ..common.operator import Operator, gradients_like
+from .arguments import Stem, conv_size, pooled_size
 from .cpu import i2t_backward_cpu, i2t_forward_cpu
 from .cuda import OUT_CHANNELS, i2t_backward_cuda, i2t_forward_cuda
-from .sizes import conv_size, pooled_size
 
 __all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "i2t_operator", "size_unsupported_reason"]
 
@@ -71,11 +71,9 @@ class _I2T(Operator):
         return size_unsupported_reason(x, weight.shape[0])
 
     def forward(self, x, *rest):
-        *tensors, eps, need_indices, compute_dtype, _ = rest
+        *stem, need_indices, compute_dtype, _ = rest
         run = i2t_forward_cpu if _on_cpu(x) else i2t_forward_cuda
-        out, indices, mean, variance, pooled = run(x, *tensors, eps, need_indices, compute_dtype or x.dtype)
-        # Those that were given are not to be returned.
-        return (out, indices, mean, variance, pooled) if tensors[3] is None else (out, indices, None, None, pooled)
+        return run(x, Stem(*stem), need_indices, compute_dtype or x.dtype)
 
     def fake(self, x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
         dtype, training = compute_dtype or x.dtype, mean is None
@@ -125,9 +123,9 @@ class _I2T(Operator):
         self, grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input,
         backend, pooled=None,
     ):  # fmt: skip
-        dtype = compute_dtype or x.dtype
-        inputs = [grad_out, x, weight, gamma, indices, mean, variance, eps, training, need_input, dtype]
-        grads = i2t_backward_cpu(*inputs, pooled) if _on_cpu(x) else i2t_backward_cuda(*inputs)
+        run, given = (i2t_backward_cpu, pooled if training else None) if _on_cpu(x) else (i2t_backward_cuda, training)
+        stem = Stem(weight, gamma, beta, mean, variance, eps)
+        grads = run(grad_out, x, stem, indices, given, need_input, compute_dtype or x.dtype)
         likes = (x, weight, gamma, beta)
         return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, likes, strict=True))
 

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.i2t import cuda
+from ceit_kernels.i2t.arguments import Stem
 
 BATCH, SIDE, CHANNELS = 256, 224, 64
 MULTIPROCESSORS = 132
@@ -50,10 +51,10 @@ def arguments():
 
 def test_a_training_step_moves_at_most_700_megabytes(calls):
     x, weight, gamma, beta = arguments()
-    out, indices, mean, variance, _ = cuda.i2t_forward_cuda(
-        x, weight, gamma, beta, None, None, 1e-5, True, torch.bfloat16
-    )
-    cuda.i2t_backward_cuda(out, x, weight, gamma, indices, mean, variance, 1e-5, True, False, torch.bfloat16)
+    stem = Stem(weight, gamma, beta, None, None, 1e-5)
+    out, indices, mean, variance, _ = cuda.i2t_forward_cuda(x, stem, True, torch.bfloat16)
+    stem = stem._replace(mean=mean, variance=variance)
+    cuda.i2t_backward_cuda(out, x, stem, indices, True, False, torch.bfloat16)
     assert [name for name, _ in calls] == ["_i2t_forward", "_i2t_backward"]
     assert 600 < megabytes(calls, out) <= 700
 
@@ -61,5 +62,6 @@ def test_a_training_step_moves_at_most_700_megabytes(calls):
 def test_inference_moves_at_most_200_megabytes(calls):
     x, weight, gamma, beta = arguments()
     mean, variance = torch.empty(CHANNELS), torch.empty(CHANNELS)
-    out, *_ = cuda.i2t_forward_cuda(x, weight, gamma, beta, mean, variance, 1e-5, False, torch.bfloat16)
+    stem = Stem(weight, gamma, beta, mean, variance, 1e-5)
+    out, *_ = cuda.i2t_forward_cuda(x, stem, False, torch.bfloat16)
     assert 170 < megabytes(calls, out) <= 200
