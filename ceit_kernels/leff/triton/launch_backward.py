@@ -18,7 +18,7 @@ from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_ker
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
 from .kernels_reduce import leff_coefficients_kernel, leff_sum_kernel
 from .launch_common import Call
-from .launch_forward import depthwise_grid
+from .launch_forward import contract_grid, depthwise_grid
 from .tiles import (
     PARTS,
     cdiv,
@@ -75,6 +75,8 @@ class _Backward:
         self.norms = [norm if norm.numel() else None for norm in norms]
         self.needs = [needs[i : i + 4] for i in (0, 4, 8)]
         self.gradients: list[list[Tensor | None]] = [[None] * 4 for _ in self.needs]
+        call.known |= {"p_dout": dout, "p_z1": self.z1, "p_z2": self.z2, "p_z3": self.z3}
+        call.known |= {f"p_norm{i}": norm for i, norm in enumerate(self.norms, 1)}
 
     def run(self) -> Tensor | None:
         """The gradient of x if that is wanted; fills ``gradients``, from the last layer down."""
@@ -110,20 +112,13 @@ class _Backward:
         batch = call.settings.norms[layer] == "batch"
         sums, gradient = call.empty(1, 2, channels), call.empty(GRADIENT_ROWS, channels)
 
+        arguments = {"p_norm": self.norms[layer], "p_total": self.count if batch else None, "E": channels}
+        arguments |= {"p_sums": sums, "p_gradient": gradient}
+        grid = (cdiv(channels, PARTS.sizes["TILE_E"]),)
+
         def reduce(partial: Tensor, **vectors: Tensor | None) -> None:
-            call.launch(
-                leff_coefficients_kernel,
-                (cdiv(channels, PARTS.sizes["TILE_E"]),),
-                PARTS,
-                p_partial=partial,
-                p_norm=self.norms[layer],
-                p_total=self.count if batch else None,
-                p_sums=sums,
-                p_gradient=gradient,
-                T=partial.shape[0],
-                E=channels,
-                **vectors,
-            )
+            given = {**arguments, "p_partial": partial, "T": partial.shape[0], **vectors}
+            call.launch(leff_coefficients_kernel, grid, PARTS, **given)
 
         reduce(partial, **dict(zip(("p_dbias", "p_dnorm_weight", "p_dnorm_bias"), vectors, strict=True)))
         if group is not None and batch and wanted:
@@ -136,10 +131,7 @@ class _Backward:
             return None
         tiles, parts = row_tiles(call.O), cdiv(call.M, _ROWS)
         partial, grid = call.empty(parts, 2, call.O), (parts, cdiv(call.O, tiles.sizes["TILE_O"]))
-        call.launch(
-            leff_norm_sums_kernel, grid, tiles,
-            p_dout=self.dout, p_z3=self.z3, p_norm3=norm3, p_partial=partial, ROWS=_ROWS,
-        )  # fmt: skip
+        call.launch(leff_norm_sums_kernel, grid, tiles, p_partial=partial, ROWS=_ROWS)
         return self._coefficients(2, partial, wanted)
 
     def _dz3(self, gradient3: Tensor | None) -> tuple[Tensor, int]:
@@ -149,32 +141,19 @@ class _Backward:
             return self.dout, call.settings.num_prefix_tokens
         tiles, dz3 = row_tiles(call.O), torch.empty_like(self.z3)
         grid = (cdiv(call.M, tiles.sizes["TILE_M"]), cdiv(call.O, tiles.sizes["TILE_O"]))
-        call.launch(
-            leff_norm_gradient_kernel, grid, tiles,
-            p_dout=self.dout, p_z3=self.z3, p_gradient3=gradient3, p_dz3=dz3,
-        )  # fmt: skip
+        call.launch(leff_norm_gradient_kernel, grid, tiles, p_gradient3=gradient3, p_dz3=dz3)
         return dz3, 0
 
     def _g2(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient of the second norm's output, and the norm's gradient array if that is wanted."""
         call = self.call
+        arguments = {"p_dz3": dz3, "p_weight": call.weight(2), "P": prefix, "ACTIVATION": call.settings.activations[1]}
 
         def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
             rows = cdiv(call.M, tiles.sizes["TILE_M"])
             g2, partial = torch.empty_like(self.z2), call.empty(rows, 2, call.E)
-            call.launch(
-                leff_hidden_gradient_kernel,
-                (rows * cdiv(call.E, tiles.sizes["TILE_E"]),),
-                tiles,
-                p_dz3=dz3,
-                p_weight=call.weight(2),
-                p_z2=self.z2,
-                p_norm2=self.norms[1],
-                p_g2=g2,
-                p_partial=partial,
-                P=prefix,
-                ACTIVATION=call.settings.activations[1],
-            )
+            grid = (rows * cdiv(call.E, tiles.sizes["TILE_E"]),)
+            call.launch(leff_hidden_gradient_kernel, grid, tiles, **arguments, p_g2=g2, p_partial=partial)
             return g2, partial
 
         table = hidden_gradient_tiles(call.O, call.E, call.dtype, call.chip)
@@ -188,22 +167,9 @@ class _Backward:
         images, parts, grid = depthwise_grid(call, tiles)
         taps = call.taps()
         g1, partial, taps_gradient = torch.empty_like(g2), call.empty(parts, 2, call.E), call.empty(parts, *taps.shape)
-        call.launch(
-            leff_depthwise_backward_kernel,
-            grid,
-            tiles,
-            p_g2=g2,
-            p_z2=self.z2,
-            p_z1=self.z1,
-            p_gradient2=gradient2,
-            p_norm1=self.norms[0],
-            p_taps=taps,
-            p_g1=g1,
-            p_taps_gradient=taps_gradient,
-            p_partial=partial,
-            IMAGES=images,
-            ACTIVATION=call.settings.activations[0],
-        )
+        arguments = {"p_g2": g2, "p_gradient2": gradient2, "p_taps": taps, "ACTIVATION": call.settings.activations[0]}
+        arguments |= {"p_g1": g1, "p_taps_gradient": taps_gradient, "p_partial": partial, "IMAGES": images}
+        call.launch(leff_depthwise_backward_kernel, grid, tiles, **arguments)
         if self.needs[1][0]:
             weight = call.layers[1].weight
             summed = self._sum(taps_gradient, *taps.shape, dtype=weight.dtype)
@@ -235,17 +201,9 @@ class _Backward:
         folded, tiles = torch.empty_like(weight), fold_gradient_tiles(channels)
         columns = cdiv(channels, tiles.sizes["TILE_C"])
         shared = {"p_weight": weight, "p_gradient": gradient1, "p_mean": mean}
-        call.launch(
-            leff_fold_gradient_kernel,
-            (1 if tail is None else columns, columns),
-            tiles,
-            **shared,
-            p_folded=folded,
-            p_tail=tail,
-            p_bias=bias,
-            p_total=self.count,
-            p_sums=total,
-        )
+        results = {"p_folded": folded, "p_tail": tail, "p_bias": bias}
+        grid = (1 if tail is None else columns, columns)
+        call.launch(leff_fold_gradient_kernel, grid, tiles, **shared, **results, p_total=self.count, p_sums=total)
         dx = None
         if self.need_x:
             tokens = None if tail is None else call.x
@@ -255,43 +213,26 @@ class _Backward:
             parameter, tiles = call.layers[0].weight, factored_weight_tiles(channels)
             gradient = call.empty(*parameter.shape, dtype=parameter.dtype)
             grid = (cdiv(call.E, tiles.sizes["TILE_E"]), cdiv(channels, tiles.sizes["TILE_C"]))
-            call.launch(
-                leff_factored_weight_kernel, grid, tiles,
-                **shared, p_partial=partial, p_gram=gram, p_sums=sums, p_out=gradient, S=partial.shape[0],
-            )  # fmt: skip
+            moments = {"p_gram": gram, "p_sums": sums, "p_partial": partial, "S": partial.shape[0]}
+            call.launch(leff_factored_weight_kernel, grid, tiles, **shared, **moments, p_out=gradient)
             self.gradients[0][0] = gradient
         return dx
 
     def _second_moments_of_x(self) -> tuple[Tensor, Tensor]:
         """x^T x (C, C) and the sums of x (C,) over the image tokens."""
         call, x = self.call, self.call.x
-        prefix = call.settings.num_prefix_tokens
-        partial, sums = self._weight_partial(
-            call.C, call.C, with_sums=True, p_a=x, p_tokens=x, OPERAND="plain", PA=prefix
-        )
+        operand = {"p_a": x, "OPERAND": "plain", "PA": call.settings.num_prefix_tokens}
+        partial, sums = self._weight_partial(call.C, call.C, with_sums=True, p_tokens=x, **operand)
         return self._sum(partial, call.C, call.C), self._sum(sums, call.C)
 
     def _dx(self, weight: Tensor, **arguments: Any) -> Tensor:
         """The gradient of x: an operand (M, E) times a weight (E, C), and the rest of ``arguments``."""
         call = self.call
+        arguments |= {"p_weight": weight, "p_prefix": self.dout, "O": call.C, "STRIDE_O": 1, "STRIDE_E": call.C}
 
         def run(tiles: Tiles) -> Tensor:
-            dx, rows = torch.empty_like(call.x), tiles.sizes["TILE_M"]
-            call.launch(
-                leff_contract_operand_kernel,
-                (
-                    (cdiv(call.M, rows) + call.prefix_tiles(rows))
-                    * cdiv(call.C, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"]),
-                ),
-                tiles,
-                **arguments,
-                p_weight=weight,
-                p_prefix=self.dout,
-                p_out=dx,
-                O=call.C,
-                STRIDE_O=1,
-                STRIDE_E=call.C,
-            )
+            dx, grid = torch.empty_like(call.x), contract_grid(call, tiles, call.C)
+            call.launch(leff_contract_operand_kernel, grid, tiles, **arguments, p_out=dx)
             return dx
 
         table = contract_tiles(call.C, call.dtype, call.chip)
@@ -317,10 +258,8 @@ class _Backward:
             rows, splits = _split(call.M, grid[0] * grid[1], tiles.sizes["TILE_M"])
             partial = call.empty(splits, width * channels)
             sums = call.empty(splits, width) if with_sums else None
-            call.launch(
-                leff_weight_gradient_kernel, (*grid, splits), tiles,
-                **arguments, p_partial=partial, p_sums=sums, ROWS=rows,
-            )  # fmt: skip
+            results = {"p_partial": partial, "p_sums": sums, "ROWS": rows}
+            call.launch(leff_weight_gradient_kernel, (*grid, splits), tiles, **arguments, **results)
             return partial, sums
 
         table = weight_gradient_tiles(channels, width, call.dtype, call.chip)

@@ -45,6 +45,7 @@ class Call:
         M, C, E, O: image tokens of the batch; channels of the input, in between and of the output.
         kernel_size: side of the depthwise kernels.
         chip: compute capability, times ten.
+        known: arguments of kernels by name, each of which means one thing in all of them.
     """
 
     def __init__(self, x: Tensor, parameters: Sequence[Tensor | None], settings: Settings) -> None:
@@ -57,7 +58,7 @@ class Call:
         weight1, weight2, weight3 = (layer.weight for layer in self.layers)
         self.M, self.C, self.E, self.O = batch * height * width, x.shape[2], weight1.shape[0], weight3.shape[0]
         self.kernel_size = weight2.shape[-1]
-        self._known = {
+        self.known = {
             **precision_arguments(self.dtype),
             "EXACT": self.dtype.itemsize > 2,
             "B": batch,
@@ -89,8 +90,8 @@ class Call:
         return cdiv(self.x.shape[0] * self.settings.num_prefix_tokens, rows)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tiles: Tiles, **arguments: Any) -> None:
-        """Launch a kernel, which also takes what it has a name for of the call's sizes and constants."""
-        launch(kernel, grid, {**self._known, **tiles.sizes, **arguments}, tiles.num_warps, tiles.num_stages)
+        """Launch a kernel, which also takes what it has a name for of ``known``."""
+        launch(kernel, grid, {**self.known, **tiles.sizes, **arguments}, tiles.num_warps, tiles.num_stages)
 
     def tuned(self, kernel: str, table: Tiles, shape: dict[str, Any], run: Callable[[Tiles], Result]) -> Result:
         """What ``run`` returns with the tiles that ``tuned_tiles`` finds; it launches into buffers that it makes.

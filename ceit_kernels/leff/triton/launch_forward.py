@@ -18,7 +18,7 @@ from .kernels_reduce import leff_statistics_kernel
 from .launch_common import Call
 from .tiles import PARTS, cdiv, contract_tiles, depthwise_tiles, expand_tiles, row_tiles
 
-__all__ = ["depthwise_grid", "leff_forward_triton"]
+__all__ = ["contract_grid", "depthwise_grid", "leff_forward_triton"]
 
 _PROGRAMS = 4096  # enough one-warp program instances for the largest chip, few enough for their partial results
 
@@ -55,19 +55,13 @@ def leff_forward_triton(
 
 
 def _expand(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None]:
+    arguments = {"p_x": call.x, "p_weight": call.weight(0), "p_bias": call.layers[0].bias}
+
     def run(tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
         rows = cdiv(call.M, tiles.sizes["TILE_M"])
         z1, moments = call.empty(call.M, call.E, dtype=call.dtype), _moments(call, 0, rows, call.E)
-        call.launch(
-            leff_expand_moments_kernel,
-            (rows * cdiv(call.E, tiles.sizes["TILE_E"]),),
-            tiles,
-            p_x=call.x,
-            p_weight=call.weight(0),
-            p_bias=call.layers[0].bias,
-            p_z1=z1,
-            **moments,
-        )
+        grid = (rows * cdiv(call.E, tiles.sizes["TILE_E"]),)
+        call.launch(leff_expand_moments_kernel, grid, tiles, **arguments, **moments, p_z1=z1)
         return z1, moments
 
     table = expand_tiles(call.C, call.E, call.dtype, call.chip)
@@ -89,19 +83,9 @@ def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, count: Tensor) -> t
     tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
     images, parts, grid = depthwise_grid(call, tiles)
     z2, moments = torch.empty_like(z1), _moments(call, 1, parts, call.E)
-    call.launch(
-        leff_depthwise_kernel,
-        grid,
-        tiles,
-        p_z1=z1,
-        p_norm1=norm1,
-        p_taps=call.taps(),
-        p_bias=call.layers[1].bias,
-        p_z2=z2,
-        IMAGES=images,
-        ACTIVATION=call.settings.activations[0],
-        **moments,
-    )
+    arguments = {"p_z1": z1, "p_norm1": norm1, "p_taps": call.taps(), "p_bias": call.layers[1].bias, "p_z2": z2}
+    arguments |= {"IMAGES": images, "ACTIVATION": call.settings.activations[0], **moments}
+    call.launch(leff_depthwise_kernel, grid, tiles, **arguments)
     return z2, _norm(call, 1, count, **moments)
 
 
@@ -115,35 +99,28 @@ def _contract(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """z3 (M, O) or, with prefix tokens before those of each image, the result (B, P + HW, O); and its norm array."""
-    has_prefix = len(shape) == 3
+    has_prefix, activation = len(shape) == 3, call.settings.activations[1]
+    arguments = {"p_a": z2, "p_rows": norm2, "OPERAND": activation, "STRIDE_O": call.E, "STRIDE_E": 1}
+    arguments |= {"p_weight": call.weight(2), "p_bias": call.layers[2].bias, "p_residual": residual}
+    arguments |= {"p_prefix": call.x, "P": call.settings.num_prefix_tokens if has_prefix else 0}
 
     def run(tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = cdiv(call.M, tiles.sizes["TILE_M"])
-        prefix = call.prefix_tiles(tiles.sizes["TILE_M"]) if has_prefix else 0
-        out, moments = call.empty(*shape, dtype=dtype), _moments(call, 2, rows, call.O)
-        call.launch(
-            leff_contract_operand_kernel,
-            ((rows + prefix) * cdiv(call.O, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"]),),
-            tiles,
-            p_a=z2,
-            p_rows=norm2,
-            p_weight=call.weight(2),
-            p_bias=call.layers[2].bias,
-            p_out=out,
-            p_prefix=call.x,
-            p_residual=residual,
-            P=call.settings.num_prefix_tokens if has_prefix else 0,
-            STRIDE_O=call.E,
-            STRIDE_E=1,
-            OPERAND=call.settings.activations[1],
-            **moments,
-        )
+        out, moments = call.empty(*shape, dtype=dtype), _moments(call, 2, cdiv(call.M, tiles.sizes["TILE_M"]), call.O)
+        grid = contract_grid(call, tiles, call.O, has_prefix)
+        call.launch(leff_contract_operand_kernel, grid, tiles, **arguments, **moments, p_out=out)
         return out, moments
 
     table = contract_tiles(call.O, call.dtype, call.chip)
-    key = {"E": call.E, "O": call.O, "operand": call.settings.activations[1], "norm": call.settings.norms[2]}
+    key = {"E": call.E, "O": call.O, "operand": activation, "norm": call.settings.norms[2]}
     out, moments = call.tuned("leff_contract_operand", table, key, run)
     return out, _norm(call, 2, count, **moments)
+
+
+def contract_grid(call: Call, tiles: Tiles, channels: int, has_prefix: bool = True) -> tuple[int]:
+    """The grid of ``leff_contract_operand_kernel`` for so many outputs."""
+    rows = tiles.sizes["TILE_M"]
+    tokens = cdiv(call.M, rows) + (call.prefix_tiles(rows) if has_prefix else 0)
+    return (tokens * cdiv(channels, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"]),)
 
 
 def _moments(call: Call, layer: int, parts: int, channels: int) -> dict[str, Tensor]:
@@ -167,23 +144,12 @@ def _norm(
         shift = torch.zeros_like(mean) if bias is None else bias.to(call.acc_dtype)
         return torch.stack((mean, variance, rstd, scale, shift))
     channels = p_partial.shape[2]
+    arguments = {"p_weight": weight, "p_bias": bias, "p_total": count, "EPS": call.settings.eps[layer], "E": channels}
 
     def merge(partial: Tensor, counts: Tensor) -> Tensor:
-        norm = call.empty(NORM_ROWS, channels)
-        call.launch(
-            leff_statistics_kernel,
-            (cdiv(channels, PARTS.sizes["TILE_E"]),),
-            PARTS,
-            p_partial=partial,
-            p_count=counts,
-            p_weight=weight,
-            p_bias=bias,
-            p_norm=norm,
-            p_total=count,
-            EPS=call.settings.eps[layer],
-            T=partial.shape[0],
-            E=channels,
-        )
+        norm, grid = call.empty(NORM_ROWS, channels), (cdiv(channels, PARTS.sizes["TILE_E"]),)
+        arguments.update(p_partial=partial, p_count=counts, T=partial.shape[0], p_norm=norm)
+        call.launch(leff_statistics_kernel, grid, PARTS, **arguments)
         return norm
 
     norm, group = merge(p_partial, p_count), call.settings.group

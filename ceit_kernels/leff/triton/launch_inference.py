@@ -39,43 +39,25 @@ def leff_inference_triton(
     layer1, layer2, layer3 = call.layers
     rows2 = call.empty(call.kernel_size**2 + 1, call.E)
 
+    known = {f"p_{name}1": tensor for name, tensor in layer1._replace(weight=call.weight(0))._asdict().items()}
+    known |= {f"p_{name}2": tensor for name, tensor in layer2._asdict().items()}
+    known |= {f"p_{name}3": tensor for name, tensor in layer3._replace(weight=call.weight(2))._asdict().items()}
+    known |= {f"eps{i}": eps for i, eps in enumerate(settings.eps, 1)}
+    call.known |= {**known, "p_rows2": rows2, "p_x": x, "p_residual": residual}
+
     def expand(tiles: Tiles) -> Tensor:
         hidden = call.empty(call.M, call.E, dtype=call.dtype)
-        call.launch(
-            leff_expand_kernel,
-            ((cdiv(call.M, tiles.sizes["TILE_M"]) + 1) * cdiv(call.E, tiles.sizes["TILE_E"]),),
-            tiles,
-            **{f"p_{name}1": tensor for name, tensor in layer1._replace(weight=call.weight(0))._asdict().items()},
-            **{f"p_{name}2": tensor for name, tensor in layer2._asdict().items()},
-            p_x=x,
-            p_h=hidden,
-            p_rows2=rows2,
-            eps1=settings.eps[0],
-            eps2=settings.eps[1],
-            ACTIVATION=settings.activations[0],
-        )
+        grid = ((cdiv(call.M, tiles.sizes["TILE_M"]) + 1) * cdiv(call.E, tiles.sizes["TILE_E"]),)
+        call.launch(leff_expand_kernel, grid, tiles, p_h=hidden, ACTIVATION=settings.activations[0])
         return hidden
 
     def contract(tiles: Tiles) -> Tensor:
         out = call.empty(*x.shape[:2], call.O, dtype=out_dtype)
         rows = tiles.sizes["TILE_P"]
         patches = x.shape[0] * cdiv(settings.height, 2) * cdiv(settings.width, 2)
-        call.launch(
-            leff_contract_kernel,
-            (
-                (cdiv(patches, rows) + call.prefix_tiles(4 * rows))
-                * cdiv(call.O, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"]),
-            ),
-            tiles,
-            **{f"p_{name}3": tensor for name, tensor in layer3._replace(weight=call.weight(2))._asdict().items()},
-            p_h=hidden,
-            p_rows2=rows2,
-            p_x=x,
-            p_residual=residual,
-            p_out=out,
-            eps3=settings.eps[2],
-            ACTIVATION=settings.activations[1],
-        )
+        columns = cdiv(call.O, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"])
+        grid = ((cdiv(patches, rows) + call.prefix_tiles(4 * rows)) * columns,)
+        call.launch(leff_contract_kernel, grid, tiles, p_h=hidden, p_out=out, ACTIVATION=settings.activations[1])
         return out
 
     table = inference_expand_tiles(call.C, call.E, call.dtype)
