@@ -90,8 +90,8 @@ def i2t_forward_cuda(
         _image_for(x, dtype), weight, gamma, beta, mean, variance, prepacked, moments, out, indices,
         stem.eps, training, _tensor_cores(dtype), rows,
     )  # fmt: skip
-    statistics = (mean, variance) if training else (None, None)
-    return result, None if indices is None else indices.permute(0, 3, 1, 2), *statistics, None
+    indices = None if indices is None else indices.permute(0, 3, 1, 2)
+    return (result, indices, mean, variance, None) if training else (result, indices, None, None, None)
 
 
 def i2t_backward_cuda(
@@ -100,14 +100,14 @@ def i2t_backward_cuda(
     """Gradients of x (None unless needed), the weight, gamma and beta; the last three in the kernels' dtype."""
     parameter = _parameter_dtype(dtype)
     weight, gamma, _, mean, variance = _as_parameters(dtype, *stem[:5])
-    channels, fan_in = weight.shape[0], weight.shape[1] * 49
+    channels, fan_in = stem.weight.shape[0], stem.weight.shape[1] * 49
     tiles = x.shape[0] * -(-conv_size(x.shape[2]) // _TILE[0]) * -(-conv_size(x.shape[3]) // _TILE[1])
     blocks = min(tiles, max(1, 2 * _multiprocessors(x) * _CHANNELS_PER_BLOCK // channels))
     sums = torch.empty(blocks * (2 * fan_in * channels + fan_in + channels), dtype=parameter, device=x.device)
     prepacked = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
     image = _image_for(x, dtype)
     grad_x = torch.empty(image.shape, dtype=image.dtype, device=x.device) if need_input else None
-    grad_weight = torch.empty(weight.shape, dtype=parameter, device=x.device)
+    grad_weight = torch.empty(stem.weight.shape, dtype=parameter, device=x.device)
     grad_gamma, grad_beta = (torch.empty(channels, dtype=parameter, device=x.device) for _ in range(2))
     torch.ops.ceit._i2t_backward(
         grad_out.permute(0, 2, 3, 1).to(dtype).contiguous(), indices.permute(0, 2, 3, 1).contiguous(),

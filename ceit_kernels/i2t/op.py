@@ -123,9 +123,11 @@ class _I2T(Operator):
         self, grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input,
         backend, pooled=None,
     ):  # fmt: skip
-        run, given = (i2t_backward_cpu, pooled if training else None) if _on_cpu(x) else (i2t_backward_cuda, training)
-        stem = Stem(weight, gamma, beta, mean, variance, eps)
-        grads = run(grad_out, x, stem, indices, given, need_input, compute_dtype or x.dtype)
+        dtype, stem = compute_dtype or x.dtype, Stem(weight, gamma, beta, mean, variance, eps)
+        if _on_cpu(x):
+            grads = i2t_backward_cpu(grad_out, x, stem, indices, pooled if training else None, need_input, dtype)
+        else:
+            grads = i2t_backward_cuda(grad_out, x, stem, indices, training, need_input, dtype)
         likes = (x, weight, gamma, beta)
         return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, likes, strict=True))
 
