@@ -95,9 +95,9 @@ def target_chip(x: Tensor) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], known: Mapping[str, Any], num_warps: int, num_stages: int = 2) -> None:
     """Launch ``kernel`` on the device of its tensors, on that device's current stream.
 
-    It takes what it has a name for of ``known``; a pointer that is not among them is None.
+    It takes what it has a name for of ``known``; a pointer ``p_...`` that is not among them is None.
     """
-    arguments = {name: known.get(name) for name in kernel.arg_names}
+    arguments = {name: known.get(name) if name.startswith("p_") else known[name] for name in kernel.arg_names}
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, arguments, num_warps, num_stages))
         return
