@@ -83,9 +83,9 @@ print(ceit_kernels.status())
 
 
 def rows(text):
-    """Backends on the CPU by operator and phase, from the table of ``status``."""
-    cells = [line.split(maxsplit=4) for line in text.splitlines()]
-    return {tuple(row[:2]): row[3] for row in cells if len(row) == 5 and row[2] == "cpu"}
+    """Backends on the CPU by operator, from the table of ``status``."""
+    cells = [line.split(maxsplit=3) for line in text.splitlines()]
+    return {row[0]: row[2] for row in cells if len(row) == 4 and row[1] == "cpu"}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -97,7 +97,7 @@ def test_with_nvcc_the_cuda_kernels_are_built(source, tmp_path):
     text = run_installed(site, env, CHECK)
     assert str(site) in text
     assert "the compiled extension is loaded: CUDA kernels for 9.0" in text
-    assert rows(text)["leff", "inference"] == "native"
+    assert rows(text)["leff"] == "native"
 
 
 def test_with_a_compiler_alone_the_code_for_the_cpu_is_built(source, tmp_path):
@@ -107,7 +107,7 @@ def test_with_a_compiler_alone_the_code_for_the_cpu_is_built(source, tmp_path):
     text = run_installed(site, env, CHECK)
     assert "the compiled extension is loaded: C++ for the CPU" in text
     assert "nvcc was not found" in text
-    assert rows(text)["leff", "training"] == "native"
+    assert rows(text)["leff"] == "native"
 
 
 def test_without_a_compiler_it_is_pure_python_and_says_so(source, tmp_path):
@@ -116,7 +116,7 @@ def test_without_a_compiler_it_is_pure_python_and_says_so(source, tmp_path):
     assert "building pure Python" in printed
     text = run_installed(site, env, CHECK)
     assert "was not built: no C++ compiler was found" in text
-    backends = {operator: backend for (operator, _), backend in rows(text).items()}
+    backends = rows(text)
     assert backends.pop("lca") == "native", "it is made of PyTorch's operators"
     assert set(backends.values()) == {"reference"}
 
@@ -136,10 +136,10 @@ def test_a_wheel_serves_every_python_and_needs_no_compiler(source, tmp_path):
     (bare := tmp_path / "bare").mkdir()
     env, site = environment(bare, (*NVCC, *COMPILERS)), tmp_path / "site"
     pip(env, "install", "--target", site, wheel)
-    assert rows(run_installed(site, env, CHECK))["leff", "inference"] == "native"
+    assert rows(run_installed(site, env, CHECK))["leff"] == "native"
     # The installed package, and not this one, passes the tests.
     shutil.copytree(ROOT / "tests", bare / "tests")
-    files = [f"tests/ceit_kernels/{name}" for name in ("leff/test_native.py", "linear", "attention")]
+    files = [f"tests/ceit_kernels/{name}" for name in ("leff/test_cpu.py", "linear", "attention")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     env["PYTHONPATH"] = f"{site}{os.pathsep}{bare / 'tests'}"
     done = subprocess.run(command, cwd=bare, env=env, capture_output=True, text=True, check=False)
