@@ -6,6 +6,7 @@ executes the compiler's IR and pretends that a GPU is there. A run without any o
 
 import os
 import sys
+from contextlib import contextmanager
 
 import torch
 
@@ -20,3 +21,26 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETING else [torch.bfloat
 # At random sizes plain PyTorch's float32 is now and then right by luck, which no factor on its error allows for; there
 # float64 is compared to rounding. The 16-bit kernels accumulate in float32, which leaves luck no room.
 ANY_SIZE_DTYPES = [*DTYPES[1:], *([] if UNDER_TTSEM else [torch.float64])]
+
+
+@contextmanager
+def autocast(dtype):
+    """Autocast for the tensors of the kernels.
+
+    Those of ttsem say that they are on a GPU, by which fused operators ask, and are on the CPU for PyTorch's operators.
+    """
+    with torch.autocast("cpu" if UNDER_TTSEM else DEVICE, dtype):
+        if not UNDER_TTSEM:
+            yield
+            return
+        before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        _set_autocast_on_gpu(True, dtype)
+        try:
+            yield
+        finally:
+            _set_autocast_on_gpu(*before)
+
+
+def _set_autocast_on_gpu(enabled, dtype):
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", dtype)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import lca
 from support.accuracy import assert_as_accurate
 from support.lca import NAMES, SHAPES, make_inputs, run
-from support.where import ANY_SIZE_DTYPES, DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
+from support.where import ANY_SIZE_DTYPES, DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM, autocast
 
 from ceit_kernels import lca_attention, use_backend
 
@@ -129,7 +129,7 @@ def test_autocast_rounds_as_plain_pytorch_and_keeps_the_gradients_dtypes(dtype):
     inputs, grad_out = make_inputs(5, 12, 48, 3, torch.float32)
     grad_out = grad_out.to(dtype)
     wide = run("reference", [t.double() for t in inputs], grad_out.double(), num_heads=3)
-    with torch.autocast("cpu" if UNDER_TTSEM else DEVICE, dtype):
+    with autocast(dtype):
         fused = run("triton", inputs, grad_out, num_heads=3)
         plain = run("reference", inputs, grad_out, num_heads=3)
     assert fused[0].dtype == dtype

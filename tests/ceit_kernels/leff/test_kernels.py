@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
 from support.leff import make_leff, make_tokens, pass_through_with_means, run
-from support.where import ANY_SIZE_DTYPES, DEVICE, DTYPES, INTERPRETING, UNDER_TTSEM
+from support.where import ANY_SIZE_DTYPES, DTYPES, INTERPRETING, UNDER_TTSEM, autocast
 from torch import nn
 
 from ceit_kernels import leff_block, use_backend
@@ -204,7 +204,7 @@ def test_two_runs_give_the_same_bits():
 def test_autocast_gives_plain_pytorchs_dtype_and_accuracy(dtype, prefix):
     leff, x = make_leff(16, 24, 16, 3, torch.float32, prefix), make_tokens(2, prefix + 9, 16, torch.float32)
     exact = run("reference", copy.deepcopy(leff).double(), x.double(), (3, 3))
-    with torch.autocast("cpu" if UNDER_TTSEM else DEVICE, dtype):
+    with autocast(dtype):
         fused, plain = (run(backend, leff, x, (3, 3)) for backend in ("triton", "reference"))
     assert fused.dtype == plain.dtype
     assert_as_accurate(["out"], [fused[:, prefix:].to(dtype)], [plain[:, prefix:].to(dtype)], [exact[:, prefix:]])
