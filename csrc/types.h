@@ -23,7 +23,7 @@ template <class T>
 using acc_t = typename Accumulator<T>::Type;
 
 // In the order of ACTIVATIONS in ceit_kernels/leff/activations.py.
-enum class Activation { gelu, gelu_tanh, silu, relu, hardswish, identity };
+enum class Activation { gelu, gelu_tanh, silu, relu, relu6, hardswish, identity };
 
 // Where a type's kernels are in the tables.
 template <class T>

@@ -10,8 +10,8 @@ __all__ = ["activate", "activate_with_slope"]
 def activate(b_x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """The activation of a tile, in the tile's dtype.
 
-    ACTIVATION is "gelu", "gelu_tanh", "silu", "relu", "hardswish" or "identity". Without EXACT, GELU is within 2.6e-5
-    of erf's, a tenth of what a 16-bit result of size 1 is rounded by, for a third of the instructions.
+    ACTIVATION is "gelu", "gelu_tanh", "silu", "relu", "relu6", "hardswish" or "identity". Without EXACT, GELU is within
+    2.6e-5 of erf's, a tenth of what a 16-bit result of size 1 is rounded by, for a third of the instructions.
     """
     if ACTIVATION == "gelu":
         if EXACT:
@@ -24,6 +24,8 @@ def activate(b_x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         return b_x * _sigmoid2(b_x * 1.4426950408889634)
     elif ACTIVATION == "relu":
         return tl.maximum(b_x, 0.0)
+    elif ACTIVATION == "relu6":
+        return tl.where(b_x < 0.0, 0.0, tl.where(b_x > 6.0, 6.0, b_x)).to(b_x.dtype)
     elif ACTIVATION == "hardswish":
         return b_x * tl.minimum(tl.maximum(b_x + 3.0, 0.0), 6.0) * (1.0 / 6.0)
     else:
@@ -50,6 +52,10 @@ def activate_with_slope(b_x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         return b_x * b_sigmoid, b_sigmoid + b_sigmoid * (1.0 - b_sigmoid) * b_x
     elif ACTIVATION == "relu":
         return tl.maximum(b_x, 0.0), tl.where(b_x > 0.0, 1.0, 0.0).to(b_x.dtype)
+    elif ACTIVATION == "relu6":
+        b_value = tl.where(b_x < 0.0, 0.0, tl.where(b_x > 6.0, 6.0, b_x)).to(b_x.dtype)
+        # PyTorch's derivative is 0 at 0 and at 6.
+        return b_value, tl.where((b_x > 0.0) & (b_x < 6.0), 1.0, 0.0).to(b_x.dtype)
     elif ACTIVATION == "hardswish":
         b_gate = tl.minimum(tl.maximum(b_x + 3.0, 0.0), 6.0) * (1.0 / 6.0)
         # PyTorch's derivative is 0 at -3 and 1 at 3.

@@ -15,11 +15,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
+    "relu6": F.relu6,
     "hardswish": F.hardswish,
     "identity": lambda z: z,
 }
 INDICES = {name: i for i, name in enumerate(ACTIVATIONS)}
-_NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.Identity: "identity"}
+_NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.Identity: "identity"}
 MODULES = (nn.GELU, *_NAMES)
 
 

@@ -86,6 +86,11 @@ CEIT_INLINE WithSlope<Acc> activate_with_slope(Vec<Acc> x) {
     return {x * s, s + s * (Acc(1) - s) * x};
   } else if constexpr (kind == Activation::relu) {
     return {x < Acc(0) ? splat(Acc(0)) : x, x > Acc(0) ? splat(Acc(1)) : splat(Acc(0))};
+  } else if constexpr (kind == Activation::relu6) {
+    const auto above = x < Acc(0) ? splat(Acc(0)) : x;
+    // PyTorch's derivative is 0 at 0 and at 6.
+    const auto below = x < Acc(6) ? splat(Acc(1)) : splat(Acc(0));
+    return {above > Acc(6) ? splat(Acc(6)) : above, x > Acc(0) ? below : splat(Acc(0))};
   } else if constexpr (kind == Activation::hardswish) {
     const auto gate = smaller<Acc>(larger<Acc>(x + Acc(3), splat(Acc(0))), splat(Acc(6))) * (Acc(1) / Acc(6));
     // PyTorch's derivative is 0 at -3 and 1 at 3.
@@ -117,6 +122,7 @@ CEIT_INLINE void with_activation(Activation kind, Body body) {
     case Activation::gelu_tanh: return body(ActivationConstant<Activation::gelu_tanh>());
     case Activation::silu: return body(ActivationConstant<Activation::silu>());
     case Activation::relu: return body(ActivationConstant<Activation::relu>());
+    case Activation::relu6: return body(ActivationConstant<Activation::relu6>());
     case Activation::hardswish: return body(ActivationConstant<Activation::hardswish>());
     case Activation::identity: return body(ActivationConstant<Activation::identity>());
   }

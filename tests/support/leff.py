@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from ceit_kernels import FusedLeFF, use_backend
+from ceit_kernels import FusedLeFF, leff_block, use_backend
 from ceit_kernels.leff.arguments import Settings
 
 from .accuracy import assert_as_accurate_over_draws
@@ -134,6 +134,22 @@ def check_to_rounding(backend, leff, *inputs, tolerance=1e-11):
     for name, expected in plain.items():
         scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
         torch.testing.assert_close(fused[name], expected, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: n + m)
+
+
+def check_kinks(backend, kinks):
+    """An activation and its derivative where its derivative jumps, for each that has such places."""
+    x = torch.tensor(kinks, dtype=torch.float64, device=DEVICE).view(1, -1, 1)
+    weights = [torch.ones(1, 1, 1, 1, dtype=x.dtype, device=DEVICE)] * 3
+    weights[1] = nn.functional.pad(weights[1], (1, 1, 1, 1))
+    for name in ("relu", "relu6", "hardswish"):
+        results = []
+        for each in ("reference", backend):
+            leaf = x.clone().requires_grad_()
+            with use_backend(f"leff={each}"):
+                out = leff_block(leaf, weights, activations=(name, "identity"), grid_size=(1, len(kinks)))
+            results.append((out.detach(), *torch.autograd.grad(out.sum(), leaf)))
+        for fused, plain in zip(*results, strict=True):
+            torch.testing.assert_close(fused, plain, rtol=1e-14, atol=1e-14, msg=name)
 
 
 def make_shape(shape, dtype, mode, batch=256, kernel_size=3, norm_dtype=None):

@@ -61,7 +61,7 @@ def test_agrees_to_rounding_in_float64(poisoned_memory, case):
     check_to_rounding(leff, x, (height, width))
 
 
-@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_other_activations(activation, dtype):
     leff = make_leff(16, 24, 16, 3, dtype, act_layer=activation)

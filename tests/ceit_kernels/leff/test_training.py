@@ -69,9 +69,13 @@ def test_norms_of_each_kind_go_together(norms):
     check_to_rounding(*make_call((2, 2, 2, 1, 8, 16, 8, 3), torch.float64, norms))
 
 
-@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
 def test_other_activations(activation):
     check_to_rounding(*make_call((2, 2, 3, 1, 8, 16, 8, 3), torch.float64, act_layer=activation))
+
+
+def test_derivatives_jump_where_plain_pytorchs_do():
+    support.leff.check_kinks("triton", [-3.0, 0.0, 3.0, 6.0, -0.0, 5.0])
 
 
 @settings(max_examples=5, deadline=None)
