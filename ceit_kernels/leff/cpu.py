@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .activations import INDICES
 from .arguments import NORM_MODES, Settings, parameters_per_layer
+from .grid import empty_tokens_like, is_planar
 from .norms import gather_moments, sum_over_processes
 
 __all__ = [
@@ -65,14 +66,14 @@ def leff_inference_native(
     settings: Settings,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The registered operator's result, its arguments checked; x and residual contiguous, B at least 1.
+    """The registered operator's result, its arguments checked; B at least 1.
 
-    Works image by image, so that hidden tokens stay in cache.
+    Works image by image, so that hidden tokens stay in cache. The result is in memory as x and residual are.
     """
     dtype = settings.compute_dtype or x.dtype
     parameters = in_compute_dtype(parameters, dtype)
     sizes = leff_sizes(parameters, settings.activations, (settings.height, settings.width))
-    out = x.new_empty((*x.shape[:2], sizes[2]), dtype=dtype)
+    out = empty_tokens_like(x, sizes[2], dtype, is_planar(x))
     alike = out_dtype == dtype
     added = residual.to(dtype) if alike and residual is not None else None
     kernels._leff_infer(x.to(dtype), parameters, None, added, settings.eps, sizes, out)

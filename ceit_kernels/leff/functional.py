@@ -57,12 +57,13 @@ def leff_block(
         weights: (E, C, 1, 1), (E, 1, k, k) and (O, E, 1, 1), k odd; the kernels have 3, 5 and 7.
         biases: (E,), (E,) and (O,), or None.
         norms: over E, E and O channels, or None. Running statistics are updated in place in training.
-        activations: after the first two layers, of "gelu", "gelu_tanh", "silu", "relu", "hardswish" and "identity".
+        activations: after the first two layers, of "gelu", "gelu_tanh", "silu", "relu", "relu6", "hardswish" and
+            "identity".
         grid_size: (H, W) of tokens; a square if None.
         num_prefix_tokens: tokens P before the image's, which pass through unchanged; O is C where there are any.
         residual: of the result's shape, added to all of it; nothing if None.
         layout: "tokens", "NHWC" or "NCHW", of x, residual and result. "NCHW" costs no copy where it is channels-last
-            in memory.
+            in memory, nor on the CPU without gradients; the result is in memory as x is.
 
     Returns:
         Tokens (B, P + H * W, O), or an image of O channels; under autocast of the dtype that plain PyTorch gives.
@@ -89,7 +90,7 @@ def leff_block(
     plain_norms = [_reference_norm(f"norms[{i}]", norm) for i, norm in enumerate(norms)]
     functions = [ACTIVATIONS[name] for name in activations]
     out = leff_reference(tokens, weights, biases, plain_norms, functions, grid_size, num_prefix_tokens, residual)
-    return from_tokens(out, layout, grid_size)
+    return from_tokens(out, layout, grid_size, x)
 
 
 def leff_fused(
@@ -135,7 +136,7 @@ def leff_fused(
     if backend == "reference":
         return None
     out = _call_operator(tokens, parameters, norms, residual, settings._replace(backend=backend))
-    return from_tokens(out, layout, grid_size)
+    return from_tokens(out, layout, grid_size, x)
 
 
 def pack(

@@ -7,7 +7,17 @@ from torch import Tensor
 
 from ..common.checks import check_shape
 
-__all__ = ["LAYOUTS", "check_grid_size", "from_tokens", "residual_to_tokens", "to_tokens", "token_grid"]
+__all__ = [
+    "LAYOUTS",
+    "check_grid_size",
+    "empty_tokens_like",
+    "from_tokens",
+    "in_memory_order",
+    "is_planar",
+    "residual_to_tokens",
+    "to_tokens",
+    "token_grid",
+]
 
 LAYOUTS = ("tokens", "NHWC", "NCHW")
 
@@ -95,13 +105,39 @@ def residual_to_tokens(
 
 
 def _flatten(image: Tensor, layout: str) -> tuple[Tensor, tuple[int, int]]:
-    image = image.permute(0, 2, 3, 1) if layout == "NCHW" else image
+    if layout == "NCHW":
+        image = (image if _is_channels_last(image) else image.contiguous()).permute(0, 2, 3, 1)
     return image.flatten(1, 2), (image.shape[1], image.shape[2])
 
 
-def from_tokens(tokens: Tensor, layout: str, grid_size: tuple[int, int]) -> Tensor:
-    """Tokens without a prefix back in a layout, without a copy: "NCHW" is channels-last in memory."""
+def from_tokens(tokens: Tensor, layout: str, grid_size: tuple[int, int], x: Tensor) -> Tensor:
+    """Tokens without a prefix back in the layout of the input x, and as x is in memory."""
     if layout == "tokens":
         return tokens
     image = tokens.unflatten(1, grid_size)
-    return image.permute(0, 3, 1, 2) if layout == "NCHW" else image
+    if layout == "NHWC":
+        return image
+    image = image.permute(0, 3, 1, 2)
+    return image if _is_channels_last(x) else image.contiguous()
+
+
+def _is_channels_last(image: Tensor) -> bool:
+    return image.is_contiguous(memory_format=torch.channels_last)
+
+
+def is_planar(x: Tensor) -> bool:
+    """Whether tokens (B, N, C) are those of an image in planes, (B, C, N) in memory, which inference takes as it is."""
+    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+
+
+def in_memory_order(tokens: Tensor, planar: bool) -> Tensor:
+    """Tokens that are in memory as those of an image in planes, or token by token."""
+    return tokens.transpose(1, 2).contiguous().transpose(1, 2) if planar else tokens.contiguous()
+
+
+def empty_tokens_like(x: Tensor, channels: int, dtype: torch.dtype, planar: bool) -> Tensor:
+    """New tokens (B, N, channels) for x (B, N, C)."""
+    batch, rows, _ = x.shape
+    if planar:
+        return x.new_empty((batch, channels, rows), dtype=dtype).transpose(1, 2)
+    return x.new_empty((batch, rows, channels), dtype=dtype)

@@ -18,7 +18,17 @@ from .activations import MODULES, activation_name
 from .arguments import NORM_TENSORS, kernel_size_unsupported_reason
 from .cpu import in_compute_dtype, kernels, leff_sizes
 from .functional import leff_fused, pack
-from .grid import LAYOUTS, check_grid_size, from_tokens, residual_to_tokens, to_tokens, token_grid
+from .grid import (
+    LAYOUTS,
+    check_grid_size,
+    empty_tokens_like,
+    from_tokens,
+    in_memory_order,
+    is_planar,
+    residual_to_tokens,
+    to_tokens,
+    token_grid,
+)
 from .norms import of_module
 
 __all__ = ["FrozenLeFF", "FusedLeFF", "LocallyEnhancedFeedForward"]
@@ -154,7 +164,7 @@ class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, residual: Tensor | None = None) -> Tensor:
         """Args:
             x: tokens (B, num_prefix_tokens + H * W, C), or an image as ``layout`` says, which costs no copy where it is
-                channels-last in memory.
+                channels-last in memory; the result is in memory as it is.
             grid_size: (H, W) of tokens; a square if None.
             residual: of the result's shape, added to all of it; nothing if None.
 
@@ -230,8 +240,8 @@ class FusedLeFF(LeFFFusion, LocallyEnhancedFeedForward):
     """Locally-enhanced feed-forward block (CeiT, section 3.3), fused.
 
     Constructor, children and state_dict are the plain module's. The kernels have the activations GELU, SiLU, ReLU,
-    Hardswish and Identity, and the norms BatchNorm2d and SyncBatchNorm; another runs by plain PyTorch. An image in
-    layout "NCHW" costs no copy where it is channels-last in memory.
+    ReLU6, Hardswish and Identity, and the norms BatchNorm2d and SyncBatchNorm; another runs by plain PyTorch. An image
+    in layout "NCHW" costs no copy where it is channels-last in memory.
     """
 
 
@@ -263,11 +273,12 @@ class FrozenLeFF(Prepacked, FusedLeFF):
             return super()._fused_forward(x, grid_size, residual)
         prepacked, eps, sizes = self._prepacked
         tokens, grid = to_tokens(x, sizes[0], self.layout, self.num_prefix_tokens, grid_size)
+        planar = self.num_prefix_tokens == 0 and is_planar(tokens)
         if residual is not None:
-            residual = residual_to_tokens(residual, tokens, sizes[2], self.layout, grid).contiguous()
-        out = x.new_empty((*tokens.shape[:2], sizes[2]))
-        kernels._leff_infer(tokens.contiguous(), [], prepacked, residual, eps, [*sizes, *grid], out)
-        return from_tokens(out, self.layout, grid)
+            residual = in_memory_order(residual_to_tokens(residual, tokens, sizes[2], self.layout, grid), planar)
+        out = empty_tokens_like(tokens, sizes[2], x.dtype, planar)
+        kernels._leff_infer(in_memory_order(tokens, planar), [], prepacked, residual, eps, [*sizes, *grid], out)
+        return from_tokens(out, self.layout, grid, x)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from .arguments import (
     out_dtype,
     parameters_per_layer,
 )
+from .grid import empty_tokens_like, in_memory_order, is_planar
 from .triton import NORM_ROWS
 
 __all__ = ["leff_inference_operator", "leff_operator"]
@@ -57,14 +58,15 @@ class _LeFFInference(Operator):
             from .cpu import leff_inference_native as run
         else:
             from .triton.launch_inference import leff_inference_triton as run
+        planar = _is_planar(x, settings)
         dtype = out_dtype(x, residual, settings)
-        residual = None if residual is None else residual.contiguous()
-        return run(x.contiguous(), parameters, residual, settings, dtype)
+        residual = None if residual is None else in_memory_order(residual, planar)
+        return run(in_memory_order(x, planar), parameters, residual, settings, dtype)
 
     def fake(self, x, *inputs):
         parameters, residual, settings = self._unpack(inputs)
         out_features = parameters[2 * parameters_per_layer].shape[0]
-        return x.new_empty((*x.shape[:2], out_features), dtype=out_dtype(x, residual, settings))
+        return empty_tokens_like(x, out_features, out_dtype(x, residual, settings), _is_planar(x, settings))
 
     def flops(self, x, *inputs, **options):
         height, width = inputs[_PARAMETERS + 2 : _PARAMETERS + 4]
@@ -187,6 +189,11 @@ class _LeFF(Operator):
     @staticmethod
     def _gradients_like(x, parameters, need_x, needs, make):
         return gradients_like((x, *(parameters[i] for i in _DIFFERENTIABLE)), (need_x, *needs), make)
+
+
+def _is_planar(x: Tensor, settings: Settings) -> bool:
+    """Whether inference takes tokens as those of an image in planes."""
+    return settings.backend == "native" and settings.num_prefix_tokens == 0 and is_planar(x)
 
 
 def _results(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:

@@ -53,8 +53,8 @@ struct Kernels {
   void (*pack)(const Weight<T>&, Range panels, void* packed);
   // Bytes of an element of a prepacked B of a depth.
   int64_t (*packed_size)(int64_t depth);
-  // out (columns, rows), with rows `out_stride` apart, of a matrix (rows, columns).
-  void (*transpose)(const T* in, int64_t rows, int64_t columns, T* out, int64_t out_stride);
+  // out (columns, rows) of a matrix (rows, columns), whose rows are so far apart.
+  void (*transpose)(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out, int64_t out_stride);
 };
 
 struct Table {

@@ -67,7 +67,12 @@ void pack(const Weight<T>& weight, void* packed) {
 
 template <class T>
 void transpose(const T* in, int64_t rows, int64_t columns, T* out) {
-  kernels<T>().transpose(in, rows, columns, out, transposed_stride(rows));
+  transpose(in, columns, rows, columns, out, transposed_stride(rows));
+}
+
+template <class T>
+void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out, int64_t out_stride) {
+  kernels<T>().transpose(in, in_stride, rows, columns, out, out_stride);
 }
 
 Tensor transposed(const Tensor& matrix) {
@@ -78,7 +83,7 @@ Tensor transposed(const Tensor& matrix) {
     const T* in = elements<T>("matrix", matrix, rows * columns);
     T* to = static_cast<T*>(out.data_ptr());
     torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-      kernels<T>().transpose(in + begin * columns, end - begin, columns, to + begin, rows);
+      transpose(in + begin * columns, columns, end - begin, columns, to + begin, rows);
     });
   });
   return out;
@@ -88,7 +93,8 @@ Tensor transposed(const Tensor& matrix) {
   template void multiply(const Call<T>&, Range, Range);             \
   template int64_t packed_bytes<T>(int64_t columns, int64_t depth); \
   template void pack(const Weight<T>&, void*);                      \
-  template void transpose(const T*, int64_t, int64_t, T*);
+  template void transpose(const T*, int64_t, int64_t, T*);          \
+  template void transpose(const T*, int64_t, int64_t, int64_t, T*, int64_t);
 CEIT_INSTANTIATE(float)
 CEIT_INSTANTIATE(Bf16)
 CEIT_INSTANTIATE(double)

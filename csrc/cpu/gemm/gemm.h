@@ -46,6 +46,9 @@ inline int64_t transposed_stride(int64_t rows) {
 // out (columns, transposed_stride(rows)) of a matrix (rows, columns), on this thread.
 template <class T>
 void transpose(const T* in, int64_t rows, int64_t columns, T* out);
+// The same of rows that are so far apart.
+template <class T>
+void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out, int64_t out_stride);
 // A transposed contiguous matrix.
 Tensor transposed(const Tensor& matrix);
 

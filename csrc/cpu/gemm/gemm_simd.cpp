@@ -220,8 +220,8 @@ int64_t packed_size(int64_t depth) {
 }
 
 template <class T>
-void transpose_rows(const T* in, int64_t rows, int64_t columns, T* out, int64_t out_stride) {
-  transpose(in, columns, rows, columns, out, out_stride);
+void transpose_rows(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out, int64_t out_stride) {
+  transpose(in, in_stride, rows, columns, out, out_stride);
 }
 
 template <class T>

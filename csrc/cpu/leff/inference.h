@@ -1,5 +1,5 @@
-// LeFF's inference on one image; its hidden tokens go from a GEMM to the convolution and to the next GEMM while they
-// are in cache.
+// LeFF's inference on one image, or on a band of its rows with those that the convolution reads beside it; the hidden
+// tokens go from a GEMM to the convolution and to the next GEMM while they are in cache.
 #pragma once
 
 #include "../gemm/packing.h"
@@ -11,6 +11,9 @@ namespace ceit::leff {
 struct Sizes {
   int64_t channels, hidden, outputs, prefix;
   int height, width, side;
+  // Elements from one channel to the next of x, residual and out (channels, tokens), without prefix tokens; 0 where
+  // they are (tokens, channels).
+  int64_t plane;
   Activation first, second;
   double eps[3];  // of the norms
 };
@@ -26,7 +29,9 @@ struct Inference : Sizes {
 
   int64_t tokens() const { return int64_t(height) * width; }
   // Elements of an image's memory.
-  int64_t memory() const { return 2 * tokens() * hidden; }
+  int64_t memory() const { return tokens() * (2 * hidden + (plane ? channels + 2 * outputs : 0)); }
+  // Where row `y` of the image is in x, residual or out, which have so many channels.
+  int64_t row(int64_t y, int64_t of_channels) const { return y * width * (plane ? 1 : of_channels); }
 
   // The hidden tokens of tokens `begin` to `end`, from x (prefix + tokens, channels).
   void expand(const T* x, T* memory, int64_t begin, int64_t end) const;

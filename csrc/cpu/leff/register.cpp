@@ -1,4 +1,6 @@
-// LeFF's inference image by image, and its registration. The schemas are in ceit_kernels/leff.
+// LeFF's inference image by image, by bands of rows, and its registration. The schemas are in ceit_kernels/leff.
+#include <utility>
+
 #include "inference.h"
 
 namespace ceit::leff {
@@ -14,7 +16,36 @@ Sizes sizes_of(const std::vector<double>& eps, const std::vector<int64_t>& numbe
   return sizes;
 }
 
-// out (B, rows, O) of tokens x (B, rows, C), of the type that is computed in. parameters: of each of three convolutions
+// Bytes of the hidden tokens of a band: a large image's do not stay in cache.
+constexpr int64_t kBandBytes = 8 << 20;
+
+// The rows of the image of which a band is made.
+template <class T>
+int band_of(const Inference<T>& leff) {
+  const int64_t fitting = kBandBytes / (2 * leff.width * leff.hidden * int64_t(sizeof(T)));
+  return int(std::min<int64_t>(leff.height, std::max<int64_t>(fitting, 8 * leff.side)));
+}
+
+// An image by bands of rows, each with those that the convolution reads above and below.
+template <class T, class Run>
+void infer_image(const Inference<T>& leff, int rows, const T* x, const T* residual, T* memory, T* out, const Run& run) {
+  for (int top = 0; top < leff.height; top += rows) {
+    const int bottom = std::min(leff.height, top + rows), halo = leff.side / 2;
+    const int first = std::max(0, top - halo), last = std::min(leff.height, bottom + halo);
+    Inference<T> band = leff;
+    band.height = last - first;
+    const int64_t prefix = first ? std::exchange(band.prefix, 0) : 0;
+    const T* in = x + prefix * leff.channels + leff.row(first, leff.channels);
+    const int64_t at = prefix * leff.outputs + leff.row(first, leff.outputs);
+    run(band.tokens(), [&](int64_t begin, int64_t end) { band.expand(in, memory, begin, end); });
+    run(bottom - top, [&](int64_t begin, int64_t end) {
+      band.contract(in, residual ? residual + at : nullptr, memory, out + at, top - first + begin, top - first + end);
+    });
+  }
+}
+
+// out (B, rows, O) of tokens x (B, rows, C), of the type that is computed in; all are contiguous or, without prefix
+// tokens, transposed, as images in planes are. parameters: of each of three convolutions
 // weight, bias, norm weight, norm bias, running mean and running variance; or `prepacked`, what `prepack` made of them.
 // eps: of the norms. numbers: C, E, O, side of the kernel, both activations, height, width.
 void infer(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor prepacked, OptionalTensor residual,
@@ -25,21 +56,24 @@ void infer(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor prep
       x.dim() == 3 && out.dim() == 3 && rows >= tokens && (rows == tokens || sizes.channels == sizes.outputs),
       "x: expected (B, rows, C) with the image's rows last, and as wide as out where there are others");
   sizes.prefix = rows - tokens;
+  sizes.plane = x.is_contiguous() ? 0 : rows;
+  STD_TORCH_CHECK(!sizes.plane || !sizes.prefix, "x: expected contiguous rows where there are prefix tokens");
+  const auto in_memory = [&](const Tensor& rows) { return sizes.plane ? torch::stable::transpose(rows, 1, 2) : rows; };
+  if (residual) residual = in_memory(*residual);
   with_dtype(x, [&](auto type) {
     using T = decltype(type);
-    const T* from = elements<T>("x", x, batch * rows * sizes.channels);
-    T* to = elements<T>("out", out, batch * rows * sizes.outputs);
+    const T* from = elements<T>("x", in_memory(x), batch * rows * sizes.channels);
+    T* to = elements<T>("out", in_memory(out), batch * rows * sizes.outputs);
     const T* rest = elements<T>("residual", residual, out.numel());
     const auto make = [&](gemm::Packer<T>& packer) { return Inference<T>(sizes, packer); };
     gemm::with_prepacked<T>(parameters, prepacked, make, [&](const Inference<T>& leff) {
-      gemm::for_images(batch, leff.memory() * int64_t(sizeof(T)), [&](int64_t image, gemm::Place place, auto run) {
-        T* memory = static_cast<T*>(place.memory);
-        const T* in = from + image * rows * sizes.channels;
+      const int band = band_of(leff);
+      Inference<T> largest = leff;
+      largest.height = std::min(leff.height, band + leff.side - 1);
+      gemm::for_images(batch, largest.memory() * int64_t(sizeof(T)), [&](int64_t image, gemm::Place place, auto run) {
         const int64_t start = image * rows * sizes.outputs;
-        run(tokens, [&](int64_t begin, int64_t end) { leff.expand(in, memory, begin, end); });
-        run(sizes.height, [&](int64_t begin, int64_t end) {
-          leff.contract(in, rest ? rest + start : nullptr, memory, to + start, begin, end);
-        });
+        infer_image(leff, band, from + image * rows * sizes.channels, rest ? rest + start : nullptr,
+                    static_cast<T*>(place.memory), to + start, run);
       });
     });
   });

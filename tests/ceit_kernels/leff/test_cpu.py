@@ -15,7 +15,7 @@ from support.leff import TRAINING_CASES, make_call, make_leff, make_tokens, pass
 from support.processors import KINDS, run_with
 from torch import nn
 
-from ceit_kernels import use_backend
+from ceit_kernels import freeze, use_backend
 
 CASES = [
     *TRAINING_CASES,
@@ -55,10 +55,14 @@ def test_training_agrees_to_rounding_in_float64(poisoned_memory, threads, case, 
     check_to_rounding(*make_call(case, torch.float64, norms))
 
 
-@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Identity, lambda: nn.GELU("tanh")])
 def test_other_activations(activation):
     check_to_rounding(*make_call((2, 2, 3, 1, 8, 16, 8, 3), torch.float64, act_layer=activation))
     check(lambda draw: make_call((2, 4, 5, 1, 8, 40, 8, 3), torch.float32, draw=draw, act_layer=activation))
+
+
+def test_derivatives_jump_where_plain_pytorchs_do():
+    support.leff.check_kinks("native", [-3.0, 0.0, 3.0, 6.0, -0.0, 5.0])
 
 
 @pytest.mark.parametrize("norms", ["".join(modes) for modes in itertools.product("bfn", repeat=3)])
@@ -96,6 +100,40 @@ def test_inference_agrees_with_plain_pytorch(poisoned_memory, case, with_bn, dty
         exact = run("reference", copy.deepcopy(leff).double(), x.double(), (height, width), wide)
         fused, plain = (run(backend, leff, x, (height, width), added) for backend in ("native", "reference"))
         assert_as_accurate(["out"], [fused], [plain], [exact])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    grid=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    channels=st.integers(2, 40),
+    out=st.integers(1, 70),
+    kernel_size=st.sampled_from([3, 5, 7]),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+    added=st.booleans(),
+)
+def test_inference_leaves_images_in_memory_as_they_are(batch, grid, channels, out, kernel_size, dtype, added):
+    leff = make_leff(channels, 24, out, kernel_size, dtype, 0, layout="NCHW")
+    x, residual = (torch.randn(batch, size, *grid).to(dtype) for size in (channels, out))
+    results = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        inputs = x.to(memory_format=memory), None, residual.to(memory_format=memory) if added else None
+        results += [run("native", leff, *inputs), freeze(leff)(*inputs)]
+        assert all(result.is_contiguous(memory_format=memory) for result in results[-2:])
+    assert all(torch.equal(results[0], result) for result in results)
+    if dtype == torch.float64:
+        expected = run("reference", leff, x, None, residual if added else None)
+        torch.testing.assert_close(results[0], expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("layout", "prefix"), [("NCHW", 0), ("tokens", 0), ("tokens", 2)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_inference_takes_large_images_by_bands(threads, layout, prefix, batch):
+    leff = make_leff(4, 256, 4, 5, torch.float64, prefix, layout=layout)
+    x = make_tokens(batch, prefix + 79 * 60, 4, torch.float64)
+    x = x.mT.unflatten(2, (79, 60)).contiguous() if layout == "NCHW" else x
+    fused, plain = (run(backend, leff, x, (79, 60), x) for backend in ("native", "reference"))
+    torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-11)
 
 
 def test_inference_follows_a_weight_that_changes():
