@@ -3,6 +3,7 @@ import torch
 from support import where
 
 from ceit_kernels import backends
+from ceit_kernels.common import plan
 
 
 def pytest_collection_modifyitems(config, items):
@@ -29,9 +30,10 @@ def draw_the_same_numbers():
 
 
 @pytest.fixture(autouse=True)
-def decide_on_backends_again():
-    """What a test made the machine look like does not choose the backends of the next."""
+def decide_and_plan_again():
+    """What a test made the machine look like does not choose the backends and tiles of the next."""
     backends._chosen.clear()
+    plan._plans.clear()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .launch import is_recording
 
-__all__ = ["Tiles", "autotune", "cache_path", "is_tuning", "tuned_tiles"]
+__all__ = ["Tiles", "autotune", "cache_path", "is_capturing", "is_tuning", "tuned_tiles"]
 
 
 class Tiles(NamedTuple):
@@ -92,7 +92,7 @@ def tuned_tiles(
     found = _known.get((path, key))
     if found is not None and found.sizes.keys() == table.sizes.keys():
         return found
-    if _is_capturing():
+    if is_capturing():
         return table
     times = {}
     for i, tiles in enumerate(_candidates(table)):
@@ -124,7 +124,8 @@ def _has_clock(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_available()
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
+    """Whether launches on the current stream become part of a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

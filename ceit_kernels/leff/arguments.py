@@ -17,6 +17,7 @@ __all__ = [
     "NORM_TENSORS",
     "PARAMETER_NAMES",
     "PARAMETER_SCHEMA",
+    "SAVED_NAMES",
     "Settings",
     "check",
     "check_call",
@@ -39,6 +40,8 @@ PARAMETER_NAMES = tuple(
     for layer in (1, 2, 3)
     for name in ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
 )
+# What forward keeps for backward, behind its result.
+SAVED_NAMES = ("z1", "z2", "z3", "norm1", "norm2", "norm3", "count")
 PARAMETER_SCHEMA = ", ".join(f"Tensor{'' if name.startswith('weight') else '?'} {name}" for name in PARAMETER_NAMES)
 
 

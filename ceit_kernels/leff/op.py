@@ -14,6 +14,7 @@ from ..common.operator import Operator, gradients_like
 from .arguments import (
     PARAMETER_NAMES,
     PARAMETER_SCHEMA,
+    SAVED_NAMES,
     Settings,
     check,
     convolutions,
@@ -30,8 +31,7 @@ _SETTINGS_SCHEMA = (
     "float[] eps, str[] norms, SymInt height, SymInt width, int num_prefix_tokens, str[] activations, str? group, "
     "ScalarType? compute_dtype, str backend"
 )
-_SAVED_NAMES = ("z1", "z2", "z3", "norm1", "norm2", "norm3", "count")
-_PARAMETERS, _SAVED = len(PARAMETER_NAMES), len(_SAVED_NAMES)
+_PARAMETERS, _SAVED = len(PARAMETER_NAMES), len(SAVED_NAMES)
 # Of a layer's parameters those that may have a gradient: all but the running statistics, which come last.
 _DIFFERENTIABLE = tuple(i for i in range(_PARAMETERS) if i % parameters_per_layer < 4)
 
@@ -84,10 +84,10 @@ class _LeFF(Operator):
     name = "leff"
     schema = (
         f"(Tensor x, {PARAMETER_SCHEMA}, Tensor? residual, {_SETTINGS_SCHEMA}) "
-        f"-> (Tensor out, {', '.join(f'Tensor {name}' for name in _SAVED_NAMES)})"
+        f"-> (Tensor out, {', '.join(f'Tensor {name}' for name in SAVED_NAMES)})"
     )
     backward_schema = (
-        f"(Tensor grad_out, Tensor x, {PARAMETER_SCHEMA}, {', '.join(f'Tensor {name}' for name in _SAVED_NAMES)}, "
+        f"(Tensor grad_out, Tensor x, {PARAMETER_SCHEMA}, {', '.join(f'Tensor {name}' for name in SAVED_NAMES)}, "
         f"{_SETTINGS_SCHEMA}, bool need_x, bool[] needs) -> ({', '.join(['Tensor'] * (1 + len(_DIFFERENTIABLE)))})"
     )
     public_name = "ceit_kernels.leff_block"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
+from triton import next_power_of_2
 
-from ...common.launch import launch
+from ...common.launch import cdiv, launch
+from ...common.plan import buffer, planned
 from .kernels import add_norm_backward_kernel, add_norm_forward_kernel, add_norm_parameters_kernel
 
 __all__ = ["add_norm_backward_triton", "add_norm_forward_triton"]
@@ -27,7 +27,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def _tiles(x: Tensor) -> tuple[dict[str, Any], int]:
     """The constants of a kernel over rows like those of ``x``, and its warps."""
     channels = x.shape[-1]
-    padded = triton.next_power_of_2(channels)
+    padded = next_power_of_2(channels)
     double = statistics_dtype(x) == torch.float64
     rows = max(1, _TILE // (2 * padded if double else padded))
     acc = tl.float64 if double else tl.float32
@@ -38,6 +38,7 @@ def _token_arguments(x: Tensor, num_prefix_tokens: int) -> dict[str, Any]:
     return {"M": x.numel() // x.shape[-1], "N": x.shape[-2] if num_prefix_tokens else 1, "P": num_prefix_tokens}
 
 
+@planned(tensors=4)
 def add_norm_forward_triton(
     x: Tensor,
     branch: Tensor | None,
@@ -48,17 +49,17 @@ def add_norm_forward_triton(
     need_statistics: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """The results of ``ceit::add_norm`` in one launch, its arguments checked, contiguous and not empty."""
+    """The results of ``ceit::add_norm`` in one launch, its arguments checked and not empty."""
     total = None
     if branch is not None:
-        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+        total = buffer(x.shape, torch.promote_types(x.dtype, branch.dtype), x.device)
+    out = buffer(x.shape, out_dtype, x.device)
     source = x if total is None else total
     prefix = None
     if num_prefix_tokens:
         shape = (x.shape[0], num_prefix_tokens, x.shape[2])
-        prefix = torch.empty(shape, dtype=source.dtype, device=x.device)
-    mean, rstd = (torch.empty(x.shape[:-1], dtype=statistics_dtype(source), device=x.device) for _ in range(2))
+        prefix = buffer(shape, source.dtype, x.device)
+    mean, rstd = (buffer(x.shape[:-1], statistics_dtype(source), x.device) for _ in range(2))
     constants, num_warps = _tiles(source)
     rows = _token_arguments(x, num_prefix_tokens)
     known = {"p_x": x, "p_branch": branch, "p_weight": weight, "p_bias": bias, "p_total": total, "p_out": out}
@@ -67,6 +68,7 @@ def add_norm_forward_triton(
     return total, out, prefix, *((mean, rstd) if need_statistics else (None, None))
 
 
+@planned(tensors=8)
 def add_norm_backward_triton(
     grad_out: Tensor,
     grad_total: Tensor | None,
@@ -85,18 +87,18 @@ def add_norm_backward_triton(
     rows = _token_arguments(total, 0 if grad_prefix is None else grad_prefix.shape[1])
     per_part = cdiv(cdiv(rows["M"], constants["TILE_R"]), _PARTS) * constants["TILE_R"]
     parts = cdiv(rows["M"], per_part)
-    grad = torch.empty_like(total) if need_input else None
+    grad = buffer(total.shape, total.dtype, total.device) if need_input else None
     partial = None
     if need_weight or need_bias:
-        partial = torch.empty(parts, 2, total.shape[-1], dtype=mean.dtype, device=total.device)
+        partial = buffer((parts, 2, total.shape[-1]), mean.dtype, total.device)
     known = {"p_dout": grad_out, "p_dtotal": grad_total, "p_dprefix": grad_prefix, "p_total": total, "p_mean": mean}
     known |= {"p_weight": weight, "p_rstd": rstd, "p_dx": grad, "p_partial": partial, "ROWS": per_part}
     known |= {**rows, **constants}
     launch(add_norm_backward_kernel, (parts,), known, num_warps)
     if partial is None:
         return grad, None, None
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else None
+    grad_weight = buffer(weight.shape, weight.dtype, weight.device) if need_weight else None
+    grad_bias = buffer(bias.shape, bias.dtype, bias.device) if need_bias else None
     known |= {"p_dweight": grad_weight, "p_dbias": grad_bias, "T": parts, "TILE_T": 64, "TILE_C": 32}
     launch(add_norm_parameters_kernel, (cdiv(total.shape[-1], known["TILE_C"]),), known, num_warps=4)
     return grad, grad_weight, grad_bias

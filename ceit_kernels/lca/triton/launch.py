@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 
-from ...common.launch import launch
+from ...common.launch import cdiv, launch
 from ...common.philox import dropout_threshold
+from ...common.plan import buffer, planned
 from ...common.precision import precision_arguments
 from ...common.tuning import Tiles
 from .kernels import (
@@ -57,6 +58,7 @@ def _arguments(
     }
 
 
+@planned(tensors=4)
 def lca_forward_triton(
     x: Tensor,
     qkv_weight: Tensor,
@@ -67,8 +69,8 @@ def lca_forward_triton(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One launch. Arguments as of ``lca_attention``, contiguous, B at least 1; ``dtype`` is what matmuls take."""
-    out = torch.empty(x.shape[0], 1, x.shape[2], dtype=dtype, device=x.device)
+    """One launch. Arguments as of ``lca_attention``, B at least 1; ``dtype`` is what matmuls take."""
+    out = buffer((x.shape[0], 1, x.shape[2]), dtype, x.device)
     tiles = _tiles(x.shape[1], x.shape[2] // num_heads, dtype)
     known = _arguments(x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p)
     known |= {**tiles.sizes, **precision_arguments(dtype), "p_out": out}
@@ -77,6 +79,7 @@ def lca_forward_triton(
     return out
 
 
+@planned(tensors=5)
 def lca_backward_triton(
     grad_out: Tensor,
     x: Tensor,
@@ -93,13 +96,13 @@ def lca_backward_triton(
     """At most three launches; the gradients of x, qkv_weight and qkv_bias that are needed, None for the others."""
     batch, layers, channels = x.shape
     tiles = _tiles(layers, channels // num_heads, dtype)
-    q, dq = (torch.empty(batch, channels, dtype=dtype, device=x.device) for _ in range(2))
+    q, dq = (buffer((batch, channels), dtype, x.device) for _ in range(2))
     # Scratch of this call alone, 12 bytes where a token has 2C: the other two kernels need it for every channel.
     acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    p, ds = (torch.empty(batch, num_heads, layers, dtype=acc_dtype, device=x.device) for _ in range(2))
-    grad_x = torch.empty_like(x) if need_input else None
-    grad_weight = torch.empty_like(qkv_weight) if need_weight else None
-    grad_bias = torch.empty_like(qkv_bias) if need_weight and qkv_bias is not None else None
+    p, ds = (buffer((batch, num_heads, layers), acc_dtype, x.device) for _ in range(2))
+    grad_x = buffer(x.shape, x.dtype, x.device) if need_input else None
+    grad_weight = buffer(qkv_weight.shape, qkv_weight.dtype, x.device) if need_weight else None
+    grad_bias = buffer(qkv_bias.shape, qkv_bias.dtype, x.device) if need_weight and qkv_bias is not None else None
     known = _arguments(x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p)
     known |= {**tiles.sizes, **precision_arguments(dtype), "p_grad": grad_out, "p_q": q, "p_dq": dq, "p_p": p}
     known |= {"p_ds": ds, "p_dx": grad_x, "p_dweight": grad_weight, "p_dbias": grad_bias}

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.launch import cdiv
+from ...common.plan import compute, planned
 from ...common.tuning import Tiles
-from ..arguments import Settings
+from ..arguments import PARAMETER_NAMES, SAVED_NAMES, Settings
 from ..norms import sum_over_processes
 from . import GRADIENT_ROWS
 from .kernels_depthwise import leff_depthwise_backward_kernel
@@ -17,11 +19,10 @@ from .kernels_factored import leff_factored_weight_kernel, leff_fold_gradient_ke
 from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_kernel, leff_weight_gradient_kernel
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
 from .kernels_reduce import leff_coefficients_kernel, leff_sum_kernel
-from .launch_common import Call
+from .launch_common import Call, hashable
 from .launch_forward import contract_grid, depthwise_grid
 from .tiles import (
     PARTS,
-    cdiv,
     contract_tiles,
     depthwise_tiles,
     factored_weight_tiles,
@@ -45,11 +46,11 @@ def leff_backward_triton(
     settings: Settings,
     need_x: bool,
     needs: Sequence[bool],
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """At most eight launches that go over the tokens, fewer where not every gradient is wanted.
 
     Args:
-        dout: gradient of the result, contiguous.
+        dout: gradient of the result.
         x, parameters, settings: of the forward pass.
         saved: what it returned behind its result.
         need_x: whether the gradient of x is wanted.
@@ -58,6 +59,13 @@ def leff_backward_triton(
     Returns:
         These gradients, None where not wanted.
     """
+    return _run(x, *parameters, dout, *saved, hashable(settings), need_x, tuple(needs))
+
+
+@planned(tensors=2 + len(PARAMETER_NAMES) + len(SAVED_NAMES))
+def _run(x: Tensor, *rest: Any) -> list[Tensor | None]:
+    *tensors, settings, need_x, needs = rest
+    parameters, (dout, *saved) = tensors[: len(PARAMETER_NAMES)], tensors[len(PARAMETER_NAMES) :]
     backward = _Backward(Call(x, parameters, settings), saved, dout, need_x, needs)
     dx = backward.run()
     return [dx, *(gradient for layer in backward.gradients for gradient in layer)]
@@ -106,7 +114,7 @@ class _Backward:
         call, needs = self.call, self.needs[layer][1:]
         if not (wanted or any(needs)):
             return None
-        vectors = [torch.empty_like(v) if n else None for v, n in zip(call.layers[layer][1:4], needs, strict=True)]
+        vectors = [call.like(v) if n else None for v, n in zip(call.layers[layer][1:4], needs, strict=True)]
         self.gradients[layer][1:] = vectors
         channels, group = partial.shape[-1], call.settings.group
         batch = call.settings.norms[layer] == "batch"
@@ -139,7 +147,7 @@ class _Backward:
         call = self.call
         if self.norms[2] is None:
             return self.dout, call.settings.num_prefix_tokens
-        tiles, dz3 = row_tiles(call.O), torch.empty_like(self.z3)
+        tiles, dz3 = row_tiles(call.O), call.like(self.z3)
         grid = (cdiv(call.M, tiles.sizes["TILE_M"]), cdiv(call.O, tiles.sizes["TILE_O"]))
         call.launch(leff_norm_gradient_kernel, grid, tiles, p_gradient3=gradient3, p_dz3=dz3)
         return dz3, 0
@@ -151,7 +159,7 @@ class _Backward:
 
         def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
             rows = cdiv(call.M, tiles.sizes["TILE_M"])
-            g2, partial = torch.empty_like(self.z2), call.empty(rows, 2, call.E)
+            g2, partial = call.like(self.z2), call.empty(rows, 2, call.E)
             grid = (rows * cdiv(call.E, tiles.sizes["TILE_E"]),)
             call.launch(leff_hidden_gradient_kernel, grid, tiles, **arguments, p_g2=g2, p_partial=partial)
             return g2, partial
@@ -166,14 +174,14 @@ class _Backward:
         tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
         images, parts, grid = depthwise_grid(call, tiles)
         taps = call.taps()
-        g1, partial, taps_gradient = torch.empty_like(g2), call.empty(parts, 2, call.E), call.empty(parts, *taps.shape)
+        g1, partial, taps_gradient = call.like(g2), call.empty(parts, 2, call.E), call.empty(parts, *taps.shape)
         arguments = {"p_g2": g2, "p_gradient2": gradient2, "p_taps": taps, "ACTIVATION": call.settings.activations[0]}
         arguments |= {"p_g1": g1, "p_taps_gradient": taps_gradient, "p_partial": partial, "IMAGES": images}
         call.launch(leff_depthwise_backward_kernel, grid, tiles, **arguments)
         if self.needs[1][0]:
             weight = call.layers[1].weight
             summed = self._sum(taps_gradient, *taps.shape, dtype=weight.dtype)
-            self.gradients[1][0] = summed.t().contiguous().view(weight.shape)
+            self.gradients[1][0] = compute(_taps_as_weight, summed, weight.shape)
         return g1, self._coefficients(0, partial, wanted)
 
     def _layer1(self, g1: Tensor, gradient1: Tensor, scratch: Tensor) -> Tensor | None:
@@ -198,7 +206,7 @@ class _Backward:
             total = sums if call.settings.group is None else sum_over_processes(sums[None], call.settings.group)
             tail = call.empty(channels, channels, dtype=call.dtype)
             bias, mean = call.empty(channels), call.empty(channels)
-        folded, tiles = torch.empty_like(weight), fold_gradient_tiles(channels)
+        folded, tiles = call.like(weight), fold_gradient_tiles(channels)
         columns = cdiv(channels, tiles.sizes["TILE_C"])
         shared = {"p_weight": weight, "p_gradient": gradient1, "p_mean": mean}
         results = {"p_folded": folded, "p_tail": tail, "p_bias": bias}
@@ -231,7 +239,7 @@ class _Backward:
         arguments |= {"p_weight": weight, "p_prefix": self.dout, "O": call.C, "STRIDE_O": 1, "STRIDE_E": call.C}
 
         def run(tiles: Tiles) -> Tensor:
-            dx, grid = torch.empty_like(call.x), contract_grid(call, tiles, call.C)
+            dx, grid = call.like(call.x), contract_grid(call, tiles, call.C)
             call.launch(leff_contract_operand_kernel, grid, tiles, **arguments, p_out=dx)
             return dx
 
@@ -273,6 +281,10 @@ class _Backward:
         grid = (cdiv(out.numel(), tiles.sizes["TILE_N"]),)
         self.call.launch(leff_sum_kernel, grid, tiles, p_partial=partial, p_out=out, S=parts, N=out.numel())
         return out
+
+
+def _taps_as_weight(taps: Tensor, shape: torch.Size) -> Tensor:
+    return taps.t().contiguous().view(shape)
 
 
 def _split(tokens: int, programs: int, step: int) -> tuple[int, int]:

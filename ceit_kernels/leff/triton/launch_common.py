@@ -8,15 +8,21 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ...common.launch import launch, target_chip
+from ...common.launch import cdiv, launch, target_chip
+from ...common.plan import buffer, compute, without_plan
 from ...common.precision import precision_arguments
 from ...common.tuning import Tiles, tuned_tiles
 from ..arguments import Settings, parameters_per_layer
-from .tiles import cdiv
 
-__all__ = ["Call", "Layer"]
+__all__ = ["Call", "Layer", "hashable"]
 
 Result = TypeVar("Result")
+
+
+def hashable(settings: Settings) -> Settings:
+    """Settings that can be the key of a plan."""
+    eps, norms, activations = tuple(settings.eps), tuple(settings.norms), tuple(settings.activations)
+    return settings._replace(eps=eps, norms=norms, activations=activations)
 
 
 class Layer(NamedTuple):
@@ -35,11 +41,11 @@ class Call:
 
     Args:
         x: tokens (B, P + H * W, C), contiguous.
-        parameters: the tensors of ``arguments.PARAMETER_NAMES``.
+        parameters: the tensors of ``arguments.PARAMETER_NAMES``, contiguous.
         settings: of the call.
 
     Attributes:
-        layers: the three layers, their tensors contiguous.
+        layers: the three layers.
         dtype: of the GEMMs.
         acc_dtype: of accumulators and statistics.
         M, C, E, O: image tokens of the batch; channels of the input, in between and of the output.
@@ -49,8 +55,8 @@ class Call:
     """
 
     def __init__(self, x: Tensor, parameters: Sequence[Tensor | None], settings: Settings) -> None:
-        held = [None if parameter is None else parameter.contiguous() for parameter in parameters]
-        self.layers = [Layer(*held[i : i + parameters_per_layer]) for i in range(0, len(held), parameters_per_layer)]
+        firsts = range(0, len(parameters), parameters_per_layer)
+        self.layers = [Layer(*parameters[i : i + parameters_per_layer]) for i in firsts]
         self.x, self.settings, self.chip = x, settings, target_chip(x)
         self.dtype = settings.compute_dtype or x.dtype
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -75,15 +81,20 @@ class Call:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer on the device of x, in ``acc_dtype`` unless told otherwise."""
-        return torch.empty(shape, dtype=dtype or self.acc_dtype, device=self.x.device)
+        return buffer(shape, dtype or self.acc_dtype, self.x.device)
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A buffer of the shape and dtype of a tensor, contiguous."""
+        return buffer(tensor.shape, tensor.dtype, tensor.device)
 
     def weight(self, i: int) -> Tensor:
         """The weight of a pointwise layer in the dtype of the GEMMs."""
-        return self.layers[i].weight.to(self.dtype)
+        weight = self.layers[i].weight
+        return weight if weight.dtype == self.dtype else compute(Tensor.to, weight, self.dtype)
 
     def taps(self) -> Tensor:
         """The depthwise kernels as (k * k, E), so that neighbouring channels are neighbours in memory."""
-        return self.layers[1].weight.flatten(1).t().to(self.acc_dtype).contiguous()
+        return compute(_taps, self.layers[1].weight, self.acc_dtype)
 
     def prefix_tiles(self, rows: int) -> int:
         """Tiles of so many rows that the prefix tokens take."""
@@ -99,5 +110,10 @@ class Call:
         Processes that wait for one another keep to the table.
         """
         if self.settings.group is None:
-            table = tuned_tiles(kernel, table, {"tokens": self.M, **shape}, self.x, self.dtype, run)
+            with without_plan():
+                table = tuned_tiles(kernel, table, {"tokens": self.M, **shape}, self.x, self.dtype, run)
         return run(table)
+
+
+def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.flatten(1).t().to(dtype).contiguous()

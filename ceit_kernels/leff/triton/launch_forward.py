@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...common.launch import cdiv
+from ...common.plan import compute, planned
 from ...common.tuning import Tiles
-from ..arguments import Settings
+from ..arguments import PARAMETER_NAMES, Settings
 from ..norms import gather_moments
 from . import NORM_ROWS
 from .kernels_depthwise import leff_depthwise_kernel
 from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kernel
 from .kernels_norm import leff_norm_kernel
 from .kernels_reduce import leff_statistics_kernel
-from .launch_common import Call
-from .tiles import PARTS, cdiv, contract_tiles, depthwise_tiles, expand_tiles, row_tiles
+from .launch_common import Call, hashable
+from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, row_tiles
 
 __all__ = ["contract_grid", "depthwise_grid", "leff_forward_triton"]
 
@@ -33,10 +36,16 @@ def leff_forward_triton(
     """The results of ``ceit::leff``, by at most four passes over the tokens.
 
     Args:
-        x, residual: tokens, contiguous, B at least 1.
+        x, residual: tokens, B at least 1.
         parameters, settings: of the call.
         out_dtype: of the first result.
     """
+    return _run(x, *parameters, residual, hashable(settings), out_dtype)
+
+
+@planned(tensors=2 + len(PARAMETER_NAMES))
+def _run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *parameters, residual, settings, out_dtype = rest
     call = Call(x, parameters, settings)
     count = call.empty(1 if "batch" in settings.norms else 0)
     z1, norm1 = _expand(call, count)
@@ -82,7 +91,7 @@ def depthwise_grid(call: Call, tiles: Tiles) -> tuple[int, int, tuple[int]]:
 def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor | None]:
     tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
     images, parts, grid = depthwise_grid(call, tiles)
-    z2, moments = torch.empty_like(z1), _moments(call, 1, parts, call.E)
+    z2, moments = call.like(z1), _moments(call, 1, parts, call.E)
     arguments = {"p_z1": z1, "p_norm1": norm1, "p_taps": call.taps(), "p_bias": call.layers[1].bias, "p_z2": z2}
     arguments |= {"IMAGES": images, "ACTIVATION": call.settings.activations[0], **moments}
     call.launch(leff_depthwise_kernel, grid, tiles, **arguments)
@@ -138,11 +147,8 @@ def _norm(
     if call.settings.norms[layer] == "none":
         return None
     if p_partial is None:
-        mean, variance = running_mean.to(call.acc_dtype), running_var.to(call.acc_dtype)
-        rstd = torch.rsqrt(variance + call.settings.eps[layer])
-        scale = rstd if weight is None else rstd * weight.to(call.acc_dtype)
-        shift = torch.zeros_like(mean) if bias is None else bias.to(call.acc_dtype)
-        return torch.stack((mean, variance, rstd, scale, shift))
+        eps = call.settings.eps[layer]
+        return compute(_frozen_norm, weight, bias, running_mean, running_var, eps, call.acc_dtype)
     channels = p_partial.shape[2]
     arguments = {"p_weight": weight, "p_bias": bias, "p_total": count, "EPS": call.settings.eps[layer], "E": channels}
 
@@ -154,3 +160,14 @@ def _norm(
 
     norm, group = merge(p_partial, p_count), call.settings.group
     return norm if group is None else merge(*gather_moments(norm, count, group))
+
+
+def _frozen_norm(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The norm array of running statistics."""
+    mean, variance = mean.to(dtype), variance.to(dtype)
+    rstd = torch.rsqrt(variance + eps)
+    scale = rstd if weight is None else rstd * weight.to(dtype)
+    shift = torch.zeros_like(mean) if bias is None else bias.to(dtype)
+    return torch.stack((mean, variance, rstd, scale, shift))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...common.launch import cdiv
+from ...common.plan import planned
 from ...common.tuning import Tiles
-from ..arguments import Settings
+from ..arguments import PARAMETER_NAMES, Settings
 from .kernels_inference import leff_contract_kernel, leff_expand_kernel
-from .launch_common import Call
-from .tiles import cdiv, inference_contract_tiles, inference_expand_tiles
+from .launch_common import Call, hashable
+from .tiles import inference_contract_tiles, inference_expand_tiles
 
 __all__ = ["leff_inference_triton"]
 
@@ -26,15 +29,21 @@ def leff_inference_triton(
     """Two launches, which read the parameters as they are, but for pointwise weights of another dtype than the GEMMs'.
 
     Args:
-        x: tokens (B, P + H * W, C), contiguous, B at least 1.
+        x: tokens (B, P + H * W, C), B at least 1.
         parameters: the tensors of ``arguments.PARAMETER_NAMES``; a layer without running statistics has no norm.
-        residual: (B, P + H * W, O), contiguous, added to the result; nothing if None.
+        residual: (B, P + H * W, O), added to the result; nothing if None.
         settings: of the call.
         out_dtype: of the result.
 
     Returns:
         Tokens (B, P + H * W, O).
     """
+    return _run(x, *parameters, residual, hashable(settings), out_dtype)
+
+
+@planned(tensors=2 + len(PARAMETER_NAMES))
+def _run(x: Tensor, *rest: Any) -> Tensor:
+    *parameters, residual, settings, out_dtype = rest
     call = Call(x, parameters, settings)
     layer1, layer2, layer3 = call.layers
     rows2 = call.empty(call.kernel_size**2 + 1, call.E)

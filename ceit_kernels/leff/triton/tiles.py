@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ...common.launch import cdiv
 from ...common.tuning import Tiles
 
 __all__ = [
     "PARTS",
-    "cdiv",
     "contract_tiles",
     "depthwise_tiles",
     "expand_tiles",
@@ -28,11 +28,6 @@ _OPERANDS_FROM_SHARED_MEMORY = (90, 100)
 
 # Of the kernels that merge what program instances left behind.
 PARTS = Tiles({"TILE_T": 64, "TILE_E": 16}, num_warps=4)
-
-
-def cdiv(total: int, size: int) -> int:
-    """How many of a size cover a total. Triton's own, made for device code too, takes ten times as long."""
-    return -(-total // size)
 
 
 def _fit(size: int, channels: int) -> int:

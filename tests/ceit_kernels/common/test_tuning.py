@@ -155,11 +155,11 @@ def test_nothing_is_timed_while_a_graph_is_captured_or_launches_are_recorded(tim
         with record_launches():
             assert choose(timed) == TABLE
         with monkeypatch.context() as capturing:
-            capturing.setattr(tuning, "_is_capturing", lambda: True)
+            capturing.setattr(tuning, "is_capturing", lambda: True)
             assert choose(timed) == TABLE
             assert not timed
         assert choose(timed) == BEST
-        monkeypatch.setattr(tuning, "_is_capturing", lambda: True)
+        monkeypatch.setattr(tuning, "is_capturing", lambda: True)
         assert choose(timed) == BEST  # what is known holds in a graph too
 
 

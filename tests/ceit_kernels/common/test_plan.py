@@ -1,0 +1,196 @@
+"""Plans of calls: what is replayed and when, with kernels that are functions of tensors."""
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from ceit_kernels import autotune
+from ceit_kernels.common import plan
+from ceit_kernels.common.launch import launch, record_launches
+from ceit_kernels.common.plan import buffer, compute, planned, without_plan
+
+
+class Kernel:
+    """out = a * SCALE + b, and how often Python prepared it or ran it ready."""
+
+    __name__ = "axpy"
+    arg_names = ("p_a", "p_b", "p_out", "SCALE")
+
+    def __init__(self):
+        self.prepared, self.ready = 0, 0
+
+    def __getitem__(self, grid):
+        def run(p_a, p_b, p_out, SCALE, num_warps, num_stages, maxnreg):
+            self.prepared += 1
+            self._run(p_a, p_b, p_out, SCALE)
+            return Compiled(self)
+
+        return run
+
+    @staticmethod
+    def _run(a, b, out, scale):
+        torch.add(a * scale, 0 if b is None else b, out=out)
+
+
+class Compiled:
+    """As Triton's compiled kernels are launched."""
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+
+    def __getitem__(self, grid):
+        assert len(grid) == 3
+
+        def run(*arguments):
+            self._kernel.ready += 1
+            self._kernel._run(*arguments)
+
+        return run
+
+
+kernel = Kernel()
+foreign = torch.ones(4)
+
+
+@planned(tensors=2)
+def axpy(a, b, scale, how=""):
+    """a^2 scale + b by two launches, in float32."""
+    square, out = (buffer(a.shape, torch.float32, a.device) for _ in range(2))
+    a = a if a.dtype == torch.float32 else compute(torch.Tensor.to, a, torch.float32)
+    a = a + 0 if how == "unknown" else a
+    with without_plan():
+        launch(kernel, (1,), {"p_a": foreign, "p_out": foreign.clone(), "SCALE": 1}, 4)
+    launch(kernel, (1,), {"p_a": a, "p_out": square, "SCALE": scale}, 4)
+    torch.mul(square, a, out=square) if how == "unknown" else compute(_multiply, square, a)
+    launch(kernel, (1, 1), {"p_a": square, "p_b": b, "p_out": out, "SCALE": 1}, 4)
+    return (out, None) if how == "two" else out
+
+
+def _multiply(out, a):
+    out.mul_(a)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    kernel.prepared = kernel.ready = 0
+
+
+def check(*arguments):
+    a, b, scale = arguments[:3]
+    got = axpy(*arguments)
+    got = got if isinstance(got, torch.Tensor) else got[0]
+    torch.testing.assert_close(got, a.float() ** 2 * scale + (0 if b is None else b))
+
+
+def test_the_second_call_is_a_loop_over_ready_launches_with_its_own_tensors():
+    check(torch.randn(4), torch.randn(4), 2.0)
+    assert (kernel.prepared, kernel.ready) == (3, 0)
+    for _ in range(3):
+        check(torch.randn(4), torch.randn(4), 2.0)
+    assert (kernel.prepared, kernel.ready) == (3, 6)
+
+
+def test_tensors_that_are_one_in_the_first_call_may_be_two_in_the_next():
+    x = torch.randn(4)
+    check(x, x, 2.0)
+    check(x, torch.randn(4), 2.0)
+    assert kernel.ready == 2
+
+
+def test_calls_that_launch_something_else_have_plans_of_their_own():
+    x = torch.randn(8)
+    for arguments in [
+        (x, None, 2.0),
+        (x, x, 2.0),
+        (x, x, 3.0),
+        (x.half(), x, 2.0),
+        (x[:4], x[:4], 2.0),
+        (x[1:5], x[:4], 2.0),  # another alignment
+        (x, x, 2.0, "two"),
+    ]:
+        check(*arguments)
+        assert kernel.ready == 0
+    with autotune():
+        check(x, x, 2.0)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        check(x, x, 2.0)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert kernel.ready == 0
+    check(x, x, 2.0)
+    assert kernel.ready == 2
+
+
+def test_several_results_and_missing_ones_are_replayed():
+    for _ in range(2):
+        out, nothing = axpy(torch.ones(4), None, 2.0, "two")
+        assert nothing is None
+        assert out.tolist() == [2.0] * 4
+    assert kernel.ready == 2
+
+
+def test_a_strided_tensor_counts_as_its_copy():
+    for _ in range(2):
+        check(torch.randn(4, 4).t(), torch.randn(4, 8)[:, ::2], 2.0)
+    assert kernel.ready == 2
+
+
+def test_what_takes_a_tensor_from_elsewhere_is_never_replayed():
+    for _ in range(3):
+        check(torch.randn(4), None, 2.0, "unknown")
+    assert (kernel.prepared, kernel.ready) == (9, 0)
+
+
+def test_a_plan_keeps_no_tensor_alive():
+    a, b = torch.randn(4), torch.randn(4)
+    kept = [weakref.ref(tensor) for tensor in (a, b, axpy(a, b, 2.0), axpy(a, b, 2.0))]
+    storage = weakref.ref(a.untyped_storage())
+    del a, b
+    gc.collect()
+    assert all(tensor() is None for tensor in (*kept, storage))
+
+
+def test_recorded_launches_are_neither_replayed_nor_taken_down():
+    x = torch.randn(4)
+    for _ in range(2):
+        with record_launches() as launches:
+            axpy(x, None, 2.0)
+        assert len(launches) == 3
+    assert not plan._plans
+
+
+def test_an_error_leaves_no_plan_behind():
+    with pytest.raises(RuntimeError):
+        axpy(torch.randn(4), torch.randn(3), 2.0)
+    assert not plan._plans
+    check(torch.randn(4), None, 2.0)
+
+
+def test_the_oldest_plans_are_forgotten(monkeypatch):
+    monkeypatch.setattr(plan, "_LIMIT", 2)
+    for size in (1, 2, 3):
+        check(torch.randn(size), None, 2.0)
+    assert len(plan._plans) == 2
+    check(torch.randn(3), None, 2.0)
+    assert kernel.ready == 2
+
+
+def test_nothing_is_kept_of_a_capture_that_tuning_had_to_leave_to_the_table(monkeypatch):
+    monkeypatch.setattr(plan, "is_capturing", lambda: True)
+    with autotune():
+        check(torch.randn(4), None, 2.0)
+    assert not plan._plans
+
+
+def test_threads_take_down_and_replay_their_own_calls():
+    def work(i):
+        for n in range(30):
+            check(torch.full((1 + n % 3,), float(i)), torch.full((1 + n % 3,), float(n)), 2.0)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
