@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .common.module import Fusion, stand_in
+from .adapters import adapter_of
+from .common.module import Fusion, is_made, stand_in
 from .operators import OPERATORS
 
 __all__ = ["fuse", "register_fusion", "unfuse"]
@@ -68,10 +69,19 @@ def fuse(model: Model, **operators: bool) -> Model:
     if unknown:
         raise TypeError(f"fuse: expected operators of {tuple(OPERATORS)}, got {sorted(unknown)}")
     for module in model.modules():
-        operator, fused_class = _fusions.get(type(module), ("", None))
+        operator, fused_class = fusion_of(type(module))
         if fused_class is not None and operators.get(operator, True) and "forward" not in module.__dict__:
-            module.__class__ = fused_class
+            cast("Any", module).__class__ = fused_class
     return model
+
+
+def fusion_of(plain_class: type[nn.Module]) -> tuple[str, type[Fusion] | None]:
+    """The operator and the fused class of exactly this class: one of this package, a registered or a known one."""
+    found = _fusions.get(plain_class)
+    if found is None:
+        adapter = adapter_of(plain_class)
+        found = ("", None) if adapter is None else (adapter.operator, adapter.fused_class(plain_class))
+    return found
 
 
 def unfuse(model: Model) -> Model:
@@ -91,13 +101,9 @@ def unfuse(model: Model) -> Model:
 def _plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module that is not fused; that of ``module`` itself where it is none that ``fuse`` makes."""
     found = type(module)
-    if parametrize.is_parametrized(module) and _is_made(found.__bases__[0]):
+    if parametrize.is_parametrized(module) and is_made(found.__bases__[0]):
         # PyTorch has put a class of its own before the fused one.
         members = {name: value for name, value in vars(found).items() if name not in ("__dict__", "__weakref__")}
         plain = found.__bases__[0].plain_class
         return type(f"Parametrized{plain.__name__}", (plain,), members)
-    return found.plain_class if _is_made(found) else found
-
-
-def _is_made(found: type) -> TypeGuard[type[Fusion]]:
-    return issubclass(found, Fusion) and "plain_class" in vars(found)
+    return found.plain_class if is_made(found) else found

@@ -19,7 +19,7 @@ PUBLIC = (
     *("ceit/freezing.py", "ceit/layers.py", "ceit/model.py", "ceit/registry.py", "ceit/shortcuts.py"),
 )
 # Errors elsewhere. It only ever falls: lower it with them.
-BASELINE = 194
+BASELINE = 192
 
 
 def errors() -> list[tuple[str, str]]:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ["ANY", "IDENTITY", "child_reason", "children_reason", "convolution_reason", "held"]
+__all__ = [
+    "ANY",
+    "IDENTITY",
+    "Classes",
+    "child_reason",
+    "children_reason",
+    "convolution_reason",
+    "held",
+    "qualified_name",
+]
 
-Classes = Collection[type[nn.Module]] | None
+# Classes of other libraries, which may not be there, by their qualified names.
+Classes = Collection[type[nn.Module] | str] | None
 
 ANY: Classes = None  # for a child that the fused module calls, whatever it is
 IDENTITY: Classes = (nn.Identity,)
@@ -54,6 +65,12 @@ def children_reason(module: nn.Module, expected: Mapping[str, Classes], own: Col
     return None
 
 
+@cache
+def qualified_name(found: type) -> str:
+    """The module and the name of a class, "torch.nn.modules.linear.Linear"."""
+    return f"{found.__module__}.{found.__qualname__}"
+
+
 def held(module: nn.Module, name: str) -> Any:
     """A parameter of a module or None, which looking it up as an attribute takes several times as long for."""
     tensor = module._parameters.get(name)
@@ -62,10 +79,11 @@ def held(module: nn.Module, name: str) -> Any:
 
 def child_reason(name: str, child: nn.Module, classes: Classes) -> str | None:
     """Why a child has to be called; None if reading its tensors is as good."""
-    if classes is ANY:
+    if classes is None:  # ANY
         return None
-    if type(child) not in classes:
-        wanted = " or ".join(expected.__name__ for expected in classes)
+    if type(child) not in classes and qualified_name(type(child)) not in classes:
+        names = [expected if isinstance(expected, str) else expected.__name__ for expected in classes]
+        wanted = " or ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         return f"the kernels take {wanted} for {name}, not {type(child).__name__}"
     state = child.__dict__
     if (

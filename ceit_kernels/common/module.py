@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 from torch import nn
 
-__all__ = ["Fusion", "attributes_of", "stand_in"]
+__all__ = ["Fusion", "attributes_of", "is_made", "stand_in"]
 
 Plain = TypeVar("Plain", bound=nn.Module)
 
@@ -63,18 +63,31 @@ class Fusion:
         return fused
 
 
+def is_made(found: type) -> TypeGuard[type[Fusion]]:
+    """Whether a class is a fused one, and not a subclass of it."""
+    return issubclass(found, Fusion) and "plain_class" in vars(found)
+
+
 @cache
 def stand_in(plain_class: type[nn.Module], fused_class: type[Fusion]) -> type[Fusion]:
     """The fused class of a plain class: ``fused_class`` itself, or what makes it one put before another plain class.
 
+    Args:
+        plain_class: any class of modules.
+        fused_class: a fused class, or what is put before the plain class to make one.
+
     Raises:
-        TypeError: ``fused_class`` is no fused class.
+        TypeError: ``fused_class`` is neither.
     """
-    if not (isinstance(fused_class, type) and issubclass(fused_class, Fusion) and "plain_class" in vars(fused_class)):
+    if not (isinstance(fused_class, type) and issubclass(fused_class, Fusion) and hasattr(fused_class, "forward")):
         raise TypeError(f"fused_class: expected a fused class such as FusedLeFF, got {fused_class!r}")
-    if fused_class.plain_class is plain_class:
-        return fused_class
-    fusion: Any = fused_class.__bases__[0]
+    fusion: Any = fused_class
+    if issubclass(fused_class, nn.Module):
+        if not is_made(fused_class):
+            raise TypeError(f"fused_class: expected a fused class such as FusedLeFF, got {fused_class!r}")
+        if fused_class.plain_class is plain_class:
+            return fused_class
+        fusion = fused_class.__bases__[0]
     members: dict[str, Any] = {"__module__": plain_class.__module__, "__doc__": plain_class.__doc__}
     if list(inspect.signature(plain_class.forward).parameters) != list(inspect.signature(fusion.forward).parameters):
         members["forward"] = _forward_of_one_argument(plain_class, fusion)

@@ -141,18 +141,23 @@ def check_call(
 
 
 def check_weights(weights: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Check the shapes of the three convolutions' weights among each other."""
+    """Check the shapes of the three weights among each other; pointwise ones may be those of linear layers."""
     weight1, weight2, weight3 = weights
-    check_shape(names[0], weight1, "E", "C", 1, 1)
+    check_shape(names[0], weight1, "E", "C", *_pixel(weight1))
     hidden = weight1.shape[0]
     check_shape(names[1], weight2, hidden, 1, "k", "k")
-    check_shape(names[2], weight3, "O", hidden, 1, 1)
+    check_shape(names[2], weight3, "O", hidden, *_pixel(weight3))
     height, width = weight2.shape[2:]
     if height != width or height % 2 == 0:
         raise ValueError(f"{names[1]}: expected a square kernel of an odd side, got {height} * {width}")
     for name, weight in zip(names, weights, strict=True):
         if weight.numel() == 0:
             raise ValueError(f"{name}: expected at least one channel, got shape {tuple(weight.shape)}")
+
+
+def _pixel(weight: Tensor) -> tuple[int, ...]:
+    """What the shape of a pointwise weight has behind its channels."""
+    return () if weight.dim() == 2 else (1, 1)
 
 
 def _check_parameter(
@@ -183,7 +188,7 @@ def kernel_size_unsupported_reason(weight2: Tensor) -> str | None:
 
 def convolutions(x: Sequence[int], parameters: Sequence, height: int, width: int) -> list[tuple[tuple[int, ...], ...]]:
     """Shapes of input, weight and result of the three convolutions, from those of a call's tensors."""
-    weights = [tuple(weight) for weight in parameters[::parameters_per_layer]]
+    weights = [(*weight, 1, 1)[:4] for weight in parameters[::parameters_per_layer]]
     channels = [x[2], *(weight[0] for weight in weights)]
     images = [(x[0], count, height, width) for count in channels]
     return list(zip(images[:-1], weights, images[1:], strict=True))

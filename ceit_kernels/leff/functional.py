@@ -54,7 +54,8 @@ def leff_block(
 
     Args:
         x: tokens (B, P + H * W, C); an image (B, H, W, C) or (B, C, H, W) with the ``layout`` that says so.
-        weights: (E, C, 1, 1), (E, 1, k, k) and (O, E, 1, 1), k odd; the kernels have 3, 5 and 7.
+        weights: (E, C, 1, 1) or (E, C), (E, 1, k, k), and (O, E, 1, 1) or (O, E); k is odd, and the kernels have 3, 5
+            and 7.
         biases: (E,), (E,) and (O,), or None.
         norms: over E, E and O channels, or None. Running statistics are updated in place in training.
         activations: after the first two layers, of "gelu", "gelu_tanh", "silu", "relu", "relu6", "hardswish" and

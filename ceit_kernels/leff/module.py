@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .. import backends
-from ..common.children import children_reason, convolution_reason, held
-from ..common.freezing import Prepacked, is_freezable, is_frozen_call
-from ..common.module import Fusion, attributes_of
-from .activations import MODULES, activation_name
-from .arguments import NORM_TENSORS, kernel_size_unsupported_reason
-from .cpu import in_compute_dtype, kernels, leff_sizes
-from .functional import leff_fused, pack
-from .grid import (
-    LAYOUTS,
-    check_grid_size,
-    empty_tokens_like,
-    from_tokens,
-    in_memory_order,
-    is_planar,
-    residual_to_tokens,
-    to_tokens,
-    token_grid,
-)
+from ..common.module import attributes_of
+from .fusion import BlockFusion, BlockParts, FrozenBlock
+from .grid import LAYOUTS, check_grid_size, token_grid
 from .norms import of_module
 
 __all__ = ["FrozenLeFF", "FusedLeFF", "LocallyEnhancedFeedForward"]
-
-_CONVOLUTIONS = ("conv1", "conv2", "conv3")
-_NORM = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
-_NAMES = tuple(
-    name
-    for i in (1, 2, 3)
-    for name in (f"conv{i}.weight", f"conv{i}.bias", *(f"bn{i}.{tensor}" for tensor in NORM_TENSORS))
-)
-_CHILDREN = {
-    **dict.fromkeys(_CONVOLUTIONS, (nn.Conv2d,)),
-    **{f"bn{i}": _NORM for i in (1, 2, 3)},
-    "act": MODULES,
-}
 
 # A call of it is a node in graphs of torch.fx, which cannot compare sizes.
 torch.fx.wrap("token_grid")
@@ -154,8 +125,10 @@ class LocallyEnhancedFeedForward(nn.Module):
         return z if residual is None else residual + z
 
 
-class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
+class LeFFFusion(BlockFusion, attributes_of(LocallyEnhancedFeedForward)):
     """``forward`` of the locally-enhanced feed-forward block, fused."""
+
+    parts = BlockParts(("conv1", "conv2", "conv3"), ("bn1", "bn2", "bn3"), ("act", "act"))
 
     # What a plain class that lacks these does.
     first_act = True
@@ -183,57 +156,12 @@ class LeFFFusion(Fusion, attributes_of(LocallyEnhancedFeedForward)):
 
     @torch.jit.unused
     def _fused_forward(self, x: Tensor, grid_size: tuple[int, int] | None, residual: Tensor | None) -> Tensor:
-        reason = self.plain_reason()
-        if reason is None:
-            where = (self._activations(), grid_size, self.num_prefix_tokens, residual, self.layout)
-            out = leff_fused(x, *self._tensors(), *where, _NAMES)
-            if out is not None:
-                return out
-        else:
-            backends.leave_to_reference("leff", reason)
-        return super().forward(x, grid_size, residual)
-
-    def _tensors(self) -> tuple[list[Tensor], list[Tensor | None], list]:
-        """Weights and biases of the convolutions, and what the norms compute with."""
-        weights, biases = ([held(each, name) for each in self._convolutions()] for name in ("weight", "bias"))
-        return weights, biases, [of_module(norm) for norm in (self.bn1, self.bn2, self.bn3)]
-
-    def _convolutions(self) -> list[nn.Conv2d]:
-        return cast("list[nn.Conv2d]", [self._modules[name] for name in _CONVOLUTIONS])
-
-    def plain_reason(self) -> str | None:
-        """As of ``Fusion``."""
-        reason = children_reason(self, _CHILDREN)
-        if reason is not None:
-            return reason
-        convolutions = self._convolutions()
-        weight1, weight2, weight3 = [held(convolution, "weight") for convolution in convolutions]
-        hidden, side = weight2.shape[0], weight2.shape[-1]
-        shapes = ((hidden, weight1.shape[1], 1, 1), (hidden, 1, side, side), (weight3.shape[0], hidden, 1, 1))
-        if (weight1.shape, weight2.shape, weight3.shape) != shapes:
-            return "the convolutions are not a pointwise, a depthwise and a pointwise one that follow each other"
-        return (
-            convolution_reason("conv1", convolutions[0], (1, 1), (0, 0))
-            or convolution_reason("conv2", convolutions[1], (1, 1), (side // 2, side // 2), hidden)
-            or convolution_reason("conv3", convolutions[2], (1, 1), (0, 0))
-            or kernel_size_unsupported_reason(weight2)
-        )
-
-    def inference_parts(self) -> tuple[list[Tensor | None], tuple[float, ...], tuple[str, str]] | None:
-        """What inference by the kernels takes: tensors in the operators' order, eps of the norms, activations.
-
-        None where a norm takes batch statistics or the kernels do not serve the module.
-        """
-        if self.plain_reason() is not None:
-            return None
-        weights, biases, norms = self._tensors()
-        if any(norm is not None and norm.training for norm in norms):
-            return None
-        return pack(weights, biases, norms), tuple([norm.eps if norm else 0.0 for norm in norms]), self._activations()
+        out = self._by_operator(x, grid_size, residual, self.layout, self.num_prefix_tokens)
+        return super().forward(x, grid_size, residual) if out is None else out
 
     def _activations(self) -> tuple[str, str]:
-        activation = activation_name(self.act)
-        return (activation if self.first_act else "identity", activation)
+        first, second = super()._activations()
+        return (first if self.first_act else "identity"), second
 
 
 class FusedLeFF(LeFFFusion, LocallyEnhancedFeedForward):
@@ -245,40 +173,16 @@ class FusedLeFF(LeFFFusion, LocallyEnhancedFeedForward):
     """
 
 
-class FrozenLeFF(Prepacked, FusedLeFF):
+class FrozenLeFF(FrozenBlock, FusedLeFF):
     """A block of a frozen model: norms folded, and prepacked on the CPU. Made by ``freeze`` alone."""
 
-    @staticmethod
-    def freeze(module: nn.Module) -> None:
-        """Make one of a fused block whose tensors do not change any more; on a GPU fold its norms."""
-        if type(module) is not FusedLeFF:
-            return
-        parts = module.inference_parts()
-        if parts is None:
-            return
-        weight = module.conv1.weight
-        if is_freezable("leff", module, weight):
-            module.__class__ = FrozenLeFF
-            parameters, eps, activations = parts
-            parameters = in_compute_dtype(parameters, weight.dtype)
-            sizes = leff_sizes(parameters, activations, (1, 1))  # prepacking does not depend on the grid
-            module.__dict__["_prepacked"] = kernels._leff_prepack(weight, parameters, eps, sizes), eps, sizes[:-2]
-        elif weight.is_cuda:
+    @classmethod
+    def freeze(cls, module: nn.Module) -> None:
+        """Freeze a fused block whose tensors do not change any more; on a GPU fold CeiT's norms."""
+        if type(module) is FusedLeFF and module.conv1.weight.is_cuda and module.inference_parts() is not None:
             fold_norms(module)
-
-    def _fused_forward(self, x: Tensor, grid_size: tuple[int, int] | None, residual: Tensor | None) -> Tensor:
-        weight = self.conv1.weight
-        added = residual is None or (residual.dtype, residual.device) == (x.dtype, x.device)
-        if not (added and x.numel() and is_frozen_call("leff", self, x, weight)):
-            return super()._fused_forward(x, grid_size, residual)
-        prepacked, eps, sizes = self._prepacked
-        tokens, grid = to_tokens(x, sizes[0], self.layout, self.num_prefix_tokens, grid_size)
-        planar = self.num_prefix_tokens == 0 and is_planar(tokens)
-        if residual is not None:
-            residual = in_memory_order(residual_to_tokens(residual, tokens, sizes[2], self.layout, grid), planar)
-        out = empty_tokens_like(tokens, sizes[2], x.dtype, planar)
-        kernels._leff_infer(in_memory_order(tokens, planar), [], prepacked, residual, eps, [*sizes, *grid], out)
-        return from_tokens(out, self.layout, grid, x)
+        else:
+            super().freeze(module)
 
 
 @torch.no_grad()

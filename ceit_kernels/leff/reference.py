@@ -15,7 +15,7 @@ Layer = Callable[[Tensor], Tensor]
 
 def leff_reference(
     x: Tensor,  # (B, P + H*W, C)
-    weights: Sequence[Tensor],  # (E, C, 1, 1), (E, 1, k, k), (O, E, 1, 1)
+    weights: Sequence[Tensor],  # (E, C, 1, 1) or (E, C), (E, 1, k, k), (O, E, 1, 1) or (O, E)
     biases: Sequence[Tensor | None],  # (E,), (E,), (O,)
     norms: Sequence[Layer],  # after each convolution, on (B, E, H, W), (B, E, H, W), (B, O, H, W)
     activations: Sequence[Layer],  # after the first and the second convolution
@@ -33,10 +33,11 @@ def leff_reference(
     prefix, tokens = x.split([num_prefix_tokens, grid_size[0] * grid_size[1]], dim=1)
     # No transposed view: of one image PyTorch takes that for another memory format, and the norms' gradients are wrong.
     image = tokens.reshape(x.shape[0], *grid_size, x.shape[2]).permute(0, 3, 1, 2)  # (B, C, H, W)
-    image = activations[0](norms[0](F.conv2d(image, weights[0], biases[0])))
+    expand, contract = (weight.reshape(*weight.shape[:2], 1, 1) for weight in weights[::2])
+    image = activations[0](norms[0](F.conv2d(image, expand, biases[0])))
     padding, groups = weights[1].shape[-1] // 2, weights[1].shape[0]
     image = activations[1](norms[1](F.conv2d(image, weights[1], biases[1], padding=padding, groups=groups)))
-    image = norms[2](F.conv2d(image, weights[2], biases[2]))
+    image = norms[2](F.conv2d(image, contract, biases[2]))
     tokens = image.flatten(2).transpose(1, 2)
     out = torch.cat((prefix, tokens), dim=1) if num_prefix_tokens else tokens
     return out if residual is None else out + residual

@@ -39,8 +39,9 @@ std::array<Layer, kLayers> layers_of(const std::vector<OptionalTensor>& paramete
                   "parameters, eps, modes: expected those of 3 layers");
   const auto layer = [&](size_t i) {
     const OptionalTensor* at = &parameters[i * kTensors];
-    STD_TORCH_CHECK(at[0].has_value() && at[0]->dim() == 4 && at[0]->is_contiguous() && at[0]->numel() > 0,
-                    "parameters: expected contiguous weights (channels, *, k, k)");
+    STD_TORCH_CHECK(at[0].has_value() && (at[0]->dim() == 4 || (at[0]->dim() == 2 && i != 1)) &&
+                        at[0]->is_contiguous() && at[0]->numel() > 0,
+                    "parameters: expected contiguous weights (channels, *, k, k), pointwise ones also as matrices");
     STD_TORCH_CHECK(modes[i] >= 0 && modes[i] <= int64_t(Mode::batch), "modes: unknown mode ", modes[i]);
     return Layer{*at[0], at[1], at[2], at[3], at[4], at[5], eps[i], Mode(modes[i])};
   };
@@ -179,9 +180,7 @@ class Backward {
   bool any_of(size_t layer) const { return needs(layer, 0) || sums_of(layer); }
   Tensor sums_for(size_t layer) const { return new_empty(count_, {x_.size(0), 2, layers_[layer].channels()}); }
   void set_weight(size_t layer, const Tensor& gradient) {
-    const Tensor& weight = layers_[layer].weight;
-    gradients_[1 + layer * kGradients] =
-        view(gradient, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
+    gradients_[1 + layer * kGradients] = view(gradient, layers_[layer].weight.sizes());
   }
 
   // The gradient array of a layer's norm; leaves the gradients of its vectors behind that are wanted.

@@ -1,0 +1,53 @@
+"""Modules of other libraries that compute what an operator does.
+
+Known by name: neither this table nor what it names imports a library that the user has not imported.
+"""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+from typing import NamedTuple
+
+from torch import nn
+
+from ..common.children import qualified_name
+from ..common.module import Fusion, stand_in
+
+__all__ = ["ADAPTERS", "Adapter", "adapter_of"]
+
+
+class Adapter(NamedTuple):
+    """How a class is fused.
+
+    Attributes:
+        operator: one of ``OPERATORS``.
+        fusion: what is put before the class, as ``stand_in`` takes it: a module of this folder, and its name there.
+    """
+
+    operator: str
+    fusion: str
+
+    def fused_class(self, plain_class: type[nn.Module]) -> type[Fusion]:
+        """The fused class of a class that this is the adapter of."""
+        return stand_in(plain_class, resolve_name(f"{__name__}.{self.fusion}"))
+
+
+_SEGFORMER = "transformers.models.segformer.modeling_segformer"
+
+# By the qualified names of classes: the names change with the libraries' versions.
+ADAPTERS: dict[str, Adapter] = {
+    f"{_SEGFORMER}.SegformerMixFFN": Adapter("leff", "transformers_mix_ffn:SegformerMixFFN"),
+    f"{_SEGFORMER}.SegformerMixMLP": Adapter("leff", "transformers_mix_ffn:SegformerMixMLP"),
+    "transformers.models.glpn.modeling_glpn.GLPNMixFFN": Adapter("leff", "transformers_mix_ffn:GLPNMixFFN"),
+    "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2ConvFeedForwardNetwork": Adapter(
+        "leff", "transformers_mix_ffn:PvtV2ConvFeedForwardNetwork"
+    ),
+    "timm.models.pvt_v2.MlpWithDepthwiseConv": Adapter("leff", "timm_pvt_v2:MlpWithDepthwiseConv"),
+}
+
+
+def adapter_of(plain_class: type[nn.Module]) -> Adapter | None:
+    """The adapter of exactly this class, if there is one; none where the class was given another ``forward``."""
+    name = qualified_name(plain_class)
+    adapter = ADAPTERS.get(name)
+    return adapter if adapter and qualified_name(plain_class.forward) == f"{name}.forward" else None
