@@ -22,15 +22,13 @@ struct Rows {
   CEIT_INLINE T* row(int64_t index) const { return data + index * stride; }
 };
 
-// A tile of queries of one head of one image.
+// Queries of one head of one image that are worked on together: those from query `at` of all on, before `end`.
 struct QueryTile {
-  int64_t task, index, first, count;
-  QueryTile(const Shape& shape, int64_t number) : task(number / shape.tiles()), index(number % shape.tiles()) {
-    // The first is the one that may be short: threads' shares begin with it, and the earlier have a task more.
-    const int64_t end = shape.queries - (shape.tiles() - 1 - index) * kQueries;
-    first = end > kQueries ? end - kQueries : 0;
-    count = end - first;
-  }
+  int64_t task, first, count;
+  QueryTile(const Shape& shape, int64_t at, int64_t end)
+      : task(at / shape.queries),
+        first(at % shape.queries),
+        count(min_of(min_of(shape.queries - first, end - at), kQueries)) {}
 };
 
 template <class T>
@@ -54,12 +52,18 @@ CEIT_INLINE void prefetch(const Rows<T>& rows, int64_t first, int64_t count, int
     for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(rows.row(row) + c, written, 2);
 }
 
-// Asks for a tile's share of the keys and values of its head.
+// Asks for the queries behind a tile, and for its share of the keys and values of the next head.
 template <class T>
-CEIT_INLINE void prefetch_share(const void* qkv, const Shape& shape, const QueryTile& tile) {
-  const int64_t first = shape.tokens * tile.index / shape.tiles();
-  const int64_t count = shape.tokens * (tile.index + 1) / shape.tiles() - first;
-  for (int part = 1; part < 3; ++part) prefetch(part_of<T>(qkv, shape, part, tile.task), first, count, shape.channels);
+CEIT_INLINE void prefetch_next(const void* qkv, const Shape& shape, const QueryTile& tile, int64_t end) {
+  const int64_t at = tile.task * shape.queries + tile.first + tile.count;
+  if (at >= end) return;
+  const QueryTile next(shape, at, end);
+  prefetch(part_of<T>(qkv, shape, 0, next.task), next.first, next.count, shape.channels);
+  if ((tile.task + 1) * shape.queries >= end) return;
+  const int64_t first = shape.tokens * tile.first / shape.queries;
+  const int64_t last = shape.tokens * (tile.first + tile.count) / shape.queries;
+  for (int part = 1; part < 3; ++part)
+    prefetch(part_of<T>(qkv, shape, part, tile.task + 1), first, last - first, shape.channels);
 }
 
 // Strides of a head's packed matrices.
@@ -183,9 +187,10 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   const Scratch<Acc> scores(layout.queries_by_tokens());
   Acc largest[kQueries], sums[kQueries];
   int64_t packed_task = -1;
-  for (int64_t index = begin; index < end; ++index) {
-    const QueryTile tile(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.tiles());
+  for (int64_t at = begin; at < end;) {
+    const QueryTile tile(shape, at, end);
     const int64_t task = tile.task, first = tile.first, count = tile.count;
+    at += count;
     if (task != packed_task) {
       pack_transposed(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels, keys.get(), layout.tokens);
       pack<T, Acc>(part_of<T>(call.qkv, shape, 2, task), 0, shape.tokens, channels, Acc(1),
@@ -196,8 +201,7 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
                  {queries.get(), layout.channels});
     const Rows<T> out(call.out, shape, shape.queries, 1, 0, task);
     prefetch<true>(out, first, count, channels);
-    if (index + 1 < end) prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
-    if (of_next_head.task * shape.tiles() < end) prefetch_share<T>(call.qkv, shape, of_next_head);
+    prefetch_next<T>(call.qkv, shape, tile, end);
     multiply<Acc>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens},
                   count, channels, shape.tokens, false);
     softmax<Acc>({scores.get(), layout.tokens}, count, shape.tokens, tail, largest, sums);
@@ -233,17 +237,18 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
     pack_transposed(part_of<T>(call.qkv, shape, 2, task), tokens, channels, values_t.get(), layout.tokens);
     pack<T, Acc>(k, 0, tokens, channels, Acc(1), {keys.get(), layout.channels});
     const Acc* statistics = static_cast<const Acc*>(call.statistics) + task * shape.queries * 2;
-    for (int64_t index = task * shape.tiles(); index < (task + 1) * shape.tiles(); ++index) {
-      const QueryTile tile(shape, index), next(shape, index + 1), of_next_head(shape, index + shape.tiles());
+    for (int64_t at = task * shape.queries; at < (task + 1) * shape.queries;) {
+      const QueryTile tile(shape, at, end * shape.queries);
       const int64_t first = tile.first, count = tile.count;
+      at += count;
       pack<T, Acc>(q, first, count, channels, Acc(call.scale * kLog2E), {queries.get(), layout.channels});
       pack<T, Acc>(dout, first, count, channels, Acc(1), {grad_out.get(), layout.channels});
       prefetch<true>(dq, first, count, channels);
-      if (next.task < end) {
-        prefetch(part_of<T>(call.qkv, shape, 0, next.task), next.first, next.count, channels);
+      prefetch_next<T>(call.qkv, shape, tile, end * shape.queries);
+      if (at < end * shape.queries) {
+        const QueryTile next(shape, at, end * shape.queries);
         prefetch(gradient_of<T>(call.grad_out, shape, next.task), next.first, next.count, channels);
       }
-      if (of_next_head.task < end) prefetch_share<T>(call.qkv, shape, of_next_head);
       multiply<Acc>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens}, count,
                     channels, tokens, false);
       multiply<Acc>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens},

@@ -5,13 +5,13 @@
 
 namespace ceit::attention {
 
-// Queries that are worked on together: a multiple of the rows of every tile. Their scores stay in cache.
+// Queries that are worked on together, at most: a multiple of the rows of every tile. Their scores stay in cache.
 constexpr int kQueries = 48;
 
 struct Shape {
   int64_t images, tokens, heads, channels;  // channels of a head
   int64_t queries;                          // the first tokens
-  int64_t tiles() const { return ceil_div(queries, kQueries); }
+  int64_t all_queries() const { return images * heads * queries; }
 };
 
 // out = softmax(scale * q k^T) v. Statistics are, for each query, the largest of its scores times log2(e), and the sum
@@ -34,7 +34,7 @@ struct BackwardCall {
 };
 
 struct Kernels {
-  Kernel<ForwardCall> forward;    // tasks: tiles of queries of all heads of all images
+  Kernel<ForwardCall> forward;    // tasks: queries of all heads of all images
   Kernel<BackwardCall> backward;  // tasks: heads of all images
 };
 

@@ -16,7 +16,7 @@ Shape shape_of(const Tensor& qkv, const Tensor& out, int64_t heads) {
 }
 
 void* statistics_of(const OptionalTensor& statistics, const Shape& shape, ScalarType acc) {
-  return elements("statistics", statistics, shape.images * shape.heads * shape.queries * 2, acc);
+  return elements("statistics", statistics, shape.all_queries() * 2, acc);
 }
 
 // out (B, queries, heads * D) of qkv (B, N, 3 * heads * D), with what backward needs where it is wanted.
@@ -27,7 +27,7 @@ void forward(Tensor qkv, int64_t heads, double scale, Tensor out, OptionalTensor
   call.qkv = elements("qkv", qkv, qkv.numel(), qkv.scalar_type());
   call.out = elements("out", out, shape.images * shape.queries * heads * shape.channels, qkv.scalar_type());
   call.statistics = statistics_of(statistics, shape, acc_dtype(qkv));
-  run_tasks(chosen(dtype_index(qkv)).forward, call, shape.images * heads * shape.tiles());
+  run_tasks(chosen(dtype_index(qkv)).forward, call, shape.all_queries());
 }
 
 void backward(Tensor grad_out, Tensor qkv, Tensor statistics, int64_t heads, double scale, Tensor grad_qkv) {

@@ -43,7 +43,7 @@ void attend(const Attention<T>& block, int64_t images, int64_t tokens, int64_t q
   attention::ForwardCall call{};
   call.shape = {images, tokens, heads, channels / heads, queries};
   call.scale = block.scale, call.qkv = qkv, call.out = attended;
-  run(images * heads * call.shape.tiles(),
+  run(call.shape.all_queries(),
       [&](int64_t begin, int64_t end) { attention::chosen(kIndex<T>).forward(call, begin, end); });
 }
 

@@ -103,25 +103,40 @@ CEIT_INLINE void store_partial(const Partial<Acc>& partial, const Sums<Acc>& sum
       store(partial.data + r * partial.stride + v * lanes, sums[r][v], columns - v * lanes);
 }
 
-// Terms `first` to `first + depth` of some columns of B, and whether they are the first and the last of a sum.
+// Terms `first` to `first + depth` of some columns of B, whether they are the first and the last of a sum, and what of
+// B comes next.
 template <class Acc>
 struct Chunk {
   const Acc* b;
   int64_t first, depth;
   bool begins, ends;
+  const Acc* next;
+  int64_t next_size;
 };
 
-// Rows of a (from its first term on) with a chunk.
+// Asks for the part of what comes next that belongs to a tile of several: all at once would stall the core.
+template <class Acc>
+CEIT_INLINE void prefetch_next(const Chunk<Acc>& chunk, int64_t tile, int64_t tiles) {
+  constexpr int64_t line = 64 / sizeof(Acc);
+  const int64_t lines = chunk.next_size / line;
+  for (int64_t i = lines * tile / tiles; i < lines * (tile + 1) / tiles; ++i)
+    __builtin_prefetch(chunk.next + i * line, 0, 2);
+}
+
+// Rows of a (from its first term on) with a chunk, in tiles of one height or one row less.
 template <class T, class Out>
 void multiply_chunk(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_stride, Range rows, const Columns& columns,
                     const Chunk<acc_t<T>>& chunk, Partial<acc_t<T>> partial) {
   using Acc = acc_t<T>;
   Sums<Acc> sums;
-  for (int64_t row = rows.begin; row < rows.end; row += kHeight) {
-    const int count = int(min_of(rows.end - row, kHeight));
-    const int64_t at = row - rows.begin;
-    multiply_rows<Acc>(count, a + at * a_stride + chunk.first, a_stride, chunk.b, chunk.depth, sums);
+  const int64_t all = rows.end - rows.begin, tiles = ceil_div(all, kHeight);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t at = all * tile / tiles, row = rows.begin + at;
+    const int count = int(all * (tile + 1) / tiles - at);
     const Partial<Acc> here{partial.data + at * partial.stride, partial.stride};
+    prefetch_next(chunk, tile, tiles);
+    for (int r = 0; r < count; ++r) __builtin_prefetch(here.data + r * here.stride, 1, 3);
+    multiply_rows<Acc>(count, a + at * a_stride + chunk.first, a_stride, chunk.b, chunk.depth, sums);
     if (!chunk.begins) add_partial(here, sums, count, columns.count);
     if (!chunk.ends)
       store_partial(here, sums, count, columns.count);
@@ -143,33 +158,38 @@ void copy_slice(const T* b, int64_t stride, int64_t depth, int columns, acc_t<T>
     }
 }
 
-// Some rows and columns of a result.
-template <class T, class Out>
-void multiply_slice(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_stride, Range rows, const Columns& columns) {
-  using Acc = acc_t<T>;
-  alignas(64) Acc copy[kChunk * kWidth<Acc>], beside[kConvertedUnpacked * kWidth<Acc>];
-  const Acc* packed = call.b_stride ? nullptr : static_cast<const Acc*>(call.b) + columns.begin * call.depth;
-  Partial<Acc> partial{beside, kWidth<Acc>};
-  if constexpr (std::is_same_v<Out, Acc>)
-    partial = {call.out + rows.begin * call.out_stride + columns.begin, call.out_stride};
-  const int64_t chunks = call.depth ? ceil_div(call.depth, kChunk) : 1;
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t first = call.depth * i / chunks, depth = call.depth * (i + 1) / chunks - first;
-    const Acc* b = packed ? packed + first * kWidth<Acc> : copy;
-    if (!packed)
-      copy_slice(static_cast<const T*>(call.b) + first * call.b_stride + columns.begin, call.b_stride, depth,
-                 columns.count, copy);
-    const Chunk<Acc> chunk{b, first, depth, i == 0 && !call.accumulate, i + 1 == chunks};
-    multiply_chunk(call, a, a_stride, rows, columns, chunk, partial);
-  }
-}
-
+// Some rows and columns of a result: every chunk of the rows, which is in cache, with all columns of B. Sums are kept
+// in the result meanwhile; where that has 16 bits, beside it and a slice of columns at a time.
 template <class T, class Out>
 void multiply_row_tile(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_stride, Range rows, Range panels) {
-  constexpr int width = kWidth<acc_t<T>>;
-  const int64_t last = min_of(panels.end * kPanelColumns, call.columns);
-  for (int64_t column = panels.begin * kPanelColumns; column < last; column += width)
-    multiply_slice(call, a, a_stride, rows, {column, int(min_of(last - column, width))});
+  using Acc = acc_t<T>;
+  constexpr int width = kWidth<Acc>;
+  constexpr bool in_result = std::is_same_v<Out, Acc>;
+  alignas(64) Acc copy[kChunk * width], beside[in_result ? 1 : kConvertedUnpacked * width];
+  const int64_t chunks = call.depth ? ceil_div(call.depth, kChunk) : 1;
+  const Range all{panels.begin * kPanelColumns, min_of(panels.end * kPanelColumns, call.columns)};
+  const int64_t step = in_result ? all.end - all.begin : width;
+  for (int64_t start = all.begin; start < all.end; start += step) {
+    const int64_t end = min_of(start + step, all.end);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t first = call.depth * i / chunks, depth = call.depth * (i + 1) / chunks - first;
+      for (int64_t column = start; column < end; column += width) {
+        const Columns columns{column, int(min_of(end - column, width))};
+        const Acc* packed = static_cast<const Acc*>(call.b) + column * call.depth + first * width;
+        Chunk<Acc> chunk{packed, first, depth, i == 0 && !call.accumulate, i + 1 == chunks, nullptr, 0};
+        if (call.b_stride) {
+          copy_slice(static_cast<const T*>(call.b) + first * call.b_stride + column, call.b_stride, depth,
+                     columns.count, copy);
+          chunk.b = copy;
+        } else if (column + width < end) {
+          chunk.next = packed + width * call.depth, chunk.next_size = width * depth;
+        }
+        Partial<Acc> partial{beside, width};
+        if constexpr (in_result) partial = {call.out + rows.begin * call.out_stride + column, call.out_stride};
+        multiply_chunk(call, a, a_stride, rows, columns, chunk, partial);
+      }
+    }
+  }
 }
 
 // Tiles of rows that stay in cache while a prepacked B passes; of one that is not, parts are copied once for all rows.
@@ -178,8 +198,8 @@ void multiply(const Call<T, Out>& call, Range rows, Range panels) {
   if (Brgemm<T>::serves(call)) return Brgemm<T>::multiply(call, rows, panels);
   int64_t height = rows.end - rows.begin;
   if (call.b_stride == 0) {
-    const int64_t fitting = kRowTileBytes / ((call.depth + 1) * int64_t(sizeof(T))) / kHeight * kHeight;
-    height = fitting > kHeight ? fitting : kHeight;
+    const int64_t chunk = min_of(call.depth + 1, kChunk);
+    height = ceil_div(height, ceil_div(height * chunk * int64_t(sizeof(T)), kRowTileBytes));
   }
   for (int64_t row = rows.begin; row < rows.end; row += height)
     multiply_row_tile(call, call.a + row * call.a_stride, call.a_stride, {row, min_of(row + height, rows.end)}, panels);
