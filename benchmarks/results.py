@@ -52,7 +52,9 @@ class Report:
     @property
     def machine(self) -> str:
         """Where it was measured, in words."""
-        return f"{self.environment['chip']}, {self.environment['threads']} threads"
+        # Reports from before have no instructions.
+        words = self.environment["chip"], self.environment.get("instructions"), f"{self.environment['threads']} threads"
+        return ", ".join(word for word in words if word)
 
     def again(self, workload: str) -> str:
         """The command that measures a workload again; those of a quick run are in no other plan."""

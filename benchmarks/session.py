@@ -10,6 +10,7 @@ from ceit.runtime.options import UsageError
 
 from .harness.compare import Comparison, Worker, compare
 from .harness.implementations import COSTLY, IMPLEMENTATIONS
+from .harness.instructions import INSTRUCTIONS, limit_instructions
 from .harness.measure import Clock, Result, measure_workload
 from .harness.targets import Target, TargetResult, judge, targets_of
 from .workloads import Workload, plan, scaling_plan
@@ -44,6 +45,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "live and frozen; what is slower beyond the noise fails",
     },
     "--device": {"default": "auto", "choices": ("auto", "cpu", "cuda"), "help": "auto takes a GPU if there is one"},
+    "--instructions": {
+        "choices": INSTRUCTIONS,
+        "help": "have PyTorch, oneDNN, OpenVINO, MKL and the fused operators take no more than these; who cannot be "
+        "told is left out where the processor has more",
+    },
     "--seconds": {"type": _positive, "metavar": "S", "help": "to time each workload; unless given 4, with --quick 1"},
     "--minutes": {
         "type": _positive,
@@ -76,9 +82,12 @@ class Session:
         targets: bool = False,
         compare: str | None = None,
         device: str = "auto",
+        instructions: str | None = None,
         seconds: float | None = None,
         minutes: float | None = None,
     ) -> None:
+        if instructions:
+            limit_instructions(instructions)
         if targets and (compare or quick):
             raise UsageError("--targets: expected without --compare and --quick")
         if device == "cuda" and not torch.cuda.is_available():

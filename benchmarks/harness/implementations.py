@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import ceit_kernels
 
 from ..workloads import Workload
+from .instructions import UNLIMITED, exceeding
 
 IMPLEMENTATIONS = {
     "plain": "plain PyTorch as shipped",
@@ -86,6 +87,8 @@ def absence(implementation: str, workload: Workload, device: torch.device) -> st
             return "it does not train"
         if workload.dtype != "float32":
             return "taken in float32 only"
+        if implementation in UNLIMITED and (reason := exceeding()):
+            return reason
         missing = missing_packages(implementation)
         return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
     if implementation == "compile-freezing" and workload.training:

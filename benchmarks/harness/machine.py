@@ -16,6 +16,7 @@ import ceit_kernels
 from ceit.runtime.machine import versions
 
 from .implementations import PACKAGES, missing_packages
+from .instructions import instructions
 
 _ROOT = Path(__file__).parents[2]
 # Bytes of the copied tensor and side of the multiplied matrices, by device.
@@ -29,6 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "chip": _chip(device),
         "threads": torch.get_num_threads(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "versions": {**versions(), **packages},

@@ -9,7 +9,10 @@ from functools import partial
 
 import torch
 
+from ceit_kernels.common.extension import cpu_code
+
 from ..workloads import Workload, has_bfloat16
+from .instructions import UNLIMITED, exceeding
 from .measure import Result
 from .statistics import Ratio, median_ratio
 
@@ -67,19 +70,33 @@ _FREEZING = ("compile-freezing",)
 _PREPARED = (*_FREEZING, "openvino", "onnxruntime")
 
 
+@dataclass(frozen=True)
+class _Speedups:
+    """Of LeFF and of whole models."""
+
+    leff_inference: float
+    leff_training: float
+    inference: float
+    training: float
+
+
+_AVX512, _LESS = _Speedups(1.2, 1.25, 1.0, 1.6), _Speedups(1.2, 1.25, 1.15, 1.35)
+
+
 def targets_of(device: torch.device) -> list[Target]:
-    """The targets for a device; none for a GPU."""
+    """The targets for a device, by the instructions that it runs; none for a GPU."""
     if device.type != "cpu":
         return []
-    found = []
+    found, least = [], _AVX512 if cpu_code() == "avx512" else _LESS
+    prepared = tuple(name for name in _PREPARED if name not in UNLIMITED) if exceeding() else _PREPARED
     for size in ("tiny", "small"):
         found += [
-            Target(Workload("leff", size, "inference", "float32", 16), "frozen", _FREEZING, 1.15),
-            Target(Workload("leff", size, "training", "float32", 16), "fused", ("plain",), 1.6),
-            Target(Workload("model", size, "training", "float32", 8), "fused", _LIVE, 1.6, memory=0.6),
+            Target(Workload("leff", size, "inference", "float32", 16), "frozen", _FREEZING, least.leff_inference),
+            Target(Workload("leff", size, "training", "float32", 16), "fused", ("plain",), least.leff_training),
+            Target(Workload("model", size, "training", "float32", 8), "fused", _LIVE, least.training, memory=0.6),
         ]
         for workload in (Workload("model", size, "inference", "float32", n) for n in (1, 16)):
-            found += [Target(workload, "frozen", _PREPARED, 1.0), Target(workload, "fused", _LIVE, 1.0)]
+            found += [Target(workload, "frozen", prepared, least.inference), Target(workload, "fused", _LIVE, 1.0)]
     if has_bfloat16(device):
         workloads = [Workload("model", size, "inference", "bfloat16", n) for size in ("tiny", "small") for n in (1, 16)]
         found += [Target(workload, "frozen", _FREEZING, 1.3) for workload in workloads]

@@ -1,8 +1,12 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from benchmarks import session
 from benchmarks import test_benchmarks as suite
+from benchmarks.harness.instructions import _VARIABLES, limit_instructions
 from benchmarks.harness.measure import Entry, Result
 from benchmarks.harness.statistics import Ratio
 from benchmarks.harness.targets import Target, judge, target_rows, targets_of
@@ -85,6 +89,39 @@ def test_who_prepares_a_model_is_held_against_a_frozen_one_and_all_others_agains
     models = {b.workload for b in found if (b.workload.operator, b.workload.phase) == ("model", "inference")}
     for workload in (g for g in models if g.dtype == "float32"):
         assert {b.ours for b in found if b.workload == workload} == {"fused", "frozen"}
+
+
+@pytest.mark.parametrize(("code", "inference", "training"), [("avx512", 1.0, 1.6), ("avx2", 1.15, 1.35)])
+def test_targets_are_those_of_the_instructions_that_run(code, inference, training, monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.targets.cpu_code", lambda: code)
+    monkeypatch.setattr("benchmarks.harness.targets.has_bfloat16", lambda device: False)
+    models = [t for t in targets_of(CPU) if t.workload.operator == "model"]
+    assert {t.speedup for t in models if t.ours == "frozen"} == {inference}
+    assert {t.speedup for t in models if t.workload.phase == "training"} == {training}
+
+
+def test_everyone_can_be_held_to_fewer_instructions():
+    code = """
+import torch
+from benchmarks.harness.implementations import absence
+from benchmarks.harness.instructions import instructions, limit_instructions
+from benchmarks.workloads import Workload
+limit_instructions("baseline")
+why = absence("onnxruntime", Workload("leff", "tiny", "inference", "float32", 1), torch.device("cpu"))
+print(instructions(), torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx2_supported(), why)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("baseline DEFAULT"), done.stdout + done.stderr
+    assert "True it runs" in done.stdout or "False" in done.stdout
+
+
+def test_instructions_cannot_be_taken_back_from_what_has_computed(monkeypatch):
+    torch.ones(64).add(1)
+    for name in _VARIABLES:
+        monkeypatch.setenv(name, "")
+    ran = torch.backends.cpu.get_cpu_capability().lower()
+    with pytest.raises(UsageError, match=f"--instructions: expected PyTorch to run .*, it runs {ran}"):
+        limit_instructions("baseline" if ran != "default" else "avx2")
 
 
 def test_a_frozen_model_is_judged_by_its_own_time():
