@@ -32,6 +32,7 @@ class Adapter(NamedTuple):
         return stand_in(plain_class, resolve_name(f"{__name__}.{self.fusion}"))
 
 
+_EFFICIENTNET = "timm.models._efficientnet_blocks"
 _SEGFORMER = "transformers.models.segformer.modeling_segformer"
 
 # By the qualified names of classes: the names change with the libraries' versions.
@@ -43,6 +44,15 @@ ADAPTERS: dict[str, Adapter] = {
         "leff", "transformers_mix_ffn:PvtV2ConvFeedForwardNetwork"
     ),
     "timm.models.pvt_v2.MlpWithDepthwiseConv": Adapter("leff", "timm_pvt_v2:MlpWithDepthwiseConv"),
+    "timm.models.efficientformer_v2.ConvMlpWithNorm": Adapter("leff", "timm_images:ConvMlpWithNorm"),
+    "timm.models.tiny_vit.MBConv": Adapter("leff", "timm_images:TinyViTMBConv"),
+    "timm.models.efficientvit_mit.MBConv": Adapter("leff", "timm_images:EfficientViTMBConv"),
+    "timm.models.byobnet.BottleneckBlock": Adapter("leff", "timm_images:BottleneckBlock"),
+    f"{_EFFICIENTNET}.InvertedResidual": Adapter("leff", "timm_images:InvertedResidual"),
+    f"{_EFFICIENTNET}.UniversalInvertedResidual": Adapter("leff", "timm_images:UniversalInvertedResidual"),
+    "torchvision.models.mobilenetv2.InvertedResidual": Adapter("leff", "torchvision_images:MobileNetV2Block"),
+    "torchvision.models.mobilenetv3.InvertedResidual": Adapter("leff", "torchvision_images:MobileNetV3Block"),
+    "torchvision.models.mnasnet._InvertedResidual": Adapter("leff", "torchvision_images:MNASNetBlock"),
 }
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import cache
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -65,8 +64,7 @@ def children_reason(module: nn.Module, expected: Mapping[str, Classes], own: Col
     return None
 
 
-@cache
-def qualified_name(found: type) -> str:
+def qualified_name(found: type | Callable[..., Any]) -> str:
     """The module and the name of a class, "torch.nn.modules.linear.Linear"."""
     return f"{found.__module__}.{found.__qualname__}"
 

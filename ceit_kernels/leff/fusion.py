@@ -22,7 +22,15 @@ from .norms import of_module
 
 __all__ = ["NORMS", "BlockFusion", "BlockParts", "FrozenBlock"]
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+# timm's are norms with an activation as a child.
+NORMS = (
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.Identity,
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+)
+_OF_NORM = (*NORM_TENSORS, "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ class BlockFusion(Fusion, attributes_of(nn.Module)):
         """As of ``Fusion``."""
         parts = self.parts
         for path, expected in parts.children.items():
-            reason = children_reason(child_at(self, path) if path else self, expected)
+            own = _OF_NORM if path in parts.norms else ()
+            reason = children_reason(child_at(self, path) if path else self, expected, own)
             if reason is not None:
                 return reason
         for path in parts.dropouts:
