@@ -9,6 +9,7 @@ from .add_norm import FusedAddNorm, add_layer_norm
 from .attention import FusedAttention, self_attention
 from .backends import BackendError, fast_operators, status, use_backend
 from .common.tuning import autotune
+from .explain import explain
 from .freeze import Frozen, freeze, register_freezing
 from .fuse import fuse, register_fusion, unfuse
 from .i2t import FusedImage2Tokens
@@ -29,6 +30,7 @@ __all__ = [
     "FusedPatchProjection",
     "add_layer_norm",
     "autotune",
+    "explain",
     "fast_operators",
     "freeze",
     "fuse",

@@ -30,6 +30,7 @@ __all__ = [
     "current_backend",
     "fast_operators",
     "leave_to_reference",
+    "refusals",
     "require",
     "status",
     "use_backend",
@@ -189,6 +190,15 @@ def leave_to_reference(operator: str, reason: str) -> None:
     wanted = _setting[operator]
     if wanted not in ("auto", "reference"):
         raise BackendError(f"{operator}: backend {wanted!r} was asked for but cannot run: {reason}")
+
+
+def refusals(operator: str, x: Tensor, dtype: torch.dtype) -> dict[str, str]:
+    """Why each backend that cannot serve a call of an operator cannot; arguments as those of ``choose``."""
+    found = {
+        backend: _refusal(operator, backend, *target_device(x), dtype, None)
+        for backend in OPERATORS[operator].implementations
+    }
+    return {backend: reason for backend, reason in found.items() if reason is not None}
 
 
 def require(operator: str, backend: str, x: Tensor, dtype: torch.dtype, unsupported: str | None = None) -> None:

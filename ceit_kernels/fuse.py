@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -14,6 +16,7 @@ from .operators import OPERATORS
 __all__ = ["fuse", "register_fusion", "unfuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
+_log = logging.getLogger("ceit_kernels")
 
 # By the plain class.
 _fusions: dict[type[nn.Module], tuple[str, Any]] = {
@@ -55,12 +58,15 @@ def fuse(model: Model, **operators: bool) -> Model:
     modules, and those with a ``forward`` of their own.
 
     Args:
-        model: any module; plain classes of this package and of ``register_fusion`` are found at any depth.
+        model: any module; found at any depth are the plain classes of this package, ``nn.Linear``, classes of timm and
+            transformers that ``adapters`` lists, and those of ``register_fusion``. Which they are does not depend on
+            what is imported.
         operators: False by the name of an operator leaves its modules plain: ``leff``, ``lca``, ``i2t``, ``add_norm``,
             ``linear`` (with the projection of patches) or ``attention``.
 
     Returns:
-        The model.
+        The model. The logger "ceit_kernels" counts what was fused, as information, or warns that nothing was;
+        ``explain`` says why.
 
     Raises:
         TypeError: unknown operator.
@@ -68,10 +74,17 @@ def fuse(model: Model, **operators: bool) -> Model:
     unknown = operators.keys() - OPERATORS.keys()
     if unknown:
         raise TypeError(f"fuse: expected operators of {tuple(OPERATORS)}, got {sorted(unknown)}")
+    name = type(model).__name__
+    found: Counter[str] = Counter()
     for module in model.modules():
         operator, fused_class = fusion_of(type(module))
         if fused_class is not None and operators.get(operator, True) and "forward" not in module.__dict__:
             cast("Any", module).__class__ = fused_class
+            found[operator] += 1
+    if found:
+        _log.info("fused modules of %s: %s", name, dict(found))
+    elif not any(isinstance(module, Fusion) for module in model.modules()):
+        _log.warning("no module of %s was fused; ceit_kernels.explain(model) says why", name)
     return model
 
 

@@ -4,9 +4,11 @@ import copy
 import importlib
 import io
 import pickle
+from pkgutil import resolve_name
 
 import pytest
 import torch
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -18,16 +20,19 @@ from ceit_kernels import (
     FusedLeFF,
     FusedLinear,
     FusedPatchProjection,
+    adapters,
     fuse,
     register_fusion,
     unfuse,
 )
 from ceit_kernels.add_norm import AddNorm
 from ceit_kernels.attention import Attention
+from ceit_kernels.common.module import Fusion
 from ceit_kernels.i2t import Image2Tokens
 from ceit_kernels.lca import LCAAttention
 from ceit_kernels.leff import LocallyEnhancedFeedForward
 from ceit_kernels.linear import PatchProjection
+from ceit_kernels.operators import OPERATORS
 
 PAIRS = {
     "leff": (LocallyEnhancedFeedForward, FusedLeFF, lambda: LocallyEnhancedFeedForward(8, 16)),
@@ -268,3 +273,32 @@ def test_a_linear_layer_takes_its_input_by_the_name_that_pytorch_has():
     layer, x = nn.Linear(8, 4), torch.randn(2, 8)
     expected = layer(input=x)
     torch.testing.assert_close(fuse(layer)(input=x), expected)
+
+
+def test_what_is_fused_does_not_depend_on_what_is_imported():
+    fusions = importlib.import_module("ceit_kernels.fuse")._fusions
+    assert {plain.__module__.partition(".")[0] for plain in fusions} == {"ceit_kernels", "torch"}
+    assert not {"timm", "transformers"} & {name.partition(".")[0] for name in vars(adapters)}
+
+
+def test_every_adapter_names_a_fusion_of_its_operator():
+    for adapter in adapters.ADAPTERS.values():
+        fusion = resolve_name(f"{adapters.__name__}.{adapter.fusion}")
+        assert issubclass(fusion, Fusion)
+        assert not issubclass(fusion, nn.Module)
+        assert adapter.operator in OPERATORS
+
+
+def test_a_class_that_was_given_another_forward_stays_plain(monkeypatch):
+    monkeypatch.setattr(MlpWithDepthwiseConv, "forward", lambda self, x, feat_size: x)
+    block = fuse(MlpWithDepthwiseConv(8), linear=False)
+    assert type(block) is MlpWithDepthwiseConv
+
+
+def test_a_model_without_anything_to_fuse_is_logged(caplog):
+    fuse(nn.Sequential(nn.ReLU()))
+    assert "no module of Sequential was fused; ceit_kernels.explain(model) says why" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", logger="ceit_kernels"):
+        fuse(fuse(nn.Linear(2, 2)))
+    assert [record.getMessage() for record in caplog.records] == ["fused modules of Linear: {'linear': 1}"]
