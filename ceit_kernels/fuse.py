@@ -38,7 +38,8 @@ def register_fusion(operator: str, plain_class: type[nn.Module], fused_class: ty
             ``fuse`` covers the class.
         plain_class: the class, with the attributes and children that the plain class of ``fused_class`` has; instances
             of a subclass, which may compute something else, are left alone.
-        fused_class: ``FusedLeFF`` or another of this package.
+        fused_class: ``FusedLeFF`` or another of this package; or a subclass of ``adapters.BlockFusion`` that says where
+            your class has the parts of LeFF.
 
     Raises:
         ValueError: unknown operator.

@@ -1,38 +1,25 @@
-"""SegFormer's Mix-FFN, written as in transformers, by one fused operator."""
+"""SegFormer of transformers, trained fused and served frozen: its feed-forward blocks are LeFF without norms."""
+
+import copy
 
 import torch
-from torch import Tensor, nn
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from ceit_kernels import leff_block
-
-
-class MixFFN(nn.Module):
-    """Linear, depthwise 3x3, GELU, linear, on tokens (B, H * W, dim)."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.dense1, self.dense2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The block in plain PyTorch."""
-        image = self.dense1(x).transpose(1, 2).unflatten(2, (height, width))
-        return self.dense2(nn.functional.gelu(self.dwconv(image).flatten(2).transpose(1, 2)))
+import ceit_kernels
 
 
-def fused_forward(self: MixFFN, x: Tensor, height: int, width: int) -> Tensor:
-    """The same by LeFF's operator, which takes the weights of linear layers as those of 1x1 convolutions."""
-    weights = self.dense1.weight[..., None, None], self.dwconv.weight, self.dense2.weight[..., None, None]
-    biases = self.dense1.bias, self.dwconv.bias, self.dense2.bias
-    return leff_block(x, weights, biases, activations=("identity", "gelu"), grid_size=(height, width))
+def main(side: int = 64) -> None:
+    """Fuse a model, take the gradients of a step, and compare it with the plain one."""
+    plain = SegformerForSemanticSegmentation(SegformerConfig(num_labels=5)).eval()  # or from_pretrained(...)
+    model = ceit_kernels.fuse(copy.deepcopy(plain))  # the one line
+    print(ceit_kernels.explain(model))
 
+    images, labels = torch.randn(2, 3, side, side), torch.randint(5, (2, side, side))
+    model(images, labels=labels).loss.backward()
 
-def main() -> None:
-    """Compare the two."""
-    ffn, x = MixFFN(32, 128), torch.randn(2, 16 * 16, 32)
-    plain = ffn(x, 16, 16)
-    MixFFN.forward = fused_forward  # the one line: every Mix-FFN of the program is fused
-    print(f"largest difference {(ffn(x, 16, 16) - plain).abs().max():.1e}")
+    frozen = ceit_kernels.freeze(model)  # a snapshot for inference
+    with torch.no_grad():
+        print(f"largest difference {(frozen(images).logits - plain(images).logits).abs().max():.1e}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from torch import nn
 
 from ..common.children import qualified_name
 from ..common.module import Fusion, stand_in
+from ..leff.fusion import BlockFusion, BlockParts
+from ..linear.module import LINEAR
 
-__all__ = ["ADAPTERS", "Adapter", "adapter_of"]
+__all__ = ["ADAPTERS", "LINEAR", "Adapter", "BlockFusion", "BlockParts", "adapter_of"]
 
 
 class Adapter(NamedTuple):
