@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ceit_kernels import FusedAddNorm, FusedAttention, FusedLeFF, FusedLinear
 from ceit_kernels.block import EncoderParts, LayersParts, encoder_inference, layers_inference
+from ceit_kernels.common.sync_norm import BATCH_NORMS
 
 from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
 from .shortcuts import is_eager, is_exactly, is_left_alone, is_symbolic
@@ -151,7 +152,7 @@ class Block(nn.Module):
 # The classes of a block's parts that do not mind missing some of the tokens.
 _KNOWN = {
     *(Block, AddNorm, FusedAddNorm, Attention, FusedAttention, LocallyEnhancedFeedForward, FusedLeFF),
-    *(nn.Linear, FusedLinear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm, nn.GELU),
+    *(nn.Linear, FusedLinear, nn.Conv2d, *BATCH_NORMS, nn.LayerNorm, nn.GELU),
     *(nn.Dropout, DropPath, nn.Identity),
 }
 

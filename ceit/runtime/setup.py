@@ -13,6 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ceit_kernels.common.sync_norm import SyncBatchNorm2d
+
 from ..checkpoint import load_checkpoint, number_of_outputs
 from ..data import resolve_data_options
 from ..registry import is_model_folder
@@ -106,9 +108,12 @@ def prepare_model(options: TrainOptions, place: Place) -> nn.Module:
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     if options.sync_bn:
-        if place.device.type != "cuda" or not place.distributed:
-            raise UsageError("--sync-bn needs several processes, started by torchrun, with a CUDA GPU each")
-        model = convert_sync_batchnorm(model)
+        if not place.distributed:
+            raise UsageError("--sync-bn needs several processes, started by torchrun or SLURM")
+        if place.device.type == "cuda":
+            model = convert_sync_batchnorm(model)
+        else:
+            SyncBatchNorm2d.convert(model)
     return model.to(place.device)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.sync_norm import gather_moments, sum_over_processes
 from .arguments import Stem, conv_size
 
 __all__ = ["i2t_backward_cpu", "i2t_forward_cpu", "stem_arguments"]
@@ -62,8 +63,17 @@ def _merged(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return mean, squares.mean(0) / width + (means - mean).square_().mean(0)
 
 
+def _merged_over_processes(mean: Tensor, variance: Tensor, pixels: int, group: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the pixels of all processes, from those of this one's."""
+    moments, counts = gather_moments(torch.stack((mean, variance)), mean.new_tensor([pixels]), group)
+    means, squares = moments.unbind(1)
+    shares = (counts / counts.sum())[:, None]
+    mean = means[0] + (shares * (means - means[0])).sum(0)
+    return mean, squares.sum(0) / counts.sum() + (shares * (means - mean).square_()).sum(0)
+
+
 def i2t_forward_cpu(
-    x: Tensor, stem: Stem, need_indices: bool, dtype: torch.dtype
+    x: Tensor, stem: Stem, need_indices: bool, dtype: torch.dtype, group: str | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The registered operator's results, its arguments checked, B at least 1."""
     training, acc_dtype = stem.mean is None, torch.promote_types(dtype, torch.float32)
@@ -82,12 +92,16 @@ def i2t_forward_cpu(
     mean = variance = None
     if training:
         mean, variance = _merged(moments, conv_sizes[1])
+        if group is not None:
+            pixels = x.shape[0] * conv_sizes[0] * conv_sizes[1]
+            mean, variance = _merged_over_processes(mean, variance, pixels, group)
         torch.ops.ceit._i2t_normalise_cpu(target, _norm(stem._replace(mean=mean, variance=variance), acc_dtype), out)
     return result, None if indices is None else indices.permute(0, 3, 1, 2), mean, variance, pooled
 
 
 def i2t_backward_cpu(
-    grad_out: Tensor, x: Tensor, stem: Stem, indices: Tensor, pooled: Tensor | None, need_x: bool, dtype: torch.dtype
+    grad_out: Tensor, x: Tensor, stem: Stem, indices: Tensor, pooled: Tensor | None, need_x: bool, dtype: torch.dtype,
+    group: str | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of x (None unless needed), the weight, gamma and beta; ``pooled`` is the forward's in training."""
     acc_dtype = torch.promote_types(dtype, torch.float32)
@@ -100,8 +114,11 @@ def i2t_backward_cpu(
         sums = torch.empty((*grad_out.shape[:2], 2, channels), dtype=acc_dtype)
         torch.ops.ceit._i2t_sums_cpu(grad_out, pooled.contiguous(), mean, sums)
         grad_beta, centred = sums.flatten(0, 1).sum(0)
-        pixels = x.shape[0] * conv_sizes[0] * conv_sizes[1]
-        coefficients = mean, scale, -scale * centred / ((variance + eps) * pixels), -scale * grad_beta / pixels
+        totals = torch.cat((grad_beta, centred, mean.new_tensor([x.shape[0] * conv_sizes[0] * conv_sizes[1]])))
+        if group is not None:
+            totals = sum_over_processes(totals[None], group)[0]
+        of_g, centred, pixels = totals.split((channels, channels, 1))
+        coefficients = mean, scale, -scale * centred / ((variance + eps) * pixels), of_g / pixels
     else:
         grad_beta = grad_out.sum((0, 1, 2), dtype=acc_dtype)
         coefficients = mean, scale, zeros, zeros

@@ -9,12 +9,15 @@ from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.calls import needs_gradient
 from ..common.checks import norm_dtype_reason
-from .op import i2t_operator, size_unsupported_reason
+from ..common.sync_norm import process_group_of_norm, sum_over_processes
+from .op import group_unsupported_reason, i2t_operator, size_unsupported_reason
 
 __all__ = ["image_to_tokens"]
 
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
-def image_to_tokens(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Tensor | None:
+
+def image_to_tokens(x: Tensor, weight: Tensor, bn: BatchNorm) -> Tensor | None:
     """Convolution of stride 2, BatchNorm, 3x3 maximum pool of stride 2; None where that is left to plain PyTorch.
 
     Args:
@@ -32,26 +35,35 @@ def image_to_tokens(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d | nn.SyncBatch
     tensors = x, weight, bn.weight, bn.bias
     compute_dtype = autocast_dtype(x)
     dtype = compute_dtype or x.dtype
-    unsupported = size_unsupported_reason(x, weight.shape[0]) or norm_dtype_reason(
-        "bn", dtype, bn.weight, bn.bias, bn.running_mean, bn.running_var
+    processes = process_group_of_norm(bn)
+    group = None if processes is None else processes.group_name
+    unsupported = (
+        size_unsupported_reason(x, weight.shape[0])
+        or group_unsupported_reason(x, group)
+        or norm_dtype_reason("bn", dtype, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     )
     backend = backends.choose("i2t", x, dtype, unsupported).backend
     if backend == "reference":
         return None
     values_per_channel = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
-    if bn.training and values_per_channel == 1:
+    if bn.training and values_per_channel == 1 and group is None:
         raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
     batch_statistics = bn.training or bn.running_mean is None
     statistics = (None, None) if batch_statistics else (bn.running_mean, bn.running_var)
-    settings = bn.eps, needs_gradient(*tensors), compute_dtype, backend
+    settings = bn.eps, needs_gradient(*tensors), compute_dtype, group, backend
     out, _, mean, variance, _ = i2t_operator(*tensors, *statistics, *settings)
     if bn.training and bn.track_running_stats and bn.running_mean is not None:
-        _update_running_statistics(bn, mean, variance, values_per_channel)
+        values = values_per_channel if group is None else _total(values_per_channel, mean, group)
+        _update_running_statistics(bn, mean, variance, values)
     return out
 
 
+def _total(values: int, like: Tensor, group: str) -> Tensor:
+    return sum_over_processes(like.new_tensor([values])[None], group)[0]
+
+
 @torch.no_grad()
-def _update_running_statistics(bn: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, variance: Tensor, n: int) -> None:
+def _update_running_statistics(bn: BatchNorm, mean: Tensor, variance: Tensor, n: int | Tensor) -> None:
     """As ``BatchNorm2d`` does it: the unbiased variance, and a plain average where momentum is None."""
     assert bn.num_batches_tracked is not None
     assert bn.running_mean is not None

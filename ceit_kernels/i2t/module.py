@@ -10,6 +10,7 @@ from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input
 from ..common.children import children_reason, convolution_reason
 from ..common.module import Fusion, attributes_of
+from ..common.sync_norm import BATCH_NORMS
 from .arguments import Stem
 from .cpu import stem_arguments
 from .functional import image_to_tokens
@@ -17,7 +18,7 @@ from .op import size_unsupported_reason
 
 __all__ = ["FusedImage2Tokens", "Image2Tokens"]
 
-_CHILDREN = {"conv": (nn.Conv2d,), "bn": (nn.BatchNorm2d, nn.SyncBatchNorm), "maxpool": (nn.MaxPool2d,)}
+_CHILDREN = {"conv": (nn.Conv2d,), "bn": BATCH_NORMS, "maxpool": (nn.MaxPool2d,)}
 _POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False, "return_indices": False}
 
 
@@ -87,8 +88,6 @@ class Image2TokensFusion(Fusion, attributes_of(Image2Tokens)):
         for name, value in _POOL.items():
             if pool[name] not in (value, (value, value)):
                 return f"the kernels have {name}={value} in maxpool, not {pool[name]}"
-        if type(self.bn) is nn.SyncBatchNorm and self.bn.training and _in_process_group():
-            return "SyncBatchNorm's statistics span processes, those of the kernels do not"
         return convolution_reason("conv", conv, stride=(2, 2), padding=(3, 3))
 
     def inference_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -108,8 +107,3 @@ class FusedImage2Tokens(Image2TokensFusion, Image2Tokens):
 
     Constructor, children and state_dict are the plain module's.
     """
-
-
-def _in_process_group() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -13,7 +13,7 @@ from .arguments import Stem, conv_size, pooled_size
 from .cpu import i2t_backward_cpu, i2t_forward_cpu
 from .cuda import OUT_CHANNELS, i2t_backward_cuda, i2t_forward_cuda
 
-__all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "i2t_operator", "size_unsupported_reason"]
+__all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "group_unsupported_reason", "i2t_operator", "size_unsupported_reason"]
 
 MAX_IN_CHANNELS = 4
 
@@ -36,23 +36,29 @@ def size_unsupported_reason(x: Tensor, out_channels: int) -> str | None:
     return None
 
 
+def group_unsupported_reason(x: Tensor, group: str | None) -> str | None:
+    """Why statistics over processes are beyond the kernels, if they are."""
+    return None if group is None or _on_cpu(x) else "the kernels for GPUs take statistics of one process alone"
+
+
 class _I2T(Operator):
     # With mean and variance they are BatchNorm's; without, the call's own are used and returned. The second result are
     # the places of the maxima in their windows, if something asks for them. The last is the map before its norm (B, H',
-    # W', channels), which backward needs on the CPU where the statistics are the call's own.
+    # W', channels), which backward needs on the CPU where the statistics are the call's own. A group, of processes that
+    # share these statistics, is for the CPU alone.
     name = "i2t"
     schema = (
         "(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? variance, float eps, "
-        "bool need_indices, ScalarType? compute_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "bool need_indices, ScalarType? compute_dtype, str? group, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     backward_schema = (
         "(Tensor grad_out, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor indices, Tensor mean, "
         "Tensor variance, float eps, bool training, ScalarType? compute_dtype, bool need_input, str backend, "
-        "Tensor? pooled=None) -> (Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? pooled=None, str? group=None) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     public_name = "ceit_kernels.FusedImage2Tokens"
 
-    def check(self, x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype):
+    def check(self, x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, group=None):
         check_shape("x", x, "B", "I", "H", "W")
         check_floating("x", x)
         if 0 in x.shape[1:]:
@@ -68,14 +74,14 @@ class _I2T(Operator):
             raise ValueError("variance: expected with mean, or neither")
 
     def unsupported(self, x, weight, *rest):
-        return size_unsupported_reason(x, weight.shape[0])
+        return size_unsupported_reason(x, weight.shape[0]) or group_unsupported_reason(x, rest[-1])
 
     def forward(self, x, *rest):
-        *stem, need_indices, compute_dtype, _ = rest
-        run = i2t_forward_cpu if _on_cpu(x) else i2t_forward_cuda
-        return run(x, Stem(*stem), need_indices, compute_dtype or x.dtype)
+        *stem, need_indices, compute_dtype, group, _ = rest
+        call = x, Stem(*stem), need_indices, compute_dtype or x.dtype
+        return i2t_forward_cpu(*call, group) if _on_cpu(x) else i2t_forward_cuda(*call)
 
-    def fake(self, x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, backend):
+    def fake(self, x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, group, backend):
         dtype, training = compute_dtype or x.dtype, mean is None
         size = (x.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3]), weight.shape[0])
         indices = x.new_empty(size, dtype=torch.uint8).permute(0, 3, 1, 2) if training or need_indices else None
@@ -90,7 +96,8 @@ class _I2T(Operator):
         return conv_flops(x, weight, _convolved(x, weight))
 
     def save(self, ctx, inputs, results):
-        x, weight, gamma, beta, mean, variance, ctx.eps, ctx.has_indices, ctx.compute_dtype, ctx.backend = inputs
+        x, weight, gamma, beta, mean, variance, ctx.eps, ctx.has_indices, ctx.compute_dtype, *rest = inputs
+        ctx.group, ctx.backend = rest
         _, indices, new_mean, new_variance, pooled = results
         ctx.training = mean is None
         statistics = (new_mean, new_variance) if ctx.training else (mean, variance)
@@ -102,11 +109,11 @@ class _I2T(Operator):
             raise RuntimeError("ceit::i2t: a gradient needs a forward with need_indices=True")
         *tensors, pooled = ctx.saved_tensors
         settings = ctx.eps, ctx.training, ctx.compute_dtype, ctx.needs_input_grad[0], ctx.backend
-        return backward(grad_out, *tensors, *settings, pooled)
+        return backward(grad_out, *tensors, *settings, pooled, ctx.group)
 
     def check_backward(
         self, grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input,
-        backend, pooled=None,
+        backend, pooled=None, group=None,
     ):  # fmt: skip
         self.check(x, weight, gamma, beta, mean, variance, eps, True, compute_dtype)
         height, width = pooled_size(x.shape[2]), pooled_size(x.shape[3])
@@ -121,11 +128,12 @@ class _I2T(Operator):
 
     def backward(
         self, grad_out, x, weight, gamma, beta, indices, mean, variance, eps, training, compute_dtype, need_input,
-        backend, pooled=None,
+        backend, pooled=None, group=None,
     ):  # fmt: skip
         dtype, stem = compute_dtype or x.dtype, Stem(weight, gamma, beta, mean, variance, eps)
         if _on_cpu(x):
-            grads = i2t_backward_cpu(grad_out, x, stem, indices, pooled if training else None, need_input, dtype)
+            pooled = pooled if training else None
+            grads = i2t_backward_cpu(grad_out, x, stem, indices, pooled, need_input, dtype, group)
         else:
             grads = i2t_backward_cuda(grad_out, x, stem, indices, training, need_input, dtype)
         likes = (x, weight, gamma, beta)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..common.sync_norm import gather_moments, sum_over_processes
 from .activations import INDICES
 from .arguments import NORM_MODES, Settings, parameters_per_layer
 from .grid import empty_tokens_like, is_planar
-from .norms import gather_moments, sum_over_processes
 
 __all__ = [
     "in_compute_dtype",

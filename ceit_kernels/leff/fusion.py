@@ -13,6 +13,7 @@ from .. import backends
 from ..common.children import Classes, children_reason, convolution_reason, held
 from ..common.freezing import Prepacked, is_freezable, is_frozen_call
 from ..common.module import Fusion, attributes_of, is_made
+from ..common.sync_norm import BATCH_NORMS
 from .activations import MODULES, activation_name
 from .arguments import NORM_TENSORS, kernel_size_unsupported_reason
 from .cpu import in_compute_dtype, kernels, leff_sizes
@@ -24,8 +25,7 @@ __all__ = ["NORMS", "BlockFusion", "BlockParts", "FrozenBlock"]
 
 # timm's are norms with an activation as a child.
 NORMS = (
-    nn.BatchNorm2d,
-    nn.SyncBatchNorm,
+    *BATCH_NORMS,
     nn.Identity,
     "timm.layers.norm_act.BatchNormAct2d",
     "timm.layers.norm_act.SyncBatchNormAct",

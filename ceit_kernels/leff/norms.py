@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from ..common.sync_norm import process_group_of_norm
 
 __all__ = [
     "BatchNorm",
-    "gather_moments",
     "norm_mode",
     "of_module",
     "process_group_of",
-    "sum_over_processes",
     "update_running_statistics",
 ]
 
@@ -55,7 +54,7 @@ def norm_mode(norm: BatchNorm | None) -> str:
 
 
 def of_module(module: nn.Module) -> BatchNorm | None:
-    """What a BatchNorm2d or SyncBatchNorm does in its present mode; None for an Identity."""
+    """What a BatchNorm2d, alone or over processes, does in its present mode; None for an Identity."""
     if isinstance(module, nn.Identity):
         return None
     tracks = not module.training or module.track_running_stats
@@ -69,15 +68,8 @@ def of_module(module: nn.Module) -> BatchNorm | None:
         module.momentum,
         module.eps,
         module.num_batches_tracked if module.training and tracks else None,
-        _process_group(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None,
+        process_group_of_norm(module),
     )
-
-
-def _process_group(module: nn.SyncBatchNorm) -> torch.distributed.ProcessGroup | None:
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = module.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
 
 
 def process_group_of(norms: Sequence[BatchNorm | None]) -> tuple[str | None, str | None]:
@@ -86,29 +78,6 @@ def process_group_of(norms: Sequence[BatchNorm | None]) -> tuple[str | None, str
     if any(name != names[0] for name in names):
         return None, "the kernels take the statistics of all three norms over the same processes"
     return (names[0] if names else None), None
-
-
-def gather_moments(moments: Tensor, count: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """The moments (P, 2, channels) of P processes, mean and centred sum of squares, and of how many tokens each (P,).
-
-    Args:
-        moments: (2 or more, channels), mean and variance of this process's tokens first.
-        count: (1,), how many these are.
-        group: the processes' name.
-    """
-    mine = torch.cat((moments[0], moments[1] * count, count))
-    processes = dist.distributed_c10d._resolve_process_group(group)
-    everyone = mine.new_empty(dist.get_world_size(processes) * mine.numel())  # flat, as gloo wants it
-    dist.all_gather_into_tensor(everyone, mine, group=processes)
-    everyone = everyone.view(-1, mine.numel())
-    return everyone[:, :-1].contiguous().view(-1, 2, moments.shape[1]), everyone[:, -1].contiguous()
-
-
-def sum_over_processes(sums: Tensor, group: str) -> Tensor:
-    """The sum over the first dimension and the processes of a group: (n, ...) becomes (1, ...)."""
-    sums = sums.sum(0, keepdim=True)
-    dist.all_reduce(sums, group=dist.distributed_c10d._resolve_process_group(group))
-    return sums
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ceit import CeiT
 from ceit.blocks import Block
 from ceit_kernels import fuse
+from ceit_kernels.common.sync_norm import SyncBatchNorm2d
 
 STEPS = 3
 
@@ -116,18 +118,50 @@ def distance(way: str, fused: bool) -> float:
     return worst
 
 
-def outcome(way: str, fused: bool) -> float | str:
+def distance_to_one_process(way: str, fused: bool) -> float:
+    """The same for norms over all processes, to one process with the whole batch, on digits."""
+    plain = make_model(with_bn=True)
+    model = copy.deepcopy(plain)
+    SyncBatchNorm2d.convert(model)
+    model = WAYS[way](fuse(model) if fused else model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.2, momentum=0.9) for m in (model, plain)]
+    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    worst = 0.0
+    for images in digits().split(8)[:STEPS]:
+        found = step(model, images[mine], optimizers[0], average=False)
+        expected = step(plain, images, optimizers[1], average=False)
+        for a, b in zip(found, expected, strict=True):
+            worst = max(worst, ((a - b[mine]).abs().max() / b.abs().max()).item())
+    buffers = dict(plain.named_buffers())
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name.removeprefix("module.")], rtol=1e-9, atol=1e-12)
+    return worst
+
+
+def digits() -> Tensor:
+    """Images of digits, 32 pixels wide."""
+    images = torch.from_numpy(load_digits().images)[:, None] / 16
+    return nn.functional.interpolate(images, scale_factor=4).expand(-1, 3, -1, -1)
+
+
+def outcome(measure: Callable[[str, bool], float], way: str, fused: bool) -> float | str:
     try:
-        return distance(way, fused)
+        return measure(way, fused)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+MEASURES = {"": (distance, [*WAYS]), ", one batch": (distance_to_one_process, ["ddp", "fsdp2"])}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results = {
-        f"{way}, {'fused' if fused else 'plain'}": outcome(way, fused) for way in WAYS for fused in (False, True)
+        f"{way}{name}, {'fused' if fused else 'plain'}": outcome(measure, way, fused)
+        for name, (measure, ways) in MEASURES.items()
+        for way in ways
+        for fused in (False, True)
     }
     Path(sys.argv[1]).with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...common.launch import cdiv
 from ...common.plan import compute, planned
+from ...common.sync_norm import sum_over_processes
 from ...common.tuning import Tiles
 from ..arguments import PARAMETER_NAMES, SAVED_NAMES, Settings
-from ..norms import sum_over_processes
 from . import GRADIENT_ROWS
 from .kernels_depthwise import leff_depthwise_backward_kernel
 from .kernels_factored import leff_factored_weight_kernel, leff_fold_gradient_kernel

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...common.launch import cdiv
 from ...common.plan import compute, planned
+from ...common.sync_norm import gather_moments
 from ...common.tuning import Tiles
 from ..arguments import PARAMETER_NAMES, Settings
-from ..norms import gather_moments
 from . import NORM_ROWS
 from .kernels_depthwise import leff_depthwise_kernel
 from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kernel

@@ -102,12 +102,12 @@ class Part {
     for_vectors<Acc>(channels, [&](int64_t c, auto n) {
       const Acc* coefficients = static_cast<const Acc*>(call_.coefficients) + c;
       const auto mean = load(coefficients, n), a = load(coefficients + channels, n);
-      const auto b = load(coefficients + 2 * channels, n), shift = load(coefficients + 3 * channels, n);
+      const auto b = load(coefficients + 2 * channels, n), mean_g = load(coefficients + 3 * channels, n);
       auto centred_sum = splat(Acc(0));
       const auto put = [&](int64_t x, Vec<Acc> g) {
         const auto centred = load(z + x * stride + c) - mean;
         centred_sum += g * centred;
-        const auto dz = a * g + (b * centred + shift);
+        const auto dz = a * (g - mean_g) + b * centred;
         store(gradient_.get() + x * stride + c, dz);
         if (result) store(result + x * channels + c, dz, n);
       };

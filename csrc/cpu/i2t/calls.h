@@ -54,13 +54,13 @@ struct SumsCall {
   void* sums;        // (rows, 2, channels)
 };
 
-// With the pooled gradient g at the places of the maxima, and zero elsewhere: dz = a g + b (z - mean) + c, the
-// weight's gradient, which is a matmul of dz and the patches, and the sum of g (z - mean); z is computed again.
+// With the pooled gradient g at the places of the maxima, and zero elsewhere: dz = a (g - mean_g) + b (z - mean),
+// the weight's gradient, which is a matmul of dz and the patches, and the sum of g (z - mean); z is computed again.
 struct BackwardCall {
   Convolution convolution;
   const void* gradient;  // (B, pooled_height, pooled_width, out_channels)
   const uint8_t* indices;
-  const void* coefficients;  // (4, out_channels): mean, a, b, c
+  const void* coefficients;  // (4, out_channels): mean, a, b, mean_g
   int64_t parts;             // of the rows of all images, each with sums of its own
   void* grad_weight;         // (parts, panels, in_channels * 7 * 7, kPanelChannels)
   void* centred_sums;        // (parts, out_channels)

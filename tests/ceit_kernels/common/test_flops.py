@@ -66,7 +66,7 @@ def test_leff_at_inference_counts_its_convolutions():
 def test_the_stem_counts_its_convolution(need_input):
     plain, x = Image2Tokens(), torch.randn(2, 3, 18, 23, requires_grad=need_input)
     weight, bn = plain.conv.weight, plain.bn
-    arguments = (x, weight, bn.weight, bn.bias, None, None, bn.eps, True, None, "native")
+    arguments = (x, weight, bn.weight, bn.bias, None, None, bn.eps, True, None, None, "native")
     *expected, _ = counted(lambda: plain(x))
     *found, names = counted(lambda: torch.ops.ceit.i2t(*arguments)[0])
     assert found == expected

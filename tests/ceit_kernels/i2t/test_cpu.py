@@ -116,7 +116,7 @@ def test_indices_are_the_places_of_the_maxima(training):
     statistics = (None, None) if training else (stem.bn.running_mean, stem.bn.running_var)
     with torch.no_grad():
         parameters = (x, stem.conv.weight, stem.bn.weight, stem.bn.bias)
-        _, indices, *_ = torch.ops.ceit.i2t(*parameters, *statistics, stem.bn.eps, True, None, "native")
+        _, indices, *_ = torch.ops.ceit.i2t(*parameters, *statistics, stem.bn.eps, True, None, None, "native")
         normalised = copy.deepcopy(stem).bn(stem.conv(x))
         _, flat = F.max_pool2d(normalised, 3, 2, 1, return_indices=True)
     rows, columns = (torch.arange(n) * 2 - 1 for n in flat.shape[2:])
@@ -167,7 +167,7 @@ def test_a_large_mean_does_not_drown_the_variance(mean):
         stem.conv.weight.zero_()[:, :, 3, 3] = 1.0
         x = mean + torch.randn(4, 1, 127, 128)
         tensors = (x, stem.conv.weight, stem.bn.weight, stem.bn.bias)
-        _, _, found_mean, variance, _ = torch.ops.ceit.i2t(*tensors, None, None, 1e-5, True, None, "native")
+        _, _, found_mean, variance, _ = torch.ops.ceit.i2t(*tensors, None, None, 1e-5, True, None, None, "native")
     seen = x[:, 0, ::2, ::2].double()
     torch.testing.assert_close(found_mean.double(), seen.mean().expand(32), rtol=1e-6, atol=0)
     torch.testing.assert_close(variance.double(), seen.var(unbiased=False).expand(32), rtol=1e-5, atol=0)

@@ -117,7 +117,7 @@ def test_indices_are_the_places_of_the_maxima(full_precision, size, training):
     statistics = (None, None) if training else (stem.bn.running_mean, stem.bn.running_var)
     with torch.no_grad():
         parameters = (x, stem.conv.weight, stem.bn.weight, stem.bn.bias)
-        _, indices, *_ = torch.ops.ceit.i2t(*parameters, *statistics, stem.bn.eps, True, None, "native")
+        _, indices, *_ = torch.ops.ceit.i2t(*parameters, *statistics, stem.bn.eps, True, None, None, "native")
         normalised = copy.deepcopy(stem).bn(stem.conv(x))
         _, flat = F.max_pool2d(normalised, 3, 2, 1, return_indices=True)
     rows, columns = (torch.arange(n, device=DEVICE) * 2 - 1 for n in flat.shape[2:])
@@ -174,7 +174,7 @@ def test_a_large_mean_does_not_drown_the_variance(full_precision):
         stem.conv.weight.zero_()[:, :, 3, 3] = 1.0
         image = (1000.0 + make_image((63, 64), 1)).float()
         _, _, mean, variance, _ = torch.ops.ceit.i2t(
-            image, stem.conv.weight, stem.bn.weight, stem.bn.bias, None, None, 1e-5, True, None, "native"
+            image, stem.conv.weight, stem.bn.weight, stem.bn.bias, None, None, 1e-5, True, None, None, "native"
         )
     seen = image[:, 0, ::2, ::2].double()
     torch.testing.assert_close(mean.double(), seen.mean().expand(32), rtol=1e-6, atol=0)

@@ -22,7 +22,7 @@ def make_arguments(dtype=torch.float32, training=True, requires_grad=True):
     x = torch.randn(2, 3, 14, 11, dtype=dtype, device=DEVICE)
     tensors = [x, stem.conv.weight.detach(), stem.bn.weight.detach(), stem.bn.bias.detach()]
     statistics = (None, None) if training else (stem.bn.running_mean, stem.bn.running_var)
-    return (*(t.requires_grad_(requires_grad) for t in tensors), *statistics, 1e-5, True, None, "native")
+    return (*(t.requires_grad_(requires_grad) for t in tensors), *statistics, 1e-5, True, None, None, "native")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -33,7 +33,7 @@ def test_opcheck_of_the_forward_operator(training):
 @pytest.mark.parametrize("need_input", [True, False])
 def test_opcheck_of_the_backward_operator(need_input):
     x, weight, gamma, beta, *_ = make_arguments(requires_grad=False)
-    out, indices, mean, variance, _ = torch.ops.ceit.i2t(x, weight, gamma, beta, None, None, 1e-5, True, None, "native")
+    out, indices, mean, variance, _ = torch.ops.ceit.i2t(x, weight, gamma, beta, None, None, 1e-5, True, None, None, "native")
     arguments = (torch.randn_like(out), x, weight, gamma, beta, indices, mean, variance, 1e-5, True, None, need_input)
     torch.library.opcheck(torch.ops.ceit.i2t_backward.default, (*arguments, "native"))
 
