@@ -228,6 +228,8 @@ def lca_backward_scores_kernel(
         b_factor = _dropout_factor(p_seed, o_b, i_h, drop_below, L, C // D, KEEP_SCALE, LP, ACC)
         b_p *= b_factor
         b_dp *= b_factor
+    # Only differences count, of what may be large and nearly the same.
+    b_dp -= tl.max(tl.where((o_l < L)[None, :], b_dp, float("-inf")), axis=1)[:, None]
     b_ds = SCALE * b_softmax * (b_dp - tl.sum(b_softmax * b_dp, axis=1)[:, None])
 
     b_dq = tl.zeros((TILE_B, TILE_D), dtype=ACC)

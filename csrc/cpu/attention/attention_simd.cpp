@@ -159,15 +159,16 @@ CEIT_INLINE void softmax_backward(Matrix<Acc> scores, Matrix<Acc> gradient, int6
                                   const Tail<Acc>& tail, const Acc* statistics) {
   for (int64_t i = 0; i < rows; ++i) {
     Acc *row = scores.data + i * scores.stride, *grad_row = gradient.data + i * gradient.stride;
-    const Acc share = Acc(1) / statistics[2 * i + 1];
+    // Gradients that are large and nearly the same count by their differences alone.
+    const Acc share = Acc(1) / statistics[2 * i + 1], about = grad_row[0];
     auto sum = splat(Acc(0));
     tail.mask(row);
     powers_of_two(row, tokens, statistics[2 * i], [&](int64_t at, Vec<Acc> power) {
       const auto weight = power * share;
-      sum += weight * load(grad_row + at);
+      sum += weight * (load(grad_row + at) - about);
       return weight;
     });
-    const Acc mean = sum_of_lanes<Acc>(sum);
+    const Acc mean = about + sum_of_lanes<Acc>(sum);
     for (int64_t at = 0; at < tokens; at += Lanes<Acc>::count)
       store(grad_row + at, load(row + at) * (load(grad_row + at) - mean));
   }

@@ -2,8 +2,8 @@
 //
 // Tensors are contiguous, (B, rows, channels); of an image's rows the last `tokens` are the tokens of the image, those
 // before are prefix tokens. `norm` arrays have 5 rows of channels (mean, variance, reciprocal deviation, scale, shift),
-// `gradient` arrays 4 (mean, a, b, c: the gradient of a norm's input is a g + b (z - mean) + c), as in
-// ceit_kernels/leff. They, taps, biases and sums are of the type that is accumulated in.
+// `gradient` arrays 4 (mean, a, b, mean_g: the gradient of a norm's input is a (g - mean_g) + b (z - mean)).
+// They, taps, biases and sums are of the type that is accumulated in.
 #pragma once
 
 #include "../../types.h"
@@ -95,7 +95,7 @@ struct SumsCall {
   void* sums;
 };
 
-// out = a g + b (z - mean) + c, or g; prefix tokens of out are set to zero. Of the channels from `first` to `last`.
+// out = a (g - mean_g) + b (z - mean), or g; prefix tokens of out are set to zero. Of the channels from `first` to `last`.
 struct GradientCall {
   Shape shape;
   Map g, z;

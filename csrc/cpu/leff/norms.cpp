@@ -80,12 +80,12 @@ void gradient_array_of(const Tensor& sums, const OptionalTensor& norm, const Opt
   }
   if (gradient) {
     Acc* at = elements<Acc>("gradient", gradient, 4 * channels);
-    const Acc share = count ? Acc(1) / *elements<Acc>("count", count, 1) : Acc(0);
+    const Acc total = count ? *elements<Acc>("count", count, 1) : Acc(INFINITY);
     for (int64_t c = 0; c < channels; ++c) {
       at[c] = mean[c];
       at[channels + c] = scale[c];
-      at[2 * channels + c] = -scale[c] * rstd[c] * rstd[c] * (centred[c] * share);
-      at[3 * channels + c] = -scale[c] * (of_g[c] * share);
+      at[2 * channels + c] = -scale[c] * rstd[c] * rstd[c] * (centred[c] / total);
+      at[3 * channels + c] = of_g[c] / total;
     }
   }
 }

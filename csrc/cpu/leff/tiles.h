@@ -53,19 +53,19 @@ struct Norm {
   CEIT_INLINE Vec<Acc> operator()(Vec<Acc> z) const { return (z - mean) * scale + shift; }
 };
 
-// A gradient array for some channels; the identity without one.
+// A gradient array for some channels; the identity without one. Of gradients that are all the same nothing is left.
 template <class Acc>
 struct Gradient {
-  Vec<Acc> mean = splat(Acc(0)), a = splat(Acc(1)), b = splat(Acc(0)), c = splat(Acc(0));
+  Vec<Acc> mean = splat(Acc(0)), a = splat(Acc(1)), b = splat(Acc(0)), mean_g = splat(Acc(0));
   CEIT_INLINE Gradient(const void* array, int64_t channels, int64_t channel, int count) {
     if (array == nullptr) return;
     const Acc* at = static_cast<const Acc*>(array) + channel;
     mean = load(at, count);
     a = load(at + channels, count);
     b = load(at + 2 * channels, count);
-    c = load(at + 3 * channels, count);
+    mean_g = load(at + 3 * channels, count);
   }
-  CEIT_INLINE Vec<Acc> operator()(Vec<Acc> g, Vec<Acc> z) const { return a * g + (b * (z - mean) + c); }
+  CEIT_INLINE Vec<Acc> operator()(Vec<Acc> g, Vec<Acc> z) const { return a * (g - mean_g) + b * (z - mean); }
 };
 
 // Mean and centred sum of squares of a tile of channels, merged row by row (Chan).
@@ -77,13 +77,17 @@ class Moments {
     const Acc n = Acc(width), before = count_, total = before + n;
     for (int v = 0; v < vectors; ++v) {
       const Acc* at = line + v * Lanes<Acc>::count;
-      auto sum = splat(Acc(0)), squares = splat(Acc(0));
+      auto sum = splat(Acc(0)), rest = splat(Acc(0)), squares = splat(Acc(0));
       for (int x = 0; x < width; ++x) sum += load(at + x * kTileChannels);
-      const auto mean = sum / n;
+      const auto about = sum / n;
       for (int x = 0; x < width; ++x) {
-        const auto centred = load(at + x * kTileChannels) - mean;
+        const auto centred = load(at + x * kTileChannels) - about;
+        rest += centred;
         squares += centred * centred;
       }
+      // What rounding left between this number and the mean: a mean far from zero costs no digits.
+      const auto mean = about + rest / n;
+      squares -= rest * (rest / n);
       Acc *means = mean_ + v * Lanes<Acc>::count, *sums = squares_ + v * Lanes<Acc>::count;
       const auto difference = mean - load(means);
       store(means, load(means) + difference * (n / total));
