@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,14 +102,21 @@ def i2t_forward_cpu(
 
 
 def i2t_backward_cpu(
-    grad_out: Tensor, x: Tensor, stem: Stem, indices: Tensor, pooled: Tensor | None, need_x: bool, dtype: torch.dtype,
+    grad_out: Tensor,
+    x: Tensor,
+    stem: Stem,
+    indices: Tensor,
+    pooled: Tensor | None,
+    need_x: bool,
+    dtype: torch.dtype,
     group: str | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of x (None unless needed), the weight, gamma and beta; ``pooled`` is the forward's in training."""
     acc_dtype = torch.promote_types(dtype, torch.float32)
     weight, eps = stem.weight, stem.eps
     channels, conv_sizes = weight.shape[0], [conv_size(size) for size in x.shape[2:]]
-    gamma, _, mean, variance = _vectors(stem, acc_dtype)
+    gamma, *_ = _vectors(stem, acc_dtype)
+    mean, variance = (cast("Tensor", statistic).to(acc_dtype) for statistic in (stem.mean, stem.variance))
     grad_out, indices = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_out.to(dtype), indices))
     scale, zeros = _scale(variance, gamma, eps), torch.zeros_like(mean)
     if pooled is not None:

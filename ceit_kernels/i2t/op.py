@@ -49,7 +49,8 @@ class _I2T(Operator):
     name = "i2t"
     schema = (
         "(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? variance, float eps, "
-        "bool need_indices, ScalarType? compute_dtype, str? group, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "bool need_indices, ScalarType? compute_dtype, str? group, str backend) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     backward_schema = (
         "(Tensor grad_out, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor indices, Tensor mean, "

@@ -63,7 +63,7 @@ def test_sharded_training_gives_the_numbers_of_ddp_and_goes_on_exactly(options, 
     states = [load_checkpoint_state(Path(run.output) / "last.pt") for run in (ddp, sharded)]
     for kind in ("model", "model_ema"):
         assert states[0][kind].keys() == states[1][kind].keys()
-        # Of running statistics DDP has those of the first process, FSDP2 the mean over the processes, unless they are one.
+        # Of separate running statistics DDP has those of the first process, FSDP2 the mean over the processes.
         found, expected = (
             {n: t for n, t in s[kind].items() if sync_bn or "running" not in n} for s in (states[1], states[0])
         )

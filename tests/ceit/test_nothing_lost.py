@@ -102,6 +102,39 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+_KILLED_AT_RANDOM = """
+import os, random, signal, sys, time
+from ceit.__main__ import main
+
+draw, kills = random.Random(0), int(sys.argv.pop(1))
+for _ in range(kills):
+    child = os.fork()
+    if not child:
+        os._exit(main(sys.argv[1:]))
+    time.sleep(draw.uniform(0.3, 2.5))
+    os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1], flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.prove
+def test_a_run_killed_at_twenty_moments_ends_with_the_same_bits(options, arguments_of, tmp_path):
+    whole = options(output=str(tmp_path / "whole"), epochs=12, ema=True)
+    killed = options(output=str(tmp_path / "killed"), epochs=12, ema=True, resume="auto")
+    command = [sys.executable, "-c", _KILLED_AT_RANDOM, "20", *arguments_of(killed)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split().count(str(int(signal.SIGKILL))) > 5, "most were killed before they ended"
+    expected = train(whole)
+    states = [load_checkpoint_state(Path(run.output) / "last.pt") for run in (killed, whole)]
+    assert torch.equal(
+        states[0]["step_losses"], torch.tensor(expected.step_losses, dtype=states[0]["step_losses"].dtype)
+    )
+    for kind in ("model", "model_ema"):
+        assert all(torch.equal(tensor, states[1][kind][name]) for name, tensor in states[0][kind].items())
+
+
 @pytest.mark.parametrize("files", [1, 3, 6, 7])
 def test_a_run_killed_while_it_writes_goes_on_to_the_same_bits(options, arguments_of, tmp_path, files):
     whole, killed = options(output=str(tmp_path / "whole")), options(output=str(tmp_path / "killed"))

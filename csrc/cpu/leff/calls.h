@@ -95,7 +95,8 @@ struct SumsCall {
   void* sums;
 };
 
-// out = a (g - mean_g) + b (z - mean), or g; prefix tokens of out are set to zero. Of the channels from `first` to `last`.
+// out = a (g - mean_g) + b (z - mean), or g; prefix tokens of out are set to zero. Of the channels from `first` to
+// `last`.
 struct GradientCall {
   Shape shape;
   Map g, z;

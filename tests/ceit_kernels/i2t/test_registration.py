@@ -33,7 +33,9 @@ def test_opcheck_of_the_forward_operator(training):
 @pytest.mark.parametrize("need_input", [True, False])
 def test_opcheck_of_the_backward_operator(need_input):
     x, weight, gamma, beta, *_ = make_arguments(requires_grad=False)
-    out, indices, mean, variance, _ = torch.ops.ceit.i2t(x, weight, gamma, beta, None, None, 1e-5, True, None, None, "native")
+    out, indices, mean, variance, _ = torch.ops.ceit.i2t(
+        x, weight, gamma, beta, None, None, 1e-5, True, None, None, "native"
+    )
     arguments = (torch.randn_like(out), x, weight, gamma, beta, indices, mean, variance, 1e-5, True, None, need_input)
     torch.library.opcheck(torch.ops.ceit.i2t_backward.default, (*arguments, "native"))
 

@@ -1,0 +1,51 @@
+"""Random calls of every fused operator and of whole models are as right as plain PyTorch's."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from support.random_calls import OPERATORS, Call, FirstQueries, LeFF, calls
+from torch import nn
+
+from ceit_kernels.lca import LCAAttention
+
+MANY = {
+    "leff": 500, "lca": 250, "i2t": 250, "add_norm": 250, "attention": 300, "linear": 200, "patches": 150, "model": 100,
+}  # fmt: skip
+
+
+def check_calls(operator, number):
+    @settings(max_examples=number, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck))
+    @given(calls(operator))
+    def check(call):
+        call.check()
+
+    check()
+
+
+_BF16, _LCA = torch.bfloat16, {"dim": 48, "num_heads": 3}
+_ONE_CHANNEL = {"grid": (2, 6), "in_features": 1, "hidden_features": 1, "out_features": 1, "act_layer": nn.SiLU}
+# Kinds of calls that were less right once.
+KINDS = {
+    "tokens far from zero": Call(LCAAttention, _LCA, ((20, 12, 48),), _BF16, mean=100.0),
+    "tokens all the same in LCA": Call(LCAAttention, _LCA, ((20, 18, 48),), _BF16, mean=1e4, size=1e-2),
+    "tokens all the same": Call(
+        FirstQueries, {"queries": None, "dim": 4, "num_heads": 4}, ((1, 121, 4),), _BF16, mean=1e3, size=1e-2
+    ),
+    "slopes of almost nothing": Call(LeFF, _ONE_CHANNEL, ((1, 13, 1),), torch.float32, mode="eval", mean=1e3, bias=1e4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_that_magnify_roundings_are_as_right_as_plain_pytorchs(kind):
+    KINDS[kind].check()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_random_calls_are_as_right_as_plain_pytorchs(operator):
+    check_calls(operator, max(4, MANY[operator] // 25))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_many_random_calls_are_as_right_as_plain_pytorchs(operator):
+    check_calls(operator, MANY[operator])
