@@ -1,5 +1,8 @@
 """Runs a quick selection of the tests with the oldest and the newest of what the project promises to work with.
 
+Beside them it runs the operators' tests with each lesser kind of compiled code (`tests/run.py kinds`), as one of these
+parts alone would leave a core idle. `environments.py prepare` only makes the environments.
+
 Each set of versions gets a virtual environment in `.cache/environments`, kept for the next time. The compiled library
 is the one of the checkout: it is built against libtorch's stable ABI, and so serves all of them.
 """
@@ -19,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from run import PYTEST, Part, report  # noqa: E402
+from run import PYTEST, Part, parts_by_kind, report  # noqa: E402
 
 FOLDER = ROOT / ".cache" / "environments"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
@@ -103,14 +106,14 @@ def prepare(name: str, python: str, constraints: Path | None) -> str:
     return inside
 
 
-def main() -> int:
-    """Prepare the environments one after the other, then run their tests side by side; returns the exit status."""
+def main(arguments: Sequence[str]) -> int:
+    """Prepare the environments one after the other, then run all parts side by side; returns the exit status."""
     parts = []
     for name, (versions, constraints) in ENVIRONMENTS.items():
         python = prepare(name, choose_python(name, versions), constraints)
         parts.append(Part(f"quick, {name} versions", (*PYTEST, *QUICK), program=python))
-    return report(parts)
+    return 0 if "prepare" in arguments else report([*parts_by_kind(), *parts])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
