@@ -12,7 +12,7 @@ TTSEM := ttsem==0.1.0
 # What else runs models on a CPU: the extra `bench` of pyproject.toml, without building the project again.
 RUNTIMES := openvino onnx onnxruntime
 
-.PHONY: demo test lint prove bench wheel clean
+.PHONY: demo test lint prove bench gpu wheel clean
 
 demo: $(READY)
 	$(RUN) -m ceit demo
@@ -36,6 +36,16 @@ bench: $(READY)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --retries 1 -c constraints.txt $(RUNTIMES) \
 		|| echo "Going on without those of $(RUNTIMES) that are not installed."
 	$(RUN) -m benchmarks --report runs/bench $(ARGS)
+
+# On a machine with an NVIDIA GPU, with or without network: PYTHON has PyTorch and Triton for it. What else is needed comes
+# into an environment beside it, or is what PYTHON has.
+GPU_VENV := .cache/gpu
+gpu:
+	@$(PYTHON) -m venv --system-site-packages $(GPU_VENV) \
+		&& $(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 -e ".[test]" \
+		|| { echo "Going on with what $(PYTHON) has."; rm -rf $(GPU_VENV); }
+	python="$(GPU_VENV)/bin/python"; test -x "$$python" || python="$(PYTHON)"; \
+		"$$python" setup.py build_ext --inplace && "$$python" -m benchmarks.gpu $(ARGS)
 
 # One wheel for every Python from 3.10 and PyTorch from 2.10, with code for every GPU that the kernels run on.
 wheel: export TORCH_CUDA_ARCH_LIST ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX

@@ -37,6 +37,7 @@ def make_report(session: Session, command: str) -> Report:
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json, report.md, scaling.md and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
+    report.modelled = report.modelled or model_gpu()
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     pictures = draw_all(report, folder)
     (folder / "report.md").write_text(_report_text(report, pictures))
@@ -68,13 +69,17 @@ def _result_text(report: Report, result: Result) -> str:
         format_table(result_rows(result), markdown=True),
         f"{facts}. Again: `{report.again(result.workload.name)}`",
     ]
-    rows = [["kernel", "launches", "us", "GB/s", "TFLOP/s"]]
+    rows = [["kernel", "launches", "us", "bound, us", "MB", "GB/s", "TFLOP/s"]]
+    ceilings = report.ceilings[result.workload.dtype]
     for kernel in (kernel for entry in result.entries for kernel in entry.kernels):
-        seconds = kernel["seconds"]
-        rates = f"{kernel['bytes'] / seconds / 1e9:,.0f}", f"{kernel['flops'] / seconds / 1e12:,.1f}"
-        rows.append([kernel["name"], str(kernel["launches"]), f"{1e6 * seconds:,.1f}", *rates])
+        seconds, moved, flops = kernel["seconds"], kernel["bytes"], kernel["flops"]
+        bound = max(moved / ceilings["bytes_per_second"], flops / ceilings["flops_per_second"])
+        cells = f"{1e6 * seconds:,.1f}", f"{1e6 * bound:,.1f}", f"{moved / 1e6:,.1f}"
+        rates = f"{moved / seconds / 1e9:,.0f}", f"{flops / seconds / 1e12:,.1f}"
+        rows.append([kernel["name"], str(kernel["launches"]), *cells, *rates])
     if len(rows) > 1:
-        parts += ["Its kernels, profiled; bytes and FLOPs as counted:", format_table(rows, markdown=True)]
+        said = "Its kernels, profiled; bytes and FLOPs as counted, the bound by them and the ceilings of this machine:"
+        parts += [said, format_table(rows, markdown=True)]
     parts += [f"No time for {line}." for entry in result.entries for line in entry.unmatched]
     return "\n\n".join(parts)
 

@@ -26,7 +26,7 @@ class Report:
         ceilings: see `machine.measure_ceilings`, by dtype.
         results: of the workloads.
         left_out: names of workloads for which no time was left.
-        modelled: see `traffic.model_gpu`.
+        modelled: see `traffic.model_gpu`; empty until the report is written.
         seconds: that the run took.
     """
 

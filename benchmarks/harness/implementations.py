@@ -23,6 +23,7 @@ IMPLEMENTATIONS = {
     "channels-last": "plain PyTorch, images and weights of convolutions in channels-last memory",
     "compile": "torch.compile of plain, default settings",
     "compile-freezing": "torch.compile of plain with freezing, which folds the norms",
+    "compile-reduce-overhead": "torch.compile of plain with CUDA graphs of its own",
     "compile-max-autotune": "torch.compile of plain, max-autotune; graphs are the timer's",
     "rewrite": "by hand: linear layers over tokens, folded norms, channels-last depthwise convolution",
     "mlp": "floor: a GELU MLP of equal width in place of LeFF; computes something else, so it is not checked",
@@ -32,9 +33,10 @@ IMPLEMENTATIONS = {
     "frozen": "the fused operators in a frozen snapshot, which prepared its own copies of the weights once",
 }
 OURS = ("fused", "frozen")
+_REDUCE_OVERHEAD = "compile-reduce-overhead"
 FLOOR = "mlp"
 # Left out first when time is short: each costs as much compilation as the default does.
-COSTLY = ("compile-freezing", "compile-max-autotune")
+COSTLY = ("compile-freezing", "compile-reduce-overhead", "compile-max-autotune")
 
 
 class ImplementationError(RuntimeError):
@@ -49,11 +51,13 @@ class Step:
         run: takes the input, returns the output; in training the gradients are then those of the call.
         module: the PyTorch module behind it, None for another runtime.
         spinning: seconds for which its threads go on spinning after a call, longer than those of PyTorch.
+        has_graphs: whether it replays CUDA graphs of its own.
     """
 
     run: Callable[[Tensor], Tensor]
     module: nn.Module | None
     spinning: float = 0.0
+    has_graphs: bool = False
 
     def forget_gradients(self, x: Tensor) -> None:
         """Free the gradients of the last training call."""
@@ -93,6 +97,8 @@ def absence(implementation: str, workload: Workload, device: torch.device) -> st
         return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
     if implementation == "compile-freezing" and workload.training:
         return "freezing is for inference"
+    if implementation == _REDUCE_OVERHEAD and on_cpu:
+        return "CUDA graphs need a GPU"
     if implementation == "frozen" and not workload.served:
         return "taken for inference of LeFF and of whole models only"
     if implementation == "compile-max-autotune" and on_cpu and operator == "model":
@@ -137,6 +143,7 @@ def first_line(error: Exception) -> str:
 _COMPILE: dict[str, dict] = {
     "compile": {},
     "compile-freezing": {"options": {"freezing": True}},
+    _REDUCE_OVERHEAD: {"mode": "reduce-overhead"},
     "compile-max-autotune": {"mode": "max-autotune-no-cudagraphs"},
 }
 
@@ -195,7 +202,8 @@ def _build(implementation: str, workload: Workload, module: nn.Module, x: Tensor
         # Code compiled for earlier workloads would count towards the limit of recompilations.
         torch.compiler.reset()
         module = torch.compile(module, dynamic=False, **_COMPILE[implementation])
-    return Step(_training(module) if workload.training else torch.no_grad()(module.__call__), module)
+    run = _training(module) if workload.training else torch.no_grad()(module.__call__)
+    return Step(run, module, has_graphs=implementation == _REDUCE_OVERHEAD)
 
 
 def _training(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from ..workloads import Workload
 from .checking import check_outputs
 from .implementations import COSTLY, FLOOR, IMPLEMENTATIONS, OURS, Step, absence, build, first_line
 from .statistics import Ratio, median_ratio
-from .timing import Sampler, interleave, make_timer
+from .timing import CudaTimer, Sampler, interleave, make_timer
 from .usage import compulsory_bytes, count_launches, kernel_times, peak_memory
 
 _MAX_INPUTS = 64
@@ -60,6 +60,8 @@ class Entry:
         peak_bytes: allocated during a call at its peak, parameters and input left out, gradients included.
         saved_bytes: kept for backward.
         launches: kernels on a GPU.
+        host_seconds: on a GPU, of a call without a graph, until Python has launched everything.
+        wall_seconds: on a GPU, of a call without a graph, until the GPU is done.
         kernels: on a GPU, fields of a `KernelTime` for every kernel of the fused operators.
         unmatched: kernels that were not launched as often as they were counted, in words.
     """
@@ -74,6 +76,8 @@ class Entry:
     peak_bytes: int | None = None
     saved_bytes: int | None = None
     launches: int | None = None
+    host_seconds: float | None = None
+    wall_seconds: float | None = None
     kernels: list[dict[str, Any]] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
 
@@ -113,15 +117,20 @@ class Result:
 
 def result_rows(result: Result) -> list[list[str]]:
     """The implementations of a workload: time, ratio with its interval, rates, memory, backends or the reason."""
-    rows = [["implementation", "ms", "plain / this", "99% interval", "GB/s", "TFLOP/s", "peak MB", "saved MB", "note"]]
+    # On a GPU: without a graph, and the host's part of it.
+    eager = ["eager ms", "host ms"] if any(entry.wall_seconds for entry in result.entries) else []
+    head = ["ms", "plain / this", "99% interval", *eager, "GB/s", "TFLOP/s", "peak MB", "saved MB"]
+    rows = [["implementation", *head, "note"]]
     for entry in result.entries:
         if entry.median is None:
-            rows.append([entry.implementation, *["-"] * 7, f"{entry.status}: {entry.reason}"])
+            rows.append([entry.implementation, *["-"] * len(head), f"{entry.status}: {entry.reason}"])
             continue
         rates = result.compulsory_bytes / entry.median / 1e9, result.flops / entry.median / 1e12
         memory = ("-" if size is None else f"{size / 1e6:,.1f}" for size in (entry.peak_bytes, entry.saved_bytes))
         backends = ", ".join(f"{operator} by {by['backend']}" for operator, by in entry.backends.items())
         time = [f"{1e3 * entry.median:,.2f}", *entry.ratio.cells()]
+        if eager:
+            time += [f"{1e3 * seconds:,.2f}" for seconds in (entry.wall_seconds, entry.host_seconds)]
         rows.append([entry.implementation, *time, f"{rates[0]:,.1f}", f"{rates[1]:,.3f}", *memory, backends])
     return rows
 
@@ -181,7 +190,8 @@ def _measure(workload: Workload, device: torch.device, seconds: float, names: Se
             if entry.reason:
                 entry.status = "refused"
                 continue
-            samplers[name] = timer.prepare(partial(_run, step, inputs), len(inputs), step.spinning)
+            options = {"capture": False} if step.has_graphs else {}
+            samplers[name] = timer.prepare(partial(_run, step, inputs), len(inputs), step.spinning, **options)
         except RuntimeError as error:
             if name == "plain":
                 raise
@@ -191,6 +201,9 @@ def _measure(workload: Workload, device: torch.device, seconds: float, names: Se
     for name, times in interleave(samplers, seconds).items():
         entries[name].seconds, entries[name].method = times, samplers[name].method
     for name, step in steps.items():
+        if isinstance(timer, CudaTimer):
+            eager = timer.eager(partial(_run, step, inputs), len(inputs))
+            entries[name].host_seconds, entries[name].wall_seconds = eager
         entries[name].ratio = median_ratio(entries["plain"].seconds, entries[name].seconds)
         _add_usage(entries[name], step, x, workload, device)
     flops = sum(kernel.flops for kernel in count_workload(workload, "plain").kernels)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ _WARMUP_CALLS = 3
 _SAMPLE_SECONDS = 3e-2
 # Calls ahead of a sample, until the threads of the implementation before do not spin any more; a long one does without.
 _SETTLE_SECONDS, _LONG_CALL_SECONDS = 3e-2, 0.2
+# More calls would fill the queue of launches, so that the host waits for the GPU.
+_EAGER_ROUNDS, _EAGER_CALLS = 5, 5
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,14 @@ class CudaTimer:
         # Graphs that are replayed one after the other share memory: a pool each for ten implementations would not fit.
         self._pool = cuda.graph_pool_handle()
 
-    def prepare(self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0) -> Sampler:
-        """Warm up, capture and return the sampler; arguments as of `CpuTimer.prepare`."""
+    def prepare(
+        self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0, capture: bool = True
+    ) -> Sampler:
+        """Warm up, capture and return the sampler; arguments as of `CpuTimer.prepare`.
+
+        Args:
+            capture: False for what replays graphs of its own.
+        """
         cuda = self._cuda
         stream = cuda.Stream()
         stream.wait_stream(cuda.current_stream())
@@ -117,6 +126,8 @@ class CudaTimer:
             for i in range(num_inputs):
                 call(i)
 
+        if not capture:
+            return Sampler(lambda: self._elapsed(run) / num_inputs, "CUDA events, graphs of its own, host included")
         replay, method = run, "CUDA events"
         graph = cuda.CUDAGraph()
         try:
@@ -130,6 +141,24 @@ class CudaTimer:
         replay()
         cuda.synchronize()
         return Sampler(lambda: self._elapsed(replay) / num_inputs, method)
+
+    def eager(self, call: Callable[[int], Any], num_inputs: int) -> tuple[float, float]:
+        """Seconds of a call without a graph: until Python has launched everything, and until the GPU is done.
+
+        Medians of rounds, in each of which calls follow one another without waiting. Where the second is not much
+        longer than the first, the host is what takes the time.
+        """
+        rounds = []
+        for _ in range(_EAGER_ROUNDS):
+            self._cuda.synchronize()
+            start = time.perf_counter()
+            for i in range(_EAGER_CALLS):
+                call(i % num_inputs)
+            launched = time.perf_counter()
+            self._cuda.synchronize()
+            rounds.append((launched - start, time.perf_counter() - start))
+        host, wall = (median(each) / _EAGER_CALLS for each in zip(*rounds, strict=True))
+        return host, wall
 
     def _elapsed(self, run: Callable[[], Any]) -> float:
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))

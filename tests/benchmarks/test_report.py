@@ -27,19 +27,24 @@ def report():
 
 def test_page_has_the_stored_results():
     page = readme.PAGE.read_text()
-    assert readme.with_results(page, readme.stored_rows()) == page, "run python -m benchmarks.readme"
+    for device in readme.STORED:
+        rows = readme.stored_rows(device)
+        assert readme.with_results(page, device, rows) == page, "run python -m benchmarks.readme"
 
 
 def test_a_report_replaces_the_stored_results(report, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
+    sections = [f"{readme.begin(device)}\nold\n{readme.END}\n" for device in readme.STORED]
+    page.write_text(f"above\n{sections[0]}between\n{sections[1]}below\n")
     monkeypatch.setattr(readme, "PAGE", page)
-    monkeypatch.setattr(readme, "STORED", tmp_path / "results.csv")
+    stored = {device: tmp_path / path.name for device, path in readme.STORED.items()}
+    monkeypatch.setattr(readme, "STORED", stored)
     (tmp_path / "report.json").write_text(json.dumps(dataclasses.asdict(report)))
     assert readme.main([str(tmp_path / "report.json")]) == 0
     text = page.read_text()
-    assert text.startswith(f"above\n{readme.BEGIN}\n\nMeasured on a chip, 2 threads")
-    assert text.endswith(f"{readme.END}\nbelow\n")
+    assert text.startswith(f"above\n{readme.begin('cpu')}\n\nMeasured on a chip, 2 threads")
+    none = "\n\nNo such machine has run it yet.\n\n"
+    assert text.endswith(f"{readme.END}\nbetween\n{readme.begin('cuda')}{none}{readme.END}\nbelow\n")
     assert "| leff-tiny-inference-float32-b16 | 204.00 | 153.00 | 102.00 | 2.00 (2.00 to 2.00) | native |" in text
     assert "scaling" not in text
 
@@ -54,8 +59,8 @@ def test_frozen_has_a_column_where_a_report_has_frozen_times(report):
 
 
 def test_page_without_markers():
-    with pytest.raises(ValueError, match="expected the lines"):
-        readme.with_results("nothing", [["text"]])
+    with pytest.raises(ValueError, match="expected the line "):
+        readme.with_results("nothing", "cpu", [["text"]])
 
 
 def test_report_marks_what_is_modelled_and_what_refused(report, tmp_path):

@@ -35,6 +35,14 @@ def test_says_so_where_nothing_can_be_captured():
     assert sampler.method == ("CUDA events, host included: no graph (operation not permitted when stream is capturing)")
 
 
+def test_what_has_graphs_of_its_own_is_not_captured():
+    cuda = FakeCuda()
+    sampler = CudaTimer(cuda).prepare(cuda.call, 5, capture=False)
+    assert cuda.pools == []
+    assert sampler.sample() == pytest.approx(1e-3)
+    assert sampler.method == "CUDA events, graphs of its own, host included"
+
+
 def test_implementations_take_turns():
     order = []
 
@@ -73,6 +81,19 @@ def test_wall_clock(clock):
     sampler = CpuTimer().prepare(lambda i: clock.wait(5e-3), 1)
     assert sampler.sample() == pytest.approx(5e-3, rel=1e-2)
     assert sampler.method == "wall clock"
+
+
+def test_eager_calls_are_timed_until_they_are_launched_and_until_the_gpu_is_done(clock, monkeypatch):
+    cuda = FakeCuda()
+    launched = []
+    monkeypatch.setattr(cuda, "synchronize", lambda: clock.wait(4e-3 * len(launched)) or launched.clear())
+
+    def call(i):
+        clock.wait(1e-3)
+        launched.append(i)
+
+    host, wall = CudaTimer(cuda).eager(call, 2)
+    assert (host, wall) == (pytest.approx(1e-3, rel=1e-2), pytest.approx(5e-3, rel=1e-2))
 
 
 def test_first_calls_of_a_sample_are_not_timed(clock):
