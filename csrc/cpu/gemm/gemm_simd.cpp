@@ -65,12 +65,6 @@ void multiply_rows(int count, const Acc* a, int64_t a_stride, const Acc* b, int6
   multiply_tile<rows>(a, a_stride, b, depth, sums);
 }
 
-// Columns `begin` to `begin + count` of a result.
-struct Columns {
-  int64_t begin;
-  int count;
-};
-
 // What is added up of a chunk's rows until the last chunk: in the result itself, or beside one of 16 bits.
 template <class Acc>
 struct Partial {
@@ -78,29 +72,30 @@ struct Partial {
   int64_t stride;
 };
 
-template <Activation kind, class T, class Out>
-void write_tile(const Call<T, Out>& call, const Sums<acc_t<T>>& sums, int64_t row, int rows, const Columns& columns) {
+// A sum with what was added up before, if anything was.
+template <class Acc, class Width>
+CEIT_INLINE Vec<Acc> sum_with(const Partial<Acc>* before, Vec<Acc> sum, int row, int at, Width columns) {
+  return before ? sum + load(before->data + row * before->stride + at, columns - at) : sum;
+}
+
+template <Activation kind, class T, class Out, class Width>
+CEIT_INLINE void write_tile(const Call<T, Out>& call, const Sums<acc_t<T>>& sums, const Partial<acc_t<T>>* before,
+                            int64_t row, int rows, int64_t column, Width columns) {
   constexpr int lanes = Lanes<acc_t<T>>::count;
-  for (int v = 0; v < kVectors && v * lanes < columns.count; ++v) {
-    const Epilogue<kind, T, Out> epilogue(call, columns.begin + v * lanes, columns.count - v * lanes);
-    for (int r = 0; r < rows; ++r) epilogue.write(row + r, sums[r][v]);
+  for (int v = 0; v < kVectors && v * lanes < columns; ++v) {
+    const Epilogue<kind, T, Out> epilogue(call, column + v * lanes, columns - v * lanes);
+    for (int r = 0; r < rows; ++r) epilogue.write(row + r, sum_with(before, sums[r][v], r, v * lanes, columns));
   }
 }
 
-template <class Acc>
-CEIT_INLINE void add_partial(const Partial<Acc>& partial, Sums<Acc>& sums, int rows, int columns) {
+template <class Acc, class Width>
+CEIT_INLINE void store_partial(const Partial<Acc>& to, const Sums<Acc>& sums, const Partial<Acc>* before, int rows,
+                               Width columns) {
   constexpr int lanes = Lanes<Acc>::count;
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < kVectors && v * lanes < columns; ++v)
-      sums[r][v] += load(partial.data + r * partial.stride + v * lanes, columns - v * lanes);
-}
-
-template <class Acc>
-CEIT_INLINE void store_partial(const Partial<Acc>& partial, const Sums<Acc>& sums, int rows, int columns) {
-  constexpr int lanes = Lanes<Acc>::count;
-  for (int r = 0; r < rows; ++r)
-    for (int v = 0; v < kVectors && v * lanes < columns; ++v)
-      store(partial.data + r * partial.stride + v * lanes, sums[r][v], columns - v * lanes);
+      store(to.data + r * to.stride + v * lanes, sum_with(before, sums[r][v], r, v * lanes, columns),
+            columns - v * lanes);
 }
 
 // Terms `first` to `first + depth` of some columns of B, whether they are the first and the last of a sum, and what of
@@ -124,9 +119,9 @@ CEIT_INLINE void prefetch_next(const Chunk<Acc>& chunk, int64_t tile, int64_t ti
 }
 
 // Rows of a (from its first term on) with a chunk, in tiles of one height or one row less.
-template <class T, class Out>
-void multiply_chunk(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_stride, Range rows, const Columns& columns,
-                    const Chunk<acc_t<T>>& chunk, Partial<acc_t<T>> partial) {
+template <class T, class Out, class Width>
+void multiply_chunk(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_stride, Range rows, int64_t column,
+                    Width columns, const Chunk<acc_t<T>>& chunk, Partial<acc_t<T>> partial) {
   using Acc = acc_t<T>;
   Sums<Acc> sums;
   const int64_t all = rows.end - rows.begin, tiles = ceil_div(all, kHeight);
@@ -137,12 +132,13 @@ void multiply_chunk(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_strid
     prefetch_next(chunk, tile, tiles);
     for (int r = 0; r < count; ++r) __builtin_prefetch(here.data + r * here.stride, 1, 3);
     multiply_rows<Acc>(count, a + at * a_stride + chunk.first, a_stride, chunk.b, chunk.depth, sums);
-    if (!chunk.begins) add_partial(here, sums, count, columns.count);
+    const auto* before = chunk.begins ? nullptr : &here;
     if (!chunk.ends)
-      store_partial(here, sums, count, columns.count);
+      store_partial(here, sums, before, count, columns);
     else
-      with_activation(call.activation,
-                      [&](auto kind) { write_tile<decltype(kind)::value>(call, sums, row, count, columns); });
+      with_activation(call.activation, [&](auto kind) {
+        write_tile<decltype(kind)::value>(call, sums, before, row, count, column, columns);
+      });
   }
 }
 
@@ -174,19 +170,22 @@ void multiply_row_tile(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_st
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t first = call.depth * i / chunks, depth = call.depth * (i + 1) / chunks - first;
       for (int64_t column = start; column < end; column += width) {
-        const Columns columns{column, int(min_of(end - column, width))};
+        const int columns = int(min_of(end - column, width));
         const Acc* packed = static_cast<const Acc*>(call.b) + column * call.depth + first * width;
         Chunk<Acc> chunk{packed, first, depth, i == 0 && !call.accumulate, i + 1 == chunks, nullptr, 0};
         if (call.b_stride) {
-          copy_slice(static_cast<const T*>(call.b) + first * call.b_stride + column, call.b_stride, depth,
-                     columns.count, copy);
+          copy_slice(static_cast<const T*>(call.b) + first * call.b_stride + column, call.b_stride, depth, columns,
+                     copy);
           chunk.b = copy;
         } else if (column + width < end) {
           chunk.next = packed + width * call.depth, chunk.next_size = width * depth;
         }
         Partial<Acc> partial{beside, width};
         if constexpr (in_result) partial = {call.out + rows.begin * call.out_stride + column, call.out_stride};
-        multiply_chunk(call, a, a_stride, rows, columns, chunk, partial);
+        if (columns == width)
+          multiply_chunk(call, a, a_stride, rows, column, Count<width>(), chunk, partial);
+        else
+          multiply_chunk(call, a, a_stride, rows, column, columns, chunk, partial);
       }
     }
   }

@@ -74,10 +74,11 @@ class WeightGradient {
 
   // With what threads beyond the first left at the start of their memory.
   Tensor take(const gemm::Memory& memory) const {
+    Acc* to = sum();
     torch::stable::parallel_for(0, sum_.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
       for (int64_t thread = 1; thread < memory.threads; ++thread) {
         const Acc* from = static_cast<const Acc*>(memory.of(thread));
-        for (int64_t i = begin; i < end; ++i) sum()[i] += from[i];
+        for (int64_t i = begin; i < end; ++i) to[i] += from[i];
       }
     });
     return sum_;
