@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .adapters.folding import fold_norms
 from .backends import current_backend
 from .common.calls import is_eager
 from .fuse import fuse
@@ -85,6 +86,7 @@ class Frozen(nn.Module):
             for module in modules:
                 for frozen_class in _FROZEN:
                     frozen_class.freeze(module)
+            fold_norms(self.model)
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """What the model's ``forward`` returned when it was frozen, without gradients.

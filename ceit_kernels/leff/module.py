@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..common.module import attributes_of
 from .fusion import BlockFusion, BlockParts, FrozenBlock
 from .grid import LAYOUTS, check_grid_size, token_grid
-from .norms import of_module
+from .norms import folded, of_module
 
 __all__ = ["FrozenLeFF", "FusedLeFF", "LocallyEnhancedFeedForward"]
 
@@ -192,15 +189,5 @@ def fold_norms(module: LocallyEnhancedFeedForward) -> None:
         convolution, norm = getattr(module, f"conv{i}"), of_module(getattr(module, f"bn{i}"))
         if norm is None:
             continue
-        convolution = copy.deepcopy(convolution)
-        dtype = convolution.weight.dtype
-        acc_dtype = torch.promote_types(dtype, torch.float32)
-        tensors = (convolution.weight, convolution.bias, *norm[:4])
-        exact: list[Any] = [None if tensor is None else tensor.to(acc_dtype) for tensor in tensors]
-        weight, bias, mean, var, *affine = exact
-        folded = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, *affine)
-        for name, tensor in zip(("weight", "bias"), folded, strict=True):
-            convolution._parameters.pop(name, None)
-            convolution.register_buffer(name, tensor.detach().to(dtype))
-        setattr(module, f"conv{i}", convolution)
+        setattr(module, f"conv{i}", folded(convolution, norm))
         setattr(module, f"bn{i}", nn.Identity())

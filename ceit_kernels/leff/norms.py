@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..common.sync_norm import process_group_of_norm
 
 __all__ = [
     "BatchNorm",
+    "folded",
     "norm_mode",
     "of_module",
     "process_group_of",
@@ -70,6 +73,22 @@ def of_module(module: nn.Module) -> BatchNorm | None:
         module.num_batches_tracked if module.training and tracks else None,
         process_group_of_norm(module),
     )
+
+
+@torch.no_grad()
+def folded(convolution: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
+    """A copy of a convolution that computes what it and the norm behind it do, which has running statistics."""
+    convolution = copy.deepcopy(convolution)
+    dtype = convolution.weight.dtype
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    tensors = (convolution.weight, convolution.bias, *norm[:4])
+    exact: list[Any] = [None if tensor is None else tensor.to(acc_dtype) for tensor in tensors]
+    weight, bias, mean, var, *affine = exact
+    both = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, *affine)
+    for name, tensor in zip(("weight", "bias"), both, strict=True):
+        convolution._parameters.pop(name, None)
+        convolution.register_buffer(name, tensor.detach().to(dtype))
+    return convolution
 
 
 def process_group_of(norms: Sequence[BatchNorm | None]) -> tuple[str | None, str | None]:

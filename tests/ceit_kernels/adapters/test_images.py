@@ -207,6 +207,19 @@ def test_a_fused_model_computes_what_the_plain_one_does(model, sizes, count):
     assert_equal_in_float64(model.train(), (images(3, 3, *sizes[0]),), backend="auto")
 
 
+def test_a_frozen_model_has_norms_only_where_they_are_prepacked_or_hooked():
+    torch.manual_seed(0)
+    model = grown(timm.create_model("mobilenetv2_035", num_classes=5)).eval()
+    model.blocks[1][0].conv_dw.register_forward_hook(lambda module, inputs, out: out)
+    x, frozen = images(2, 3, 65, 97), freeze(model)
+    norms = {name for name, module in frozen.model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    blocks = [name for name, module in frozen.model.named_modules() if "_prepacked" in vars(module)]
+    assert {name for name in norms if not name.startswith(tuple(blocks))} == {"blocks.1.0.bn2"}
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-10, atol=1e-10)
+    assert all(isinstance(module, nn.BatchNorm2d) for name, module in model.named_modules() if name in norms)
+
+
 def test_a_compiled_block_is_one_graph():
     block, x = make("TinyViT").eval(), images(1, 12, 5, 7)
     expected = block(x)
