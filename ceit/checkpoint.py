@@ -15,6 +15,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from ceit_kernels.common.arguments import names_its_arguments
+
 from .model import CeiT
 
 _logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ _STAND_INS = [
 ]
 
 
+@names_its_arguments
 def load_checkpoint(
     model: nn.Module, path: str | PathLike, *, use_ema: bool = False, exclude: Collection[str] = ()
 ) -> None:

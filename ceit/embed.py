@@ -8,6 +8,7 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from ceit_kernels.block import embedding_inference
+from ceit_kernels.common.arguments import check_at_least
 
 from .layers import Image2Tokens, PatchProjection
 from .shortcuts import is_eager, is_exactly, is_left_alone, is_symbolic
@@ -47,7 +48,7 @@ class I2TEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.backbone = Image2Tokens(in_chans)
         self._built_windows = [_window(self.backbone.conv), _window(self.backbone.maxpool)]
-        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
+        self.img_size, self.patch_size = _size(img_size, "img_size"), _size(patch_size, "patch_size")
         self.set_input_size()
         self.proj = PatchProjection(self.backbone.conv.out_channels, embed_dim, self.patch_size, stride=self.patch_size)
 
@@ -90,8 +91,8 @@ class I2TEmbed(nn.Module):
             ValueError: if the images are smaller than one patch; nothing is changed then.
             TypeError: if the patch size changes and the projection holds no convolution; nothing is changed then.
         """
-        image = self.img_size if img_size is None else _pair(img_size)
-        patch = self.patch_size if patch_size is None else _pair(patch_size)
+        image = self.img_size if img_size is None else _size(img_size, "img_size")
+        patch = self.patch_size if patch_size is None else _size(patch_size, "patch_size")
         grid_size = self._grid_size(image, patch)
         if min(grid_size) < 1:
             raise ValueError(f"img_size: expected at least one patch, {patch} cells of the stem's map, got {image}")
@@ -161,6 +162,16 @@ def _first(root: nn.Module, kind: type[Layer]) -> Layer | None:
 def _pair(size: Any) -> tuple[int, int]:
     height, width = size if isinstance(size, Iterable) else (size, size)
     return height, width
+
+
+def _size(size: Any, name: str) -> tuple[int, int]:
+    """Height and width that a user gave."""
+    if isinstance(size, Iterable) and len(size := tuple(size)) != 2:
+        raise ValueError(f"{name}: expected height and width, or one number for both, got {size}")
+    pair = _pair(size)
+    for side in pair:
+        check_at_least(1, **{name: side})
+    return pair
 
 
 def _window(layer: nn.Conv2d | nn.MaxPool2d) -> tuple[int, int, int]:

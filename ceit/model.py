@@ -11,6 +11,8 @@ from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ceit_kernels.common.arguments import check_at_least, check_probability, names_its_arguments
+
 from .blocks import Block, LCABlock, NormLayer
 from .embed import I2TEmbed
 from .encode import encode
@@ -56,9 +58,10 @@ class CeiT(nn.Module):
     classifier.
 
     Raises:
-        ValueError: for an argument out of its range.
+        ValueError, TypeError: for an argument out of its range.
     """
 
+    @names_its_arguments
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -83,6 +86,12 @@ class CeiT(nn.Module):
         dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
+        check_at_least(1, in_chans=in_chans, embed_dim=embed_dim)
+        check_at_least(0, num_classes=num_classes)
+        check_probability(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
+        check_probability(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+        if mlp_ratio * embed_dim < 1:
+            raise ValueError(f"mlp_ratio: expected at least one channel of {embed_dim}, got {mlp_ratio}")
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim: expected a multiple of num_heads={num_heads}, got {embed_dim}")
         if leff_local_size < 1 or leff_local_size % 2 == 0:

@@ -15,6 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from ceit_kernels import FusedLinear, fast_operators, fuse
+from ceit_kernels.common.arguments import names_its_arguments
 from ceit_kernels.operators import OPERATORS
 
 from .blocks import Block, LCABlock
@@ -61,6 +62,7 @@ def list_models() -> list[str]:
     return list(default_cfgs)
 
 
+@names_its_arguments
 def create_model(
     name: str,
     *,

@@ -58,6 +58,8 @@ class Choice(NamedTuple):
 
 def _parse(setting: str, source: str) -> dict[str, str]:
     """``"triton"`` for every operator, or ``"lca=triton,leff=reference"`` for some, as a dictionary."""
+    if not isinstance(setting, str):
+        raise TypeError(f"{source}: expected a string, got {setting!r}")
     parsed = {}
     for part in setting.split(","):
         operator, equals, backend = part.strip().rpartition("=")
@@ -89,7 +91,7 @@ def use_backend(backend: str) -> Iterator[None]:
             ``"lca=triton,leff=reference"``. The environment variable CEIT_KERNELS_BACKEND sets the default likewise.
 
     Raises:
-        ValueError: unknown backend or operator.
+        ValueError, TypeError: unknown backend or operator.
     """
     global _setting
     outer, _setting = _setting, {**_setting, **_parse(backend, "backend")}

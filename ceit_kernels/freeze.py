@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapters.folding import fold_norms
 from .backends import current_backend
+from .common.arguments import names_its_arguments
 from .common.calls import is_eager
 from .fuse import fuse
 from .operators import OPERATORS
@@ -41,6 +42,7 @@ def register_freezing(model_class: type[Model], prepare: Callable[[Model], Whole
     _whole[model_class] = prepare
 
 
+@names_its_arguments
 def freeze(model: nn.Module, *, cuda_graphs: bool = False) -> Frozen:
     """A snapshot of a model for inference, with copies of its own, folded and prepacked: no later change reaches it.
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .adapters import adapter_of
+from .common.arguments import names_its_arguments
 from .common.module import Fusion, is_made, stand_in
 from .operators import OPERATORS
 
@@ -50,6 +51,7 @@ def register_fusion(operator: str, plain_class: type[nn.Module], fused_class: ty
     _fusions[plain_class] = (operator, stand_in(plain_class, fused_class))
 
 
+@names_its_arguments
 def fuse(model: Model, **operators: bool) -> Model:
     """Turn the plain modules of a model into fused ones, in place, by their class alone.
 
@@ -98,6 +100,7 @@ def fusion_of(plain_class: type[nn.Module]) -> tuple[str, type[Fusion] | None]:
     return found
 
 
+@names_its_arguments
 def unfuse(model: Model) -> Model:
     """Turn fused modules into plain ones, in place: what ``fuse`` did, backwards, with their present state.
 

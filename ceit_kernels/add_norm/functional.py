@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..common.arguments import names_its_arguments
 from ..common.calls import needs_gradient, unsupported_reason
 from .cpu import total_dtype
 from .op import add_norm_operator, layer_norm_dtype
@@ -70,7 +71,7 @@ def add_norm(
     return total, out, prefix if prefix_tokens else total[:, :0]
 
 
-add_layer_norm = add_norm
+add_layer_norm = names_its_arguments(add_norm)
 
 
 def _are_alike(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:

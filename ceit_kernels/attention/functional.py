@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backends
+from ..common.arguments import names_its_arguments
 from ..common.autocast import autocast_dtype
 from ..common.calls import needs_gradient, unsupported_reason
 from .op import attention_operator
@@ -13,6 +14,7 @@ from .reference import attention_reference
 __all__ = ["self_attention"]
 
 
+@names_its_arguments
 def self_attention(
     qkv: Tensor,
     *,

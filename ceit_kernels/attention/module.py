@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..common.arguments import check_at_least, check_probability, names_its_arguments
 from ..common.calls import unsupported_reason
 from ..common.children import ANY, children_reason
 from ..common.module import Fusion, attributes_of
@@ -32,9 +33,10 @@ class Attention(nn.Module):
         (B, N, C) -> (B, num_queries, C), N queries by default.
 
     Raises:
-        ValueError: ``num_heads`` is no divisor of ``dim``.
+        ValueError, TypeError: ``num_heads`` is no divisor of ``dim``, or another argument is out of its range.
     """
 
+    @names_its_arguments
     def __init__(
         self,
         dim: int,
@@ -45,6 +47,8 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        check_at_least(1, dim=dim)
+        check_probability(attn_drop=attn_drop, proj_drop=proj_drop)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
         self.num_heads = num_heads

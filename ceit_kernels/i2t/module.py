@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..common.arguments import check_at_least, names_its_arguments
 from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input
 from ..common.children import children_reason, convolution_reason
@@ -37,8 +38,10 @@ class Image2Tokens(nn.Module):
         (B, in_chans, H, W) -> (B, out_chans, ceil(H / (2 * stride)), ceil(W / (2 * stride))) for an odd kernel_size.
     """
 
+    @names_its_arguments
     def __init__(self, in_chans: int = 3, out_chans: int = 64, kernel_size: int = 7, stride: int = 2) -> None:
         super().__init__()
+        check_at_least(1, in_chans=in_chans, out_chans=out_chans, kernel_size=kernel_size, stride=stride)
         self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding=kernel_size // 2, bias=False)
         self.bn = nn.BatchNorm2d(out_chans)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)

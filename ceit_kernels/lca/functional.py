@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..common.arguments import names_its_arguments
 from ..common.autocast import autocast_dtype
 from ..common.calls import needs_gradient, unsupported_reason
 from .op import lca_operator
@@ -14,6 +15,7 @@ from .reference import lca_reference
 __all__ = ["lca_attention"]
 
 
+@names_its_arguments
 def lca_attention(
     x: Tensor,
     qkv_weight: Tensor,

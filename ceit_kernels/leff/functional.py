@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ..common.arguments import names_its_arguments
 from ..common.autocast import autocast_dtype
 from ..common.calls import needs_gradient, unsupported_reason
 from ..common.checks import norm_dtype_reason
@@ -34,6 +35,7 @@ _NAMES = tuple(
 )
 
 
+@names_its_arguments
 def leff_block(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..common.arguments import check_at_least, names_its_arguments
 from ..common.module import attributes_of
 from .fusion import BlockFusion, BlockParts, FrozenBlock
 from .grid import LAYOUTS, check_grid_size, token_grid
@@ -40,9 +41,11 @@ class LocallyEnhancedFeedForward(nn.Module):
             (B, C, H, W). An image has no prefix tokens.
 
     Raises:
-        ValueError: an even kernel, prefix tokens that change width or precede an image, an unknown layout.
+        ValueError, TypeError: an even kernel, no channels, prefix tokens that change width or precede an image, an
+            unknown layout.
     """
 
+    @names_its_arguments
     def __init__(
         self,
         in_features: int,
@@ -59,6 +62,8 @@ class LocallyEnhancedFeedForward(nn.Module):
         layout: str = "tokens",
     ) -> None:
         super().__init__()
+        check_at_least(1, in_features=in_features, hidden_features=hidden_features, out_features=out_features)
+        check_at_least(0, num_prefix_tokens=num_prefix_tokens)
         hidden_features = hidden_features or in_features
         out_features = out_features or in_features
         if kernel_size < 1 or kernel_size % 2 == 0:
