@@ -91,6 +91,8 @@ def _leff_layer(i: int) -> str:
     return f" weight{i} bias{i} norm_weight{i} norm_bias{i} running_mean{i} running_var{i} "
 
 
+_RUNNING = "".join(f" running_mean{i} running_var{i} batches{i}" for i in (1, 2, 3))
+
 KERNELS: dict[str, KernelCost] = {
     "leff_expand_kernel": _cost(
         _leff_layer(1) + _leff_layer(2), "h rows2", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
@@ -131,6 +133,7 @@ KERNELS: dict[str, KernelCost] = {
         "z rows", "partial sums", lambda a: 2 * a["M"] * a["E"] * a["C"], a=operand_tokens, tokens=image_tokens
     ),
     "leff_statistics_kernel": _cost("count weight bias", "norm total", partial=sweeps(2)),
+    "leff_running_kernel": _cost("total norm1 norm2 norm3" + _RUNNING, _RUNNING),
     "leff_coefficients_kernel": _cost("partial norm total", "sums gradient dbias dnorm_weight dnorm_bias"),
     "leff_fold_gradient_kernel": _cost(
         "weight gradient total sums",

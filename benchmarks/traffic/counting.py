@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ceit_kernels.common.launch import record_launches
+from ceit_kernels.common.launch import Launch, record_launches
 
 from .access import launch_bytes, launch_flops, tensor_bytes, touched_again
 
@@ -103,10 +103,7 @@ class _Counter(TorchDispatchMode):
             # A fake tensor would call the operator's fake, which launches nothing.
             with record_launches(self._chip) as launches, self:
                 out = func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-            self.kernels += (
-                Kernel(launch.kernel.__name__, launch_bytes(launch), launch_flops(launch), fused=True)
-                for launch in launches
-            )
+            self.kernels += map(_fused, launches)
             return out
         out = func(*args, **kwargs)
         packet = func._overloadpacket
@@ -118,6 +115,10 @@ class _Counter(TorchDispatchMode):
                 moved += touched_again(packet, args)
                 self.kernels.append(Kernel(str(packet), moved, flops, fused=func.namespace == "ceit"))
         return out
+
+
+def _fused(launch: Launch) -> Kernel:
+    return Kernel(launch.kernel.__name__, launch_bytes(launch), launch_flops(launch), fused=True)
 
 
 def _bytes(tree: Any) -> int:
@@ -172,7 +173,7 @@ def count_call(
         BackendError: the backend that was asked for cannot serve the call.
     """
     call, counter = Call(), _Counter(chip)
-    with fake_model(make, dtype) as module, record_launches(chip), FlashAttention():
+    with fake_model(make, dtype) as module, record_launches(chip) as beside, FlashAttention():
         module.train(training)
         x = torch.empty(shape, dtype=dtype, requires_grad=training and input_gradient)
         counter.kernels = call.forward
@@ -183,6 +184,7 @@ def count_call(
         with counter:
             with SavedTensors(module) as saved:
                 out = module(x)
+            call.forward += map(_fused, beside)  # what eager calls launch beside operators
             counter.kernels = call.backward
             out.backward(torch.empty(out.shape, dtype=out.dtype))
         call.saved_bytes = saved.bytes()

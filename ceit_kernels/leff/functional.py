@@ -171,7 +171,8 @@ def _call_operator(
         for i, parameter in enumerate(parameters)
     ]
     out, _, _, _, *statistics, count = leff_operator(x, *inputs, residual, *settings)
-    update_running_statistics(norms, statistics, count, x.shape[0] * settings.height * settings.width)
+    tokens = x.shape[0] * settings.height * settings.width
+    update_running_statistics(norms, statistics, count, tokens, settings.backend)
     return out
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..common.calls import is_eager
+from ..common.launch import is_recording
 from ..common.sync_norm import process_group_of_norm
 
 __all__ = [
@@ -101,7 +103,7 @@ def process_group_of(norms: Sequence[BatchNorm | None]) -> tuple[str | None, str
 
 @torch.no_grad()
 def update_running_statistics(
-    norms: Sequence[BatchNorm | None], statistics: Sequence[Tensor], count: Tensor, tokens: int
+    norms: Sequence[BatchNorm | None], statistics: Sequence[Tensor], count: Tensor, tokens: int, backend: str = ""
 ) -> None:
     """Average this batch into the running statistics, as ``torch.nn.BatchNorm2d`` does.
 
@@ -111,7 +113,18 @@ def update_running_statistics(
             in training.
         count: (1,), of how many tokens they were taken, in all processes.
         tokens: of how many in this process; nothing is averaged if 0.
+        backend: of the call; "triton" takes one launch, unless compilers are to see the operators.
     """
+    if backend == "triton" and tokens > 0 and (is_recording() or is_eager(count)):
+        buffers = _buffers_for_one_launch(norms, statistics)
+        if buffers is not None:
+            from .triton.launch_running import update_running_statistics_triton
+
+            momenta = [0.0 if norm is None else float(norm.momentum or 0.0) for norm in norms]
+            update_running_statistics_triton(count, *buffers, *momenta)
+            written = [b for i, b in enumerate(buffers) if b is not None and i % 4 and not b.is_inference()]
+            torch.autograd.graph.increment_version(written)
+            return
     tracked = [(n, s) for n, s in zip(norms, statistics, strict=True) if n is not None and n.training]
     counters = [n.num_batches_tracked for n, _ in tracked if n.num_batches_tracked is not None]
     if counters:
@@ -139,3 +152,25 @@ def update_running_statistics(
             values.append(new.to(running.dtype))
     for momentum, (buffers, values) in updates.items():
         torch._foreach_lerp_(buffers, values, momentum)
+
+
+def _buffers_for_one_launch(
+    norms: Sequence[BatchNorm | None], statistics: Sequence[Tensor]
+) -> list[Tensor | None] | None:
+    """Of each layer in training the statistics, running mean and variance and the counter, of others None.
+
+    None in all if the kernel cannot write them: averages over all batches, no running statistics, strided ones, or one
+    norm in two layers.
+    """
+    buffers: list[Tensor | None] = []
+    for norm, rows in zip(norms, statistics, strict=True):
+        if norm is None or not norm.training:
+            buffers += [None] * 4
+        elif norm.momentum is None or norm.running_mean is None or norm.running_var is None:
+            return None
+        else:
+            buffers += [rows, norm.running_mean, norm.running_var, norm.num_batches_tracked]
+    written = [b for i, b in enumerate(buffers) if b is not None and i % 4]
+    places = {(b.data_ptr() if not is_recording() else id(b)) for b in written}
+    alike = all(b.is_contiguous() and b.device == statistics[0].device for b in written)
+    return buffers if written and alike and len(places) == len(written) else None

@@ -5,7 +5,12 @@ import triton.language as tl
 
 from .kernels_common import store_rows
 
-__all__ = ["leff_coefficients_kernel", "leff_statistics_kernel", "leff_sum_kernel"]
+__all__ = [
+    "leff_coefficients_kernel",
+    "leff_running_kernel",
+    "leff_statistics_kernel",
+    "leff_sum_kernel",
+]
 
 
 @triton.jit
@@ -53,6 +58,48 @@ def _part(p_partial, p_count, t, o_e, m_e, T, E: tl.constexpr, TILE_T: tl.conste
     o_t = t + tl.arange(0, TILE_T)
     p_rows = p_partial + o_t.to(tl.int64)[:, None] * (2 * E) + o_e[None, :]
     return tl.load(p_count + o_t, mask=o_t < T, other=0.0), p_rows, (o_t < T)[:, None] & m_e[None, :]
+
+
+@triton.jit
+def leff_running_kernel(
+    p_norm1, p_running_mean1, p_running_var1, p_batches1, momentum1: tl.float64,
+    p_norm2, p_running_mean2, p_running_var2, p_batches2, momentum2: tl.float64,
+    p_norm3, p_running_mean3, p_running_var3, p_batches3, momentum3: tl.float64,
+    p_total, E: tl.constexpr, O: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Average the ``norm`` arrays of a batch of p_total (1,) tokens into the running statistics of their layers, and
+    count the batch in p_batches (); a layer whose array is None has none.
+    """
+    i_e = tl.program_id(0)
+    i_layer = tl.program_id(1)
+    n = tl.load(p_total)
+    if i_layer == 0:
+        _average(p_norm1, p_running_mean1, p_running_var1, p_batches1, momentum1, n, i_e, E, TILE_E, ACC)
+    elif i_layer == 1:
+        _average(p_norm2, p_running_mean2, p_running_var2, p_batches2, momentum2, n, i_e, E, TILE_E, ACC)
+    else:
+        _average(p_norm3, p_running_mean3, p_running_var3, p_batches3, momentum3, n, i_e, O, TILE_E, ACC)
+
+
+@triton.jit
+def _average(
+    p_norm, p_mean, p_variance, p_batches, momentum, n, i_e, E: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr
+):
+    """Of TILE_E channels of a layer."""
+    if p_norm is not None:
+        o_e = i_e * TILE_E + tl.arange(0, TILE_E)
+        m_e = o_e < E
+        b_new, b_old = tl.full((TILE_E,), momentum, dtype=ACC), tl.full((TILE_E,), 1.0 - momentum, dtype=ACC)
+        b_mean = b_new * tl.load(p_norm + o_e, mask=m_e, other=0.0)
+        b_mean += b_old * tl.load(p_mean + o_e, mask=m_e, other=0.0).to(ACC)
+        tl.store(p_mean + o_e, b_mean.to(p_mean.dtype.element_ty), mask=m_e)
+        # The variance of a population, from that of this sample of it.
+        b_variance = b_new * tl.load(p_norm + E + o_e, mask=m_e, other=0.0) * (n / (n - 1))
+        b_variance += b_old * tl.load(p_variance + o_e, mask=m_e, other=0.0).to(ACC)
+        tl.store(p_variance + o_e, b_variance.to(p_variance.dtype.element_ty), mask=m_e)
+        if p_batches is not None:
+            if i_e == 0:
+                tl.store(p_batches, tl.load(p_batches) + 1)
 
 
 @triton.jit

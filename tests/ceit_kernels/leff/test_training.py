@@ -135,6 +135,25 @@ def test_an_empty_batch_gives_zero_gradients_and_leaves_the_statistics():
     torch.testing.assert_close(fused, plain, rtol=0, atol=0)
 
 
+def test_running_statistics_of_any_kind_follow_plain_pytorch():
+    """One launch averages them; averages over all batches, strided buffers and a norm in two layers take PyTorch."""
+    leff, x, grad_out, grid_size = make_call((2, 3, 3, 1, 8, 20, 8, 3), torch.float64)
+    leff.bn1.momentum = None
+    check_to_rounding(leff, x, grad_out, grid_size)
+    leff.bn1.momentum = 1.0
+    leff.bn2.register_buffer("running_mean", x.new_zeros(20, 2)[:, 0])
+    check_to_rounding(leff, x, grad_out, grid_size)
+    leff.bn2 = leff.bn1
+    check_to_rounding(leff, x, grad_out, grid_size)
+
+
+def test_updated_running_statistics_are_known_to_autograd_as_such():
+    leff, x, _, grid_size = make_call((2, 2, 2, 1, 8, 16, 8, 3), torch.float32)
+    before = [buffer._version for buffer in leff.buffers()]
+    run("triton", leff, x, grid_size)
+    assert [buffer._version for buffer in leff.buffers()] == [version + 1 for version in before]
+
+
 def test_one_value_to_take_statistics_of_is_an_error_before_anything_is_launched():
     leff, x, _, _ = make_call((1, 1, 1, 1, 8, 16, 8, 3), torch.float32)
     messages = []

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from ceit_kernels.common.launch import record_launches
 from ceit_kernels.leff.triton.launch_backward import leff_backward_triton
 from ceit_kernels.leff.triton.launch_forward import leff_forward_triton
+from ceit_kernels.leff.triton.launch_running import update_running_statistics_triton
 
 # GEMMs of so few operations that it does not matter where they run.
 SMALL_GEMMS = ("leff_fold_gradient_kernel", "leff_factored_weight_kernel")
@@ -50,6 +51,23 @@ def test_small_in_bfloat16_runs_on_tensor_cores_without_spills():
 def test_every_model_runs_on_tensor_cores_without_spills(shape, chip):
     for launch in record(shape, torch.bfloat16, chip):
         check(launch, chip)
+
+
+@pytest.mark.prove
+def test_running_statistics_of_any_type_are_averaged_on_every_chip():
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            count = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="cuda")
+            buffers = (
+                count.new_empty(5, 1536),
+                *count.new_empty(2, 1536).to(dtype),
+                count.new_empty((), dtype=torch.int64),
+            )
+            for chip in CHIPS:
+                with record_launches(chip) as launches:
+                    update_running_statistics_triton(count, *buffers, *[None] * 4, *buffers, 0.1, 0.0, 0.1)
+                for launch in launches:
+                    assert_unspilled(launch, chip)
 
 
 @pytest.mark.prove
