@@ -108,7 +108,7 @@ KERNELS: dict[str, KernelCost] = {
     ),
     # Column tiles of an image are neighbours in launch order and share their margins.
     "leff_depthwise_kernel": _cost(
-        "z1 norm1 taps bias", "z2 partial count", lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2
+        "z1 norm1 weight2 bias", "z2 partial count", lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2
     ),
     "leff_contract_operand_kernel": _cost(
         "a z rows weight bias mean tail residual",
@@ -124,7 +124,7 @@ KERNELS: dict[str, KernelCost] = {
         "weight z2 norm2", "g2 partial", lambda a: 2 * a["M"] * a["O"] * a["E"], dz3=image_tokens
     ),
     "leff_depthwise_backward_kernel": _cost(
-        "g2 z2 z1 gradient2 norm1 taps",
+        "g2 z2 z1 gradient2 norm1 weight2",
         "g1 taps_gradient partial",
         lambda a: 4 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
     ),
@@ -145,7 +145,7 @@ KERNELS: dict[str, KernelCost] = {
         "out",
         lambda a: 0 if a["p_gram"] is None else 2 * a["E"] * a["C"] ** 2,
     ),
-    "leff_sum_kernel": _cost("partial", "out"),
+    "leff_sums_kernel": _cost("partial1 partial2 partial3 partial4", "out1 out2 out3 out4"),
     "add_norm_forward_kernel": _cost("x branch weight bias", "total out prefix mean rstd"),
     "add_norm_backward_kernel": _cost("dout dtotal dprefix total weight mean rstd", "dx partial"),
     "add_norm_parameters_kernel": _cost("partial", "dweight dbias"),

@@ -6,6 +6,7 @@ examined where no GPU is.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ __all__ = [
     "Launch",
     "cdiv",
     "compute_capability",
+    "has_launch_hooks",
     "is_recording",
     "launch",
     "nvidia_options",
@@ -105,6 +107,13 @@ def compute_capability(device_index: int | None) -> int:
 def target_chip(x: Tensor) -> int:
     """Compute capability, times ten, of the GPU that launches on the device of ``x`` are for; 90 without a GPU."""
     return compute_capability(x.device.index) if x.is_cuda else _recorded_chip
+
+
+def has_launch_hooks() -> bool:
+    """Whether something, such as Triton's profiler, is told of each launch by Triton's launcher."""
+    knobs = sys.modules.get("triton.knobs")
+    hooks = () if knobs is None else (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], known: Mapping[str, Any], num_warps: int, num_stages: int = 2) -> None:

@@ -7,7 +7,7 @@ that its arguments come from. A plan holds numbers and compiled kernels, and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from operator import itemgetter
@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import is_recording, this_thread
+from .launch import has_launch_hooks, is_recording, this_thread
 from .tuning import is_capturing, is_tuning
 
 __all__ = ["buffer", "compute", "planned", "without_plan"]
 
 # Picks the arguments of a step, or the results, from the values of a call.
 Picker = Callable[[list[Any]], Any]
+_Step = tuple[Callable[..., Any], Picker, int]
 
 _LIMIT = 1024  # plans that are kept, of which each takes some kilobytes
+_LARGE = 2**25  # bytes of a buffer that is no piece of another
+_ALIGNED = 128  # numbers of a piece are a multiple, so that all start as a buffer of their own would
 
 # None for a kind of call that cannot be replayed.
 _plans: dict[Hashable, _Plan | None] = {}
@@ -56,7 +59,7 @@ def planned(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 plan = _plans.get(key, _UNKNOWN)
                 if plan is _UNKNOWN:
                     return _first_call(key, run, inputs, settings)
-                return run(*inputs, *settings) if plan is None else plan(inputs)
+                return run(*inputs, *settings) if plan is None or has_launch_hooks() else plan(inputs)
 
         return call
 
@@ -99,49 +102,83 @@ def compute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that is not filled, as a step likewise."""
-    return compute(_empty, tuple(shape), dtype, device)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
+    """A tensor that is not filled, as part of the plan likewise."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    if this_thread.tape is not None:
+        this_thread.tape.add_buffer(result)
+    return result
 
 
 class _Tape:
-    """Takes down the steps of a call. A value of the call is an input, the result of a step, or a constant."""
+    """Takes down a call. A value of the call is an input, the stream, a buffer, the result of a step, or a constant."""
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
-        self._count = len(inputs)
         self._places = {id(tensor): i for i, tensor in enumerate(inputs) if tensor is not None}
+        self._stream = len(inputs)
+        self._count = self._stream + 1  # of places
         # Alive until the end, or the address of one might become that of another.
-        self._tensors: list[Any] = []
+        self._buffers: list[Tensor] = []
+        self._results: list[Any] = []
         self._constants: list[Any] = []
         self._places_of_constants: dict[Hashable, int] = {}
-        self._steps: list[tuple[Callable[..., Any], Picker]] = []
-        self._complete = True
+        self._steps: list[_Step] = []
+        self._shaped: set[int] = set()  # of what functions take, to which shapes mean something
+        self._complete, self._on_gpu = True, False
 
-    def add(self, function: Callable[..., Any], arguments: Sequence[Any], result: Any) -> None:
-        self._steps.append((function, self._picker(arguments)))
+    def add_buffer(self, tensor: Tensor) -> None:
+        """Add a tensor that is not filled."""
+        self._buffers.append(tensor)
+        self._places[id(tensor)] = self._next()
+
+    def add(self, function: Callable[..., Any], arguments: Sequence[Any], result: Any = None) -> None:
+        """Add a step, whose result is a tensor or None."""
+        self._shaped |= {self._place(argument) for argument in arguments}
+        self._steps.append((function, self._picker(map(self._place, arguments)), self._next()))
         if result is not None:
-            self._places[id(result)] = self._count + len(self._steps) - 1
-            self._tensors.append(result)
+            self._results.append(result)
+            self._places[id(result)] = self._count - 1
 
     def add_launch(
         self, kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Any
     ) -> None:
         """Add a launch by what it returned: the compiled kernel, or None where it is interpreted."""
-        ready = partial(kernel[grid], **options) if compiled is None else compiled[(*grid, 1, 1)[:3]]
-        self.add(ready, arguments, None)
+        if compiled is None:
+            step = partial(kernel[grid], **options), self._picker(map(self._place, arguments)), self._next()
+            self._steps.append(step)
+            return
+        self._on_gpu |= any(isinstance(a, Tensor) and a.is_cuda for a in arguments)
+        # As Triton's own launcher calls it, which has no hooks to tell of the launch when a plan is followed.
+        places = [
+            self._place(a) for a in (*(*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata, None, None, None)
+        ]
+        places.insert(3, self._stream)
+        self._steps.append((compiled.run, self._picker([*places, *map(self._place, arguments)]), self._next()))
 
     def plan(self, results: Any) -> _Plan | None:
         """The plan; None if a step or a result took a tensor from elsewhere, which another call may not have."""
-        pick = itemgetter(self._place(results)) if isinstance(results, Tensor) else self._picker(results)
+        returned = [results] if isinstance(results, Tensor) else results
+        places = [self._place(result) for result in returned]
+        pick = itemgetter(*places) if isinstance(results, Tensor) else self._picker(places)
         if not self._complete:
             return None
-        return _Plan(self._steps, [None] * len(self._steps) + self._constants[::-1], pick)
+        alone, shared = [], {}
+        for tensor in self._buffers:
+            place = self._places[id(tensor)]
+            if place in places or place in self._shaped or tensor.nbytes > _LARGE:
+                alone.append((place, tensor.shape, tensor.dtype, tensor.device))
+            else:
+                numbers = -(-tensor.numel() // _ALIGNED) * _ALIGNED
+                shared.setdefault((tensor.dtype, tensor.device), []).append((place, numbers))
+        pools = [(*kind, *map(list, zip(*pieces, strict=True))) for kind, pieces in shared.items()]
+        template = [None] * (self._count - self._stream) + self._constants[::-1]
+        return _Plan(alone, pools, self._steps, template, pick, self._on_gpu)
 
-    def _picker(self, arguments: Sequence[Any]) -> Picker:
-        places = [self._place(argument) for argument in arguments]
+    def _next(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def _picker(self, places: Iterable[int]) -> Picker:
+        places = list(places)
         if len(places) > 1:
             return itemgetter(*places)
         return (lambda values: (values[places[0]],)) if places else (lambda values: ())
@@ -158,21 +195,40 @@ class _Tape:
 
 
 class _Plan:
-    """The steps of a call.
+    """What a call does.
 
     Args:
-        steps: each a function and what picks its arguments from the values: the inputs, the results of the steps in
-            order, and the constants.
-        template: the values behind the inputs, without results.
+        buffers: the place, shape, dtype and device of each tensor that is not filled.
+        pools: dtype and device, and the places and numbers of elements of buffers that are pieces of one: small ones
+            that are not results.
+        steps: each a function, what picks its arguments from the values, and its result's place.
+        template: the values behind the inputs as far as they are constants.
         results: picks the call's results.
+        on_gpu: whether the stream is one of a GPU.
     """
 
-    def __init__(self, steps: list[tuple[Callable[..., Any], Picker]], template: list[Any], results: Picker) -> None:
-        self._steps, self._template, self._results = steps, template, results
+    def __init__(
+        self,
+        buffers: list[Any],
+        pools: list[Any],
+        steps: list[_Step],
+        template: list[Any],
+        results: Picker,
+        on_gpu: bool,
+    ) -> None:
+        self._buffers, self._pools, self._steps = buffers, pools, steps
+        self._template, self._results, self._on_gpu = template, results, on_gpu
 
     def __call__(self, inputs: list[Any]) -> Any:
         values = inputs + self._template
-        for place, (function, pick) in enumerate(self._steps, len(inputs)):
+        values[len(inputs)] = torch.cuda.current_stream().cuda_stream if self._on_gpu else 0
+        for place, shape, dtype, device in self._buffers:
+            values[place] = torch.empty(shape, dtype=dtype, device=device)
+        for dtype, device, places, sizes in self._pools:
+            pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+            for place, piece in zip(places, pieces, strict=True):
+                values[place] = piece
+        for function, pick, place in self._steps:
             values[place] = function(*pick(values))
         return self._results(values)
 

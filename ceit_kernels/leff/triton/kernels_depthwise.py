@@ -16,11 +16,11 @@ __all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel"]
 
 @triton.jit
 def leff_depthwise_kernel(
-    p_z1, p_norm1, p_taps, p_bias, p_z2, p_partial, p_count, B, H, IMAGES,
+    p_z1, p_norm1, p_weight2, p_bias, p_z2, p_partial, p_count, B, H, IMAGES,
     W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """z2 (M, E) = dw(act(norm z1)) + b_2 from z1 (M, E) and taps (KERNEL^2, E); partial moments of z2."""
+    """z2 (M, E) = dw(act(norm z1)) + b_2 from z1 (M, E) and weight2 (E, KERNEL^2); partial moments of z2."""
     R: tl.constexpr = KERNEL // 2
     NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
     NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
@@ -31,7 +31,7 @@ def leff_depthwise_kernel(
     o_e = i_e * TILE_E + tl.arange(0, TILE_E)
     m_e = o_e < E
     b_norm = norm_rows(p_norm1, o_e, m_e, E)
-    b_taps = load_taps(p_taps, o_e, m_e, E, KERNEL * KERNEL)
+    b_taps = load_taps(p_weight2, o_e, m_e, KERNEL * KERNEL, ACC)
     b_zero = tl.zeros((TILE_E,), dtype=ACC)
     b_bias = b_zero
     if p_bias is not None:
@@ -94,7 +94,7 @@ def leff_depthwise_kernel(
 
 @triton.jit
 def leff_depthwise_backward_kernel(
-    p_g2, p_z2, p_z1, p_gradient2, p_norm1, p_taps, p_g1, p_taps_gradient, p_partial, B, H, IMAGES,
+    p_g2, p_z2, p_z1, p_gradient2, p_norm1, p_weight2, p_g1, p_taps_gradient, p_partial, B, H, IMAGES,
     W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def leff_depthwise_backward_kernel(
     m_e = o_e < E
     b_norm = norm_rows(p_norm1, o_e, m_e, E)
     b_gradient = gradient_rows(p_gradient2, o_e, m_e, E)
-    b_taps = load_taps(p_taps, o_e, m_e, E, KERNEL * KERNEL)
+    b_taps = load_taps(p_weight2, o_e, m_e, KERNEL * KERNEL, ACC)
     b_zero = tl.zeros((TILE_E,), dtype=ACC)
     b_dtaps = ()
     for _ in tl.static_range(KERNEL * KERNEL):
@@ -168,11 +168,11 @@ def leff_depthwise_backward_kernel(
 
 
 @triton.jit
-def load_taps(p_taps, o_e, m_e, E: tl.constexpr, TAPS: tl.constexpr):
-    """A tuple of the taps, each a vector of channels."""
+def load_taps(p_weight, o_e, m_e, TAPS: tl.constexpr, ACC: tl.constexpr):
+    """A tuple of the taps, each a vector of channels, from (E, TAPS)."""
     b_taps = ()
     for k in tl.static_range(TAPS):
-        b_taps = b_taps + (tl.load(p_taps + k * E + o_e, mask=m_e, other=0.0),)
+        b_taps = b_taps + (tl.load(p_weight + o_e * TAPS + k, mask=m_e, other=0.0).to(ACC),)
     return b_taps
 
 

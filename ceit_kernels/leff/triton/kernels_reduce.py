@@ -9,7 +9,7 @@ __all__ = [
     "leff_coefficients_kernel",
     "leff_running_kernel",
     "leff_statistics_kernel",
-    "leff_sum_kernel",
+    "leff_sums_kernel",
 ]
 
 
@@ -149,12 +149,35 @@ def leff_coefficients_kernel(
 
 
 @triton.jit
-def leff_sum_kernel(p_partial, p_out, S, N, TILE_S: tl.constexpr, TILE_N: tl.constexpr, ACC: tl.constexpr):
-    """The sum (N,) of S partial results (S, N), in the type of the result."""
-    o_n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    b_sum = tl.zeros((TILE_S, TILE_N), dtype=ACC)
-    for s in range(0, S, TILE_S):
-        o_s = s + tl.arange(0, TILE_S)
-        mask = (o_s < S)[:, None] & (o_n < N)[None, :]
-        b_sum += tl.load(p_partial + o_s.to(tl.int64)[:, None] * N + o_n[None, :], mask=mask, other=0.0)
-    tl.store(p_out + o_n, tl.sum(b_sum, axis=0).to(p_out.dtype.element_ty), mask=o_n < N)
+def leff_sums_kernel(
+    p_partial1, p_out1, S1, N1, p_partial2, p_out2, S2, N2, p_partial3, p_out3, S3, N3, p_partial4, p_out4, S4, N4,
+    TAPS: tl.constexpr, TILE_S: tl.constexpr, TILE_N: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums (N,) of S partial results (S, N), in the types of the sums; of the fourth, (S, TAPS, E), as (E, TAPS). Each
+    has program instances of its own, and none where it is None.
+    """
+    i = _sum(p_partial1, p_out1, S1, N1, tl.program_id(0), 1, TILE_S, TILE_N, ACC)
+    i = _sum(p_partial2, p_out2, S2, N2, i, 1, TILE_S, TILE_N, ACC)
+    i = _sum(p_partial3, p_out3, S3, N3, i, 1, TILE_S, TILE_N, ACC)
+    _sum(p_partial4, p_out4, S4, N4, i, TAPS, TILE_S, TILE_N, ACC)
+
+
+@triton.jit
+def _sum(
+    p_partial, p_out, S, N, i_n, TAPS: tl.constexpr, TILE_S: tl.constexpr, TILE_N: tl.constexpr, ACC: tl.constexpr
+):
+    """Tile i_n, if there is one, of the sum of parts (S, TAPS, N // TAPS), transposed; and i_n behind its tiles."""
+    if p_partial is None:
+        return i_n
+    else:
+        o_n = i_n * TILE_N + tl.arange(0, TILE_N)
+        m_n = (o_n >= 0) & (o_n < N)
+        if (i_n >= 0) & (i_n * TILE_N < N):
+            b_sum = tl.zeros((TILE_S, TILE_N), dtype=ACC)
+            for s in range(0, S, TILE_S):
+                o_s = s + tl.arange(0, TILE_S)
+                mask = (o_s < S)[:, None] & m_n[None, :]
+                b_sum += tl.load(p_partial + o_s.to(tl.int64)[:, None] * N + o_n[None, :], mask=mask, other=0.0)
+            o_out = o_n % (N // TAPS) * TAPS + o_n // (N // TAPS)
+            tl.store(p_out + o_out, tl.sum(b_sum, axis=0).to(p_out.dtype.element_ty), mask=m_n)
+        return i_n - tl.cdiv(N, TILE_N)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...common.launch import cdiv
-from ...common.plan import compute, planned
+from ...common.plan import planned
 from ...common.sync_norm import sum_over_processes
 from ...common.tuning import Tiles
 from ..arguments import PARAMETER_NAMES, SAVED_NAMES, Settings
@@ -18,18 +18,18 @@ from .kernels_depthwise import leff_depthwise_backward_kernel
 from .kernels_factored import leff_factored_weight_kernel, leff_fold_gradient_kernel
 from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_kernel, leff_weight_gradient_kernel
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
-from .kernels_reduce import leff_coefficients_kernel, leff_sum_kernel
+from .kernels_reduce import leff_coefficients_kernel, leff_sums_kernel
 from .launch_common import Call, hashable
 from .launch_forward import contract_grid, depthwise_grid
 from .tiles import (
     PARTS,
+    SUMS,
     contract_tiles,
     depthwise_tiles,
     factored_weight_tiles,
     fold_gradient_tiles,
     hidden_gradient_tiles,
     row_tiles,
-    sum_tiles,
     weight_gradient_tiles,
 )
 
@@ -68,6 +68,7 @@ def _run(x: Tensor, *rest: Any) -> list[Tensor | None]:
     parameters, (dout, *saved) = tensors[: len(PARAMETER_NAMES)], tensors[len(PARAMETER_NAMES) :]
     backward = _Backward(Call(x, parameters, settings), saved, dout, need_x, needs)
     dx = backward.run()
+    backward.take_sums()
     return [dx, *(gradient for layer in backward.gradients for gradient in layer)]
 
 
@@ -83,6 +84,9 @@ class _Backward:
         self.norms = [norm if norm.numel() else None for norm in norms]
         self.needs = [needs[i : i + 4] for i in (0, 4, 8)]
         self.gradients: list[list[Tensor | None]] = [[None] * 4 for _ in self.needs]
+        # Partial results, of the taps and of others, that wait for one launch to sum them, and where the sums go.
+        self.taps: tuple[Tensor, Tensor] | None = None
+        self.partials: list[tuple[Tensor, Tensor]] = []
         call.known |= {"p_dout": dout, "p_z1": self.z1, "p_z2": self.z2, "p_z3": self.z3}
         call.known |= {f"p_norm{i}": norm for i, norm in enumerate(self.norms, 1)}
 
@@ -173,15 +177,14 @@ class _Backward:
         call = self.call
         tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
         images, parts, grid = depthwise_grid(call, tiles)
-        taps = call.taps()
-        g1, partial, taps_gradient = call.like(g2), call.empty(parts, 2, call.E), call.empty(parts, *taps.shape)
-        arguments = {"p_g2": g2, "p_gradient2": gradient2, "p_taps": taps, "ACTIVATION": call.settings.activations[0]}
+        g1, partial = call.like(g2), call.empty(parts, 2, call.E)
+        taps_gradient = call.empty(parts, call.kernel_size**2, call.E)
+        arguments = {"p_g2": g2, "p_gradient2": gradient2, "ACTIVATION": call.settings.activations[0]}
         arguments |= {"p_g1": g1, "p_taps_gradient": taps_gradient, "p_partial": partial, "IMAGES": images}
         call.launch(leff_depthwise_backward_kernel, grid, tiles, **arguments)
         if self.needs[1][0]:
-            weight = call.layers[1].weight
-            summed = self._sum(taps_gradient, *taps.shape, dtype=weight.dtype)
-            self.gradients[1][0] = compute(_taps_as_weight, summed, weight.shape)
+            gradient = self.gradients[1][0] = call.like(call.layers[1].weight)
+            self.taps = taps_gradient, gradient
         return g1, self._coefficients(0, partial, wanted)
 
     def _layer1(self, g1: Tensor, gradient1: Tensor, scratch: Tensor) -> Tensor | None:
@@ -203,6 +206,7 @@ class _Backward:
         tail = bias = mean = gram = sums = total = None
         if call.settings.norms[0] == "batch":
             gram, sums = self._second_moments_of_x()
+            self.take_sums()
             total = sums if call.settings.group is None else sum_over_processes(sums[None], call.settings.group)
             tail = call.empty(channels, channels, dtype=call.dtype)
             bias, mean = call.empty(channels), call.empty(channels)
@@ -275,16 +279,26 @@ class _Backward:
         return call.tuned("leff_weight_gradient", table, key, run)
 
     def _sum(self, partial: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The sum of partial results, in ``acc_dtype`` unless told otherwise."""
-        out, parts = self.call.empty(*shape, dtype=dtype), partial.shape[0]
-        tiles = sum_tiles(parts)
-        grid = (cdiv(out.numel(), tiles.sizes["TILE_N"]),)
-        self.call.launch(leff_sum_kernel, grid, tiles, p_partial=partial, p_out=out, S=parts, N=out.numel())
+        """Where ``take_sums`` puts the sum of partial results, in ``acc_dtype`` unless told otherwise."""
+        out = self.call.empty(*shape, dtype=dtype)
+        self.partials.append((partial, out))
         return out
 
-
-def _taps_as_weight(taps: Tensor, shape: torch.Size) -> Tensor:
-    return taps.t().contiguous().view(shape)
+    def take_sums(self) -> None:
+        """Take the sums that wait, if any."""
+        pairs = [*self.partials, *[(None, None)] * (3 - len(self.partials)), self.taps or (None, None)]
+        self.partials, self.taps = [], None
+        outs = [1 if out is None else out.numel() for _, out in pairs]
+        tiles = sum(
+            cdiv(n, SUMS.sizes["TILE_N"]) for n, (partial, _) in zip(outs, pairs, strict=True) if partial is not None
+        )
+        if tiles == 0:
+            return
+        known: dict[str, Any] = {"TAPS": self.call.kernel_size**2}
+        for i, (partial, out) in enumerate(pairs, 1):
+            parts = 1 if partial is None else partial.shape[0]
+            known |= {f"p_partial{i}": partial, f"p_out{i}": out, f"S{i}": parts, f"N{i}": outs[i - 1]}
+        self.call.launch(leff_sums_kernel, (tiles,), SUMS, **known)
 
 
 def _split(tokens: int, programs: int, step: int) -> tuple[int, int]:

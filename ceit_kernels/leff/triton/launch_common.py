@@ -77,6 +77,7 @@ class Call:
             "E": self.E,
             "O": self.O,
             "KERNEL": self.kernel_size,
+            "p_weight2": weight2,
         }
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -91,10 +92,6 @@ class Call:
         """The weight of a pointwise layer in the dtype of the GEMMs."""
         weight = self.layers[i].weight
         return weight if weight.dtype == self.dtype else compute(Tensor.to, weight, self.dtype)
-
-    def taps(self) -> Tensor:
-        """The depthwise kernels as (k * k, E), so that neighbouring channels are neighbours in memory."""
-        return compute(_taps, self.layers[1].weight, self.acc_dtype)
 
     def prefix_tiles(self, rows: int) -> int:
         """Tiles of so many rows that the prefix tokens take."""
@@ -113,7 +110,3 @@ class Call:
             with without_plan():
                 table = tuned_tiles(kernel, table, {"tokens": self.M, **shape}, self.x, self.dtype, run)
         return run(table)
-
-
-def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.flatten(1).t().to(dtype).contiguous()

@@ -92,7 +92,7 @@ def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, count: Tensor) -> t
     tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
     images, parts, grid = depthwise_grid(call, tiles)
     z2, moments = call.like(z1), _moments(call, 1, parts, call.E)
-    arguments = {"p_z1": z1, "p_norm1": norm1, "p_taps": call.taps(), "p_bias": call.layers[1].bias, "p_z2": z2}
+    arguments = {"p_z1": z1, "p_norm1": norm1, "p_bias": call.layers[1].bias, "p_z2": z2}
     arguments |= {"IMAGES": images, "ACTIVATION": call.settings.activations[0], **moments}
     call.launch(leff_depthwise_kernel, grid, tiles, **arguments)
     return z2, _norm(call, 1, count, **moments)

@@ -9,6 +9,7 @@ from ...common.tuning import Tiles
 
 __all__ = [
     "PARTS",
+    "SUMS",
     "contract_tiles",
     "depthwise_tiles",
     "expand_tiles",
@@ -18,7 +19,6 @@ __all__ = [
     "inference_contract_tiles",
     "inference_expand_tiles",
     "row_tiles",
-    "sum_tiles",
     "weight_gradient_tiles",
 ]
 
@@ -28,6 +28,7 @@ _OPERANDS_FROM_SHARED_MEMORY = (90, 100)
 
 # Of the kernels that merge what program instances left behind.
 PARTS = Tiles({"TILE_T": 64, "TILE_E": 16}, num_warps=4)
+SUMS = Tiles({"TILE_S": 16, "TILE_N": 128}, num_warps=4)
 
 
 def _fit(size: int, channels: int) -> int:
@@ -119,8 +120,3 @@ def depthwise_tiles(width: int, hidden_features: int, kernel_size: int, dtype: t
 def row_tiles(channels: int) -> Tiles:
     """Kernels that take tokens as they come."""
     return Tiles({"TILE_M": 16, "TILE_O": _fit(128, channels)}, 4)
-
-
-def sum_tiles(parts: int) -> Tiles:
-    """Sums of partial results."""
-    return Tiles({"TILE_S": min(32, 1 << (parts - 1).bit_length()), "TILE_N": 64 if parts > 32 else 256}, 4)

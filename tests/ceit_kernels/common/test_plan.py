@@ -1,8 +1,10 @@
 """Plans of calls: what is replayed and when, with kernels that are functions of tensors."""
 
 import gc
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,38 +19,39 @@ class Kernel:
     """out = a * SCALE + b, and how often Python prepared it or ran it ready."""
 
     __name__ = "axpy"
-    arg_names = ("p_a", "p_b", "p_out", "SCALE")
+    arg_names = ("p_a", "p_b", "p_out", "SCALE", "N")
 
     def __init__(self):
         self.prepared, self.ready = 0, 0
 
     def __getitem__(self, grid):
-        def run(p_a, p_b, p_out, SCALE, num_warps, num_stages, maxnreg):
+        def run(p_a, p_b, p_out, SCALE, N, num_warps, num_stages, maxnreg):
             self.prepared += 1
-            self._run(p_a, p_b, p_out, SCALE)
+            self._run(p_a, p_b, p_out, SCALE, N)
             return Compiled(self)
 
         return run
 
     @staticmethod
-    def _run(a, b, out, scale):
-        torch.add(a * scale, 0 if b is None else b, out=out)
+    def _run(a, b, out, scale, n):
+        # Kernels see no shapes, but what follows an address.
+        out.view(-1)[:n] = a.reshape(-1)[:n] * scale + (0 if b is None else b.reshape(-1)[:n])
 
 
 class Compiled:
     """As Triton's compiled kernels are launched."""
 
+    function, packed_metadata = 7, (1, 2)
+
     def __init__(self, kernel):
         self._kernel = kernel
 
-    def __getitem__(self, grid):
-        assert len(grid) == 3
-
-        def run(*arguments):
-            self._kernel.ready += 1
-            self._kernel._run(*arguments)
-
-        return run
+    def run(self, x, y, z, stream, function, packed_metadata, metadata, enter_hook, exit_hook, *arguments):
+        assert (x, y, z) == (1, 1, 1)
+        assert (stream, function, packed_metadata) == (0, self.function, self.packed_metadata)
+        assert metadata is enter_hook is exit_hook is None
+        self._kernel.ready += 1
+        self._kernel._run(*arguments)
 
 
 kernel = Kernel()
@@ -57,20 +60,23 @@ foreign = torch.ones(4)
 
 @planned(tensors=2)
 def axpy(a, b, scale, how=""):
-    """a^2 scale + b by two launches, in float32."""
-    square, out = (buffer(a.shape, torch.float32, a.device) for _ in range(2))
+    """a^2 scale + b by three launches, in float32."""
+    square, scratch, out = (buffer(a.shape, torch.float32, a.device) for _ in range(3))
     a = a if a.dtype == torch.float32 else compute(torch.Tensor.to, a, torch.float32)
     a = a + 0 if how == "unknown" else a
     with without_plan():
-        launch(kernel, (1,), {"p_a": foreign, "p_out": foreign.clone(), "SCALE": 1}, 4)
-    launch(kernel, (1,), {"p_a": a, "p_out": square, "SCALE": scale}, 4)
-    torch.mul(square, a, out=square) if how == "unknown" else compute(_multiply, square, a)
-    launch(kernel, (1, 1), {"p_a": square, "p_b": b, "p_out": out, "SCALE": 1}, 4)
+        launch(kernel, (1,), {"p_a": foreign, "p_out": foreign.clone(), "SCALE": 1, "N": 4}, 4)
+    b = torch.zeros(a.shape) if b is None and how == "unknown" else b
+    launch(
+        kernel,
+        (1,),
+        {"p_a": a if b is None else b, "p_out": scratch, "SCALE": 0 if b is None else 1, "N": a.numel()},
+        4,
+    )
+    launch(kernel, (1,), {"p_a": a, "p_out": square, "SCALE": scale, "N": a.numel()}, 4)
+    square = torch.mul(square, a) if how == "unknown" else compute(torch.mul, square, a)
+    launch(kernel, (1, 1), {"p_a": square, "p_b": scratch, "p_out": out, "SCALE": 1, "N": a.numel()}, 4)
     return (out, None) if how == "two" else out
-
-
-def _multiply(out, a):
-    out.mul_(a)
 
 
 @pytest.fixture(autouse=True)
@@ -87,17 +93,17 @@ def check(*arguments):
 
 def test_the_second_call_is_a_loop_over_ready_launches_with_its_own_tensors():
     check(torch.randn(4), torch.randn(4), 2.0)
-    assert (kernel.prepared, kernel.ready) == (3, 0)
+    assert (kernel.prepared, kernel.ready) == (4, 0)
     for _ in range(3):
         check(torch.randn(4), torch.randn(4), 2.0)
-    assert (kernel.prepared, kernel.ready) == (3, 6)
+    assert (kernel.prepared, kernel.ready) == (4, 9)
 
 
 def test_tensors_that_are_one_in_the_first_call_may_be_two_in_the_next():
     x = torch.randn(4)
     check(x, x, 2.0)
     check(x, torch.randn(4), 2.0)
-    assert kernel.ready == 2
+    assert kernel.ready == 3
 
 
 def test_calls_that_launch_something_else_have_plans_of_their_own():
@@ -123,7 +129,7 @@ def test_calls_that_launch_something_else_have_plans_of_their_own():
         torch.backends.cuda.matmul.fp32_precision = before
     assert kernel.ready == 0
     check(x, x, 2.0)
-    assert kernel.ready == 2
+    assert kernel.ready == 3
 
 
 def test_several_results_and_missing_ones_are_replayed():
@@ -131,19 +137,19 @@ def test_several_results_and_missing_ones_are_replayed():
         out, nothing = axpy(torch.ones(4), None, 2.0, "two")
         assert nothing is None
         assert out.tolist() == [2.0] * 4
-    assert kernel.ready == 2
+    assert kernel.ready == 3
 
 
 def test_a_strided_tensor_counts_as_its_copy():
     for _ in range(2):
         check(torch.randn(4, 4).t(), torch.randn(4, 8)[:, ::2], 2.0)
-    assert kernel.ready == 2
+    assert kernel.ready == 3
 
 
 def test_what_takes_a_tensor_from_elsewhere_is_never_replayed():
     for _ in range(3):
         check(torch.randn(4), None, 2.0, "unknown")
-    assert (kernel.prepared, kernel.ready) == (9, 0)
+    assert (kernel.prepared, kernel.ready) == (12, 0)
 
 
 def test_a_plan_keeps_no_tensor_alive():
@@ -160,8 +166,17 @@ def test_recorded_launches_are_neither_replayed_nor_taken_down():
     for _ in range(2):
         with record_launches() as launches:
             axpy(x, None, 2.0)
-        assert len(launches) == 3
+        assert len(launches) == 4
     assert not plan._plans
+
+
+def test_a_profiler_that_is_told_of_launches_is_told_by_tritons_launcher(monkeypatch):
+    knobs = SimpleNamespace(runtime=SimpleNamespace(launch_enter_hook=[], launch_exit_hook=None))
+    monkeypatch.setitem(sys.modules, "triton.knobs", knobs)
+    for told, ready in (([], 0), ([print], 0), ([], 3)):
+        knobs.runtime.launch_enter_hook = SimpleNamespace(calls=told)
+        check(torch.randn(4), None, 2.0)
+        assert kernel.ready == ready
 
 
 def test_an_error_leaves_no_plan_behind():
@@ -177,7 +192,7 @@ def test_the_oldest_plans_are_forgotten(monkeypatch):
         check(torch.randn(size), None, 2.0)
     assert len(plan._plans) == 2
     check(torch.randn(3), None, 2.0)
-    assert kernel.ready == 2
+    assert kernel.ready == 3
 
 
 def test_nothing_is_kept_of_a_capture_that_tuning_had_to_leave_to_the_table(monkeypatch):
