@@ -70,8 +70,10 @@ def qualified_name(found: type | Callable[..., Any]) -> str:
 
 
 def held(module: nn.Module, name: str) -> Any:
-    """A parameter of a module or None, which looking it up as an attribute takes several times as long for."""
+    """A parameter or buffer of a module or None; looking it up as an attribute takes several times as long."""
     tensor = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers.get(name)
     return getattr(module, name) if tensor is None else tensor
 
 

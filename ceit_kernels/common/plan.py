@@ -19,7 +19,7 @@ from torch import Tensor
 from .launch import has_launch_hooks, is_recording, this_thread
 from .tuning import is_capturing, is_tuning
 
-__all__ = ["buffer", "compute", "planned", "without_plan"]
+__all__ = ["buffer", "buffers_like", "compute", "planned", "without_plan"]
 
 # Picks the arguments of a step, or the results, from the values of a call.
 Picker = Callable[[list[Any]], Any]
@@ -48,7 +48,7 @@ def planned(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
         def call(*arguments: Any) -> Any:
-            inputs = [t if t is None or t.is_contiguous() else t.contiguous() for t in arguments[:tensors]]
+            inputs: list[Any] = [t if t is None or t.is_contiguous() else t.contiguous() for t in arguments[:tensors]]
             settings = arguments[tensors:]
             if is_recording():
                 return run(*inputs, *settings)
@@ -107,6 +107,14 @@ def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     if this_thread.tape is not None:
         this_thread.tape.add_buffer(result)
     return result
+
+
+def buffers_like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Buffers of the shapes and dtypes of tensors, such as for their gradients; None for those that are not needed."""
+    return [
+        buffer(tensor.shape, tensor.dtype, tensor.device) if need and tensor is not None else None
+        for tensor, need in zip(tensors, needs, strict=True)
+    ]
 
 
 class _Tape:
@@ -233,4 +241,4 @@ class _Plan:
         return self._results(values)
 
 
-_UNKNOWN = object()
+_UNKNOWN: Any = object()

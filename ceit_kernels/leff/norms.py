@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..common.calls import is_eager
+from ..common.children import held
 from ..common.launch import is_recording
 from ..common.sync_norm import process_group_of_norm
 
@@ -63,16 +64,16 @@ def of_module(module: nn.Module) -> BatchNorm | None:
     if isinstance(module, nn.Identity):
         return None
     tracks = not module.training or module.track_running_stats
-    mean, variance = (module.running_mean, module.running_var) if tracks else (None, None)
+    mean, variance = (held(module, "running_mean"), held(module, "running_var")) if tracks else (None, None)
     return BatchNorm(
         mean,
         variance,
-        module.weight,
-        module.bias,
+        held(module, "weight"),
+        held(module, "bias"),
         module.training or mean is None,
         module.momentum,
         module.eps,
-        module.num_batches_tracked if module.training and tracks else None,
+        held(module, "num_batches_tracked") if module.training and tracks else None,
         process_group_of_norm(module),
     )
 

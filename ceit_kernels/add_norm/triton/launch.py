@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ...common.launch import cdiv, launch
-from ...common.plan import buffer, planned
+from ...common.plan import buffer, buffers_like, planned
 from .kernels import add_norm_backward_kernel, add_norm_forward_kernel, add_norm_parameters_kernel
 
 __all__ = ["add_norm_backward_triton", "add_norm_forward_triton"]
@@ -97,8 +97,7 @@ def add_norm_backward_triton(
     launch(add_norm_backward_kernel, (parts,), known, num_warps)
     if partial is None:
         return grad, None, None
-    grad_weight = buffer(weight.shape, weight.dtype, weight.device) if need_weight else None
-    grad_bias = buffer(bias.shape, bias.dtype, bias.device) if need_bias else None
+    grad_weight, grad_bias = buffers_like((weight, bias), (need_weight, need_bias))
     known |= {"p_dweight": grad_weight, "p_dbias": grad_bias, "T": parts, "TILE_T": 64, "TILE_C": 32}
     launch(add_norm_parameters_kernel, (cdiv(total.shape[-1], known["TILE_C"]),), known, num_warps=4)
     return grad, grad_weight, grad_bias

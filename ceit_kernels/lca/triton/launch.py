@@ -10,7 +10,7 @@ from triton import next_power_of_2
 
 from ...common.launch import cdiv, launch
 from ...common.philox import dropout_threshold
-from ...common.plan import buffer, planned
+from ...common.plan import buffer, buffers_like, planned
 from ...common.precision import precision_arguments
 from ...common.tuning import Tiles
 from .kernels import (
@@ -100,9 +100,8 @@ def lca_backward_triton(
     # Scratch of this call alone, 12 bytes where a token has 2C: the other two kernels need it for every channel.
     acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     p, ds = (buffer((batch, num_heads, layers), acc_dtype, x.device) for _ in range(2))
-    grad_x = buffer(x.shape, x.dtype, x.device) if need_input else None
-    grad_weight = buffer(qkv_weight.shape, qkv_weight.dtype, x.device) if need_weight else None
-    grad_bias = buffer(qkv_bias.shape, qkv_bias.dtype, x.device) if need_weight and qkv_bias is not None else None
+    needs = need_input, need_weight, need_weight
+    grad_x, grad_weight, grad_bias = buffers_like((x, qkv_weight, qkv_bias), needs)
     known = _arguments(x, qkv_weight, qkv_bias, seed, num_heads, scale, dropout_p)
     known |= {**tiles.sizes, **precision_arguments(dtype), "p_grad": grad_out, "p_q": q, "p_dq": dq, "p_p": p}
     known |= {"p_ds": ds, "p_dx": grad_x, "p_dweight": grad_weight, "p_dbias": grad_bias}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...common.launch import cdiv
-from ...common.plan import planned
+from ...common.plan import buffers_like, planned
 from ...common.sync_norm import sum_over_processes
 from ...common.tuning import Tiles
 from ..arguments import PARAMETER_NAMES, SAVED_NAMES, Settings
@@ -118,7 +118,7 @@ class _Backward:
         call, needs = self.call, self.needs[layer][1:]
         if not (wanted or any(needs)):
             return None
-        vectors = [call.like(v) if n else None for v, n in zip(call.layers[layer][1:4], needs, strict=True)]
+        vectors = buffers_like(call.layers[layer][1:4], needs)
         self.gradients[layer][1:] = vectors
         channels, group = partial.shape[-1], call.settings.group
         batch = call.settings.norms[layer] == "batch"
