@@ -41,6 +41,7 @@ _SEGFORMER = "transformers.models.segformer.modeling_segformer"
 ADAPTERS: dict[str, Adapter] = {
     f"{_SEGFORMER}.SegformerMixFFN": Adapter("leff", "transformers_mix_ffn:SegformerMixFFN"),
     f"{_SEGFORMER}.SegformerMixMLP": Adapter("leff", "transformers_mix_ffn:SegformerMixMLP"),
+    f"{_SEGFORMER}.SegformerDecodeHead": Adapter("linear", "transformers_segformer:SegformerDecodeHead"),
     "transformers.models.glpn.modeling_glpn.GLPNMixFFN": Adapter("leff", "transformers_mix_ffn:GLPNMixFFN"),
     "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2ConvFeedForwardNetwork": Adapter(
         "leff", "transformers_mix_ffn:PvtV2ConvFeedForwardNetwork"

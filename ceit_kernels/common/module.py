@@ -111,10 +111,10 @@ def _remake(plain_class: type[nn.Module], fused_class: type[Fusion], make: Calla
 def _forward_of_one_argument(plain_class: type[nn.Module], fusion: Any) -> Callable:
     """A ``forward`` that leaves calls with arguments that the operator may not know to the plain class."""
 
-    def forward(self, x, *arguments, **options):
-        if arguments or options:
-            return plain_class.forward(self, x, *arguments, **options)
-        return fusion.forward(self, x)
+    def forward(self, *arguments, **options):
+        if len(arguments) != 1 or options:
+            return plain_class.forward(self, *arguments, **options)
+        return fusion.forward(self, *arguments)
 
     return forward
 

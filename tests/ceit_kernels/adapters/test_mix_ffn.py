@@ -75,7 +75,7 @@ def test_dropout_in_training_takes_the_plain_path(name):
 
 
 def tiny_models():
-    from transformers import PvtV2Config, PvtV2ForImageClassification, SegformerConfig, SegformerForImageClassification
+    from transformers import PvtV2Config, PvtV2ForImageClassification, SegformerConfig, SegformerForSemanticSegmentation
 
     sizes = {"hidden_sizes": [8, 12], "depths": [1, 2], "num_encoder_blocks": 2, "num_attention_heads": [1, 2]}
     lists = {"sr_ratios": [2, 1], "mlp_ratios": [4, 2], "patch_sizes": [7, 3], "strides": [4, 2], "num_labels": 5}
@@ -83,7 +83,7 @@ def tiny_models():
     segformer = SegformerConfig(**options, classifier_dropout_prob=0.0)
     timm_options = {"embed_dims": (8, 12), "depths": (1, 2), "num_heads": (1, 2), "sr_ratios": (2, 1), "num_classes": 5}
     return {
-        "segformer": lambda: FirstResult(SegformerForImageClassification(segformer)),
+        "segformer": lambda: FirstResult(SegformerForSemanticSegmentation(segformer)),
         "pvt_v2": lambda: FirstResult(PvtV2ForImageClassification(PvtV2Config(**options))),
         "timm": lambda: PyramidVisionTransformerV2(**timm_options, mlp_ratios=(4, 2)),
         "timm linear": lambda: PyramidVisionTransformerV2(**timm_options, mlp_ratios=(4, 2), linear=True),

@@ -1,0 +1,70 @@
+"""The decode head of transformers' SegFormer (https://arxiv.org/abs/2105.15203), its convolution before upsampling.
+
+A 1x1 convolution of upsampled maps is the sum of the upsampled 1x1 convolutions of each: at the maps' own sizes it
+takes a third of the multiply-adds, and neither the upsampled maps nor their concatenation reach memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+from ..common.calls import unsupported_reason
+from ..common.children import ANY, children_reason, convolution_reason, held
+from ..common.module import Fusion, attributes_of
+from ..linear.functional import linear_layer
+
+__all__ = ["SegformerDecodeHead"]
+
+
+class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
+    """On the CPU, where linear layers have kernels."""
+
+    def forward(self, encoder_hidden_states: Sequence[Tensor], **kwargs: Any) -> Tensor:
+        """Maps (B, C, H, W) of each stage -> (B, labels, H, W) of the first one's size."""
+        out = None if kwargs else self._reordered(encoder_hidden_states)
+        return super().forward(encoder_hidden_states, **kwargs) if out is None else out
+
+    def _reordered(self, encoder_hidden_states: Sequence[Tensor]) -> Tensor | None:
+        """The logits; None for a call that is left to the plain ``forward``, as all are that run on a GPU."""
+        projections = list(self.get_submodule(self._projections()).children())
+        reason, weight = self.plain_reason(), held(self.get_submodule("linear_fuse"), "weight")
+        reason = reason or unsupported_reason(*encoder_hidden_states, weight)
+        if reason is None and not all(x.dim() == 4 and x.dtype == weight.dtype for x in encoder_hidden_states):
+            reason = "the maps are no images (B, C, H, W) in the dtype of the weights"
+        if len(encoder_hidden_states) != len(projections):
+            reason = reason or f"there are {len(encoder_hidden_states)} maps for {len(projections)} projections"
+        if reason is not None:
+            backends.leave_to_reference("linear", reason)
+            return None
+        if backends.choose("linear", weight, weight.dtype).backend == "reference":
+            return None
+        size = encoder_hidden_states[0].shape[2:]
+        parts = weight.flatten(1).chunk(len(projections), dim=1)[::-1]
+        total: Any = 0
+        for x, projection, part in zip(encoder_hidden_states, projections, parts, strict=True):
+            tokens = linear_layer(projection(x), part.contiguous(), None)
+            image = tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+            total = total + (image if x.shape[2:] == size else F.interpolate(image, size, mode="bilinear"))
+        for name in ("batch_norm", "activation", "dropout", "classifier"):
+            total = self.get_submodule(name)(total)
+        return total
+
+    def _projections(self) -> str:
+        return "linear_c" if "linear_c" in self._modules else "linear_projections"  # in transformers 4 and 5
+
+    def plain_reason(self) -> str | None:
+        """As of ``Fusion``."""
+        called = (self._projections(), "batch_norm", "activation", "dropout", "classifier")
+        reason = children_reason(self, {**dict.fromkeys(called, ANY), "linear_fuse": (nn.Conv2d,)})
+        if reason is not None:
+            return reason
+        convolution = self.get_submodule("linear_fuse")
+        reason = convolution_reason("linear_fuse", convolution, (1, 1), (0, 0))
+        if convolution.bias is not None or convolution.kernel_size != (1, 1):
+            return reason or "linear_fuse is no pointwise convolution without a bias"
+        return reason
