@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .common.extension import describe_extension, extension_problem, has_kernel
-from .common.launch import compute_capability, target_device
+from .common.launch import compute_capability, is_recording, target_device
 from .operators import OPERATORS
 
 __all__ = [
@@ -38,6 +38,8 @@ __all__ = [
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
+# For which the machine code of every kernel is looked at.
+_PROVEN_AMD_CHIPS = ("gfx942",)
 _DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
 _ENVIRONMENT_VARIABLE = "CEIT_KERNELS_BACKEND"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -114,6 +116,16 @@ def _old_gpu(device_index: int | None) -> str | None:
     return None if chip >= 80 else f"the GPU has compute capability {chip / 10}, the kernels need 8.0"
 
 
+@torch.compiler.assume_constant_result
+def _unproven_gpu(device_index: int | None) -> str | None:
+    """Why Triton runs on a GPU only where it is asked for."""
+    if torch.version.hip is None or is_recording():
+        return None
+    chip = torch.cuda.get_device_properties(device_index).gcnArchName.partition(":")[0]
+    proven = ", ".join(_PROVEN_AMD_CHIPS)
+    return None if chip in _PROVEN_AMD_CHIPS else f"the kernels are proven for AMD's {proven}, and the GPU is {chip}"
+
+
 def _refusal(
     operator: str, backend: str, device: str, index: int | None, dtype: torch.dtype, unsupported: str | None
 ) -> str | None:
@@ -157,6 +169,8 @@ def _decide(operator: str, device: str, index: int | None, dtype: torch.dtype, u
             refusals.append(f"{backend}: the tensor is on the CPU")
             continue
         refusal = _refusal(operator, backend, device, index, dtype, unsupported)
+        if refusal is None and (backend, device) == ("triton", "cuda"):
+            refusal = _unproven_gpu(index)
         if refusal is None:
             return Choice(backend, "the fastest that can run")
         refusals.append(f"{backend}: {refusal}")

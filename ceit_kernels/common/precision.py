@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-__all__ = ["precision_arguments"]
+__all__ = ["precision_arguments", "short_precision"]
 
 _TRITON_DTYPES = {
     torch.float16: tl.float16,
@@ -28,3 +28,9 @@ def precision_arguments(dtype: torch.dtype) -> dict[str, Any]:
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if tf32 else "ieee",
     }
+
+
+def short_precision() -> str:
+    """PRECISION of matmuls of float32 operands whose result is rounded to 16 bits."""
+    # Triton refuses tf32 on most of AMD's chips.
+    return "tf32" if torch.version.hip is None else "ieee"

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,23 @@ def test_auto_takes_triton_on_a_gpu_that_is_new_enough(monkeypatch):
     assert choice.reason.startswith("triton: the GPU has compute capability 7.5, the kernels need 8.0; native: the ")
     with use_backend("triton"), pytest.raises(BackendError, match=r"compute capability 7\.5"):
         backends.choose("lca", OnGPU(), torch.bfloat16)
+
+
+def test_auto_takes_triton_on_the_amd_chips_that_are_proven_and_others_only_when_asked(monkeypatch):
+    class OnGPU:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for chip, backend in (("gfx942:sramecc+:xnack-", "triton"), ("gfx1030", "reference")):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, c=chip: SimpleNamespace(gcnArchName=c))
+        with use_backend("auto"):
+            choice = backends.choose("lca", OnGPU(), torch.bfloat16)
+        assert choice.backend == backend
+        if backend == "reference":
+            assert choice.reason.startswith("triton: the kernels are proven for AMD's gfx942")
+            assert "and the GPU is gfx1030" in choice.reason
+        with use_backend("triton"):
+            assert backends.choose("lca", OnGPU(), torch.bfloat16) == ("triton", "asked for")
 
 
 def test_a_setting_decides_once_for_calls_that_are_alike(monkeypatch):

@@ -115,4 +115,4 @@ def assert_unspilled(launch: Launch, chip: int) -> None:
 
 def compile_for_amd(launch: Launch, architecture: str = "gfx942") -> str:
     """The assembler text for an AMD chip."""
-    return _compile(launch, GPUTarget("hip", architecture, 64)).asm["amdgcn"]
+    return _compile(launch, GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)).asm["amdgcn"]

@@ -56,7 +56,7 @@ def leff_fold_gradient_kernel(
 def leff_factored_weight_kernel(
     p_partial, p_weight, p_gradient, p_gram, p_sums, p_mean, p_out, S,
     C: tl.constexpr, E: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, TILE_K: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW_1 (E, C) from partial sums (S, E, C) of g1^T x and, behind a norm of this batch, from x^T x (C, C), the sums
     (C,) of x and its mean (C,), which differ where other processes' tokens count for the norm.
@@ -82,6 +82,6 @@ def leff_factored_weight_kernel(
             b_cov -= b_left[:, None] * b_right[None, :]
             m_w = m_e[:, None] & m_k[None, :]
             b_weight = tl.load(p_weight + o_e[:, None] * C + o_k[None, :], mask=m_w, other=0.0).to(ACC)
-            b_weighted = tl.dot(b_weight, b_cov, b_weighted, input_precision="tf32", out_dtype=ACC)
+            b_weighted = tl.dot(b_weight, b_cov, b_weighted, input_precision=PRECISION, out_dtype=ACC)
         b_sum += b_weighted * b_b + b_c * b_right[None, :]
     tl.store(p_out + offsets, b_sum.to(p_out.dtype.element_ty), mask=mask)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...common.launch import cdiv
 from ...common.plan import buffers_like, planned
+from ...common.precision import short_precision
 from ...common.sync_norm import sum_over_processes
 from ...common.tuning import Tiles
 from ..arguments import PARAMETER_NAMES, SAVED_NAMES, Settings
@@ -226,6 +227,7 @@ class _Backward:
             gradient = call.empty(*parameter.shape, dtype=parameter.dtype)
             grid = (cdiv(call.E, tiles.sizes["TILE_E"]), cdiv(channels, tiles.sizes["TILE_C"]))
             moments = {"p_gram": gram, "p_sums": sums, "p_partial": partial, "S": partial.shape[0]}
+            moments["PRECISION"] = short_precision()
             call.launch(leff_factored_weight_kernel, grid, tiles, **shared, **moments, p_out=gradient)
             self.gradients[0][0] = gradient
         return dx
