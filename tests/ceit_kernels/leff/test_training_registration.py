@@ -172,6 +172,20 @@ def test_a_training_step_is_captured_in_a_cuda_graph():
         torch.testing.assert_close(buffer, plain.get_buffer(name))
 
 
+@pytest.mark.gpu
+def test_a_step_is_replayed_on_the_current_stream_of_each_gpu():
+    for i in range(torch.cuda.device_count()):
+        module = make_training_leff(32, 64, 32, 3, torch.float32).to(f"cuda:{i}")
+        x, grad_out = (make_tokens(4, 17, 32, torch.float32, seed=seed).to(f"cuda:{i}") for seed in (0, 1))
+        expected = train_step("triton", copy.deepcopy(module), x, grad_out)
+        for stream in (torch.cuda.default_stream(i), torch.cuda.Stream(i)):
+            stream.wait_stream(torch.cuda.default_stream(i))
+            with torch.cuda.stream(stream):
+                replayed = train_step("triton", copy.deepcopy(module), x, grad_out)
+            stream.synchronize()
+            torch.testing.assert_close(replayed, expected, rtol=0, atol=0)
+
+
 def test_inference_takes_the_mix_ffn_too():
     module = make_leff(4, 6, 4, 3, torch.float64, 0, with_bn=False, first_act=False, bias=False)
     x = make_tokens(2, 6, 4, torch.float64)
