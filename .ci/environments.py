@@ -28,11 +28,12 @@ FOLDER = ROOT / ".cache" / "environments"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # By name: versions of Python, the one that is meant first, and the file of the others; the newest are what pip finds.
 ENVIRONMENTS = {"oldest": (PYTHONS, ROOT / ".ci" / "oldest.txt"), "newest": (PYTHONS[::-1], None)}
-# What another version of Python, PyTorch or timm is likely to break: registration, compilation, export, modules,
-# models and checkpoints; and that the compiled library computes.
+# What another version of Python, PyTorch, timm or transformers is likely to break: registration, compilation, export,
+# modules, models and checkpoints; and that the compiled library computes.
 QUICK = (
     "tests/ceit_kernels/test_backends.py",
     "tests/ceit_kernels/test_fuse.py",
+    "tests/ceit_kernels/adapters",
     "tests/ceit_kernels/common",
     "tests/ceit_kernels/block",
     "tests/ceit_kernels/linear",

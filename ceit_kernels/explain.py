@@ -84,7 +84,8 @@ def explain(model: nn.Module) -> Explanation:
         row = _row(name, module, like) or (name in blocks and _unknown_row(name, module, blocks[name])) or None
         if row is not None:
             rows.append(row)
-            within = f"{name}." if row.operator == "leff" and row.backend not in ("plain", "reference") else within
+            if row.operator == "leff" and row.backend not in ("plain", "reference"):
+                within = name and f"{name}."
     return rows
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from support.fused_modules import make_pair
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -85,6 +86,10 @@ def test_fused_modules_have_the_backend_and_why_not_the_others():
         "native",
     )
     assert row.reason.startswith("the fastest that can run; triton: the tensor is on the CPU")
+    of_linear_layers = MlpWithDepthwiseConv(8, 16)
+    assert [row.operator for row in explain(fuse(of_linear_layers))] == ["leff"]  # it reads what they have
+    of_linear_layers.act = nn.Tanh()
+    assert [row.operator for row in explain(of_linear_layers)] == ["leff", "linear", "linear"]
     with use_backend("leff=reference"):
         assert [row.backend for row in explain(make_pair("leff")[1])] == ["reference"]
 
