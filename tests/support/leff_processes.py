@@ -36,6 +36,10 @@ def _work(rank, leff, folder):
     result = train_step(backend, leff, x[mine], grad_out[mine], grid_size)
     again = train_step(backend, compiled, x[mine], grad_out[mine], grid_size)
     again = {name.replace("_orig_mod.", ""): tensor for name, tensor in again.items()}
-    torch.testing.assert_close(again, result, rtol=0, atol=0)
+    for name, tensor in result.items():
+        # Compilers average running statistics by PyTorch's operators, eager calls in one launch.
+        rounding = 1e-14 if "running" in name else 0
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=rounding, msg=lambda m, n=name: f"{n}: {m}")
+    assert again.keys() == result.keys()
     torch.save(result, folder / f"{rank}.pt")
     dist.destroy_process_group()
