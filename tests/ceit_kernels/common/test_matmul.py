@@ -5,7 +5,9 @@ import torch
 from support.accuracy import assert_as_accurate
 
 from ceit_kernels.common import matmul
+from ceit_kernels.common.extension import has_kernel
 
+assert has_kernel("_linear", "cpu")  # loads the extension
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 SIZES = pytest.mark.parametrize(
     ("rows", "columns", "terms"),
