@@ -3,9 +3,10 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from support.random_calls import OPERATORS, Call, FirstQueries, LeFF, calls
+from support.random_calls import OPERATORS, Call, FirstQueries, LeFF, Normed, calls
 from torch import nn
 
+from ceit_kernels.i2t import Image2Tokens
 from ceit_kernels.lca import LCAAttention
 
 MANY = {
@@ -30,6 +31,12 @@ KINDS = {
     "tokens all the same in LCA": Call(LCAAttention, _LCA, ((20, 18, 48),), _BF16, mean=1e4, size=1e-2),
     "tokens all the same": Call(
         FirstQueries, {"queries": None, "dim": 4, "num_heads": 4}, ((1, 121, 4),), _BF16, mean=1e3, size=1e-2
+    ),
+    "rows all the same": Call(
+        Normed, {"channels": 47, "affine": True, "prefix": None}, ((6, 21, 47),) * 2, _BF16, mean=1e4, size=30.0
+    ),
+    "images all the same": Call(
+        Image2Tokens, {"in_chans": 3, "out_chans": 8}, ((2, 3, 1, 1),), _BF16, mean=1e3, size=1e-2
     ),
     "slopes of almost nothing": Call(LeFF, _ONE_CHANNEL, ((1, 13, 1),), torch.float32, mode="eval", mean=1e3, bias=1e4),
 }

@@ -97,13 +97,14 @@ class Call:
         torch.manual_seed(draw)
         module = self.module(**self.options)
         norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+        biased = any("conv" in name and name.endswith("bias") for name, _ in module.named_parameters())
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 if name.endswith("bias"):
                     parameter.normal_().add_(self.bias)
             for norm in norms:
                 norm.weight.normal_()
-                norm.running_mean.normal_().add_(self.bias)
+                norm.running_mean.normal_().add_(self.bias if biased else 0.0)  # as the numbers that it is of
                 norm.running_var.uniform_(0.5, 2.0)
                 norm.momentum = self.momentum
         module.to(self.dtype).train(self.mode == "train")

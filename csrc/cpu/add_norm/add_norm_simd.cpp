@@ -52,8 +52,8 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     const PairSum<Acc> sum(channels, [&](int64_t c, int count, auto& a, auto&) {
       auto value = load(x + c, count);
       if (branch) {
-        value += load(branch + c, count);
-        store(total + c, value, count);
+        store(total + c, value + load(branch + c, count), count);
+        value = load(total + c, count);  // rounded, as the rest of the row is taken about the mean of these
       }
       a += value;
     });

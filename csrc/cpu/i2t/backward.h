@@ -72,7 +72,7 @@ class Part {
   using Acc = acc_t<T>;
   explicit Part(const BackwardCall& call)
       : call_(call),
-        convolved_(call.convolution),
+        convolved_(call.convolution, true),
         gradient_(call.convolution.sizes.conv_width * convolved_.stride()),
         centred_sums_(convolved_.stride()) {}
 

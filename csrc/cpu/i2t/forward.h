@@ -104,7 +104,7 @@ template <class T>
 void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   using Acc = acc_t<T>;
   const Sizes& s = call.convolution.sizes;
-  ConvolvedRows<T> convolved(call.convolution);
+  ConvolvedRows<T> convolved(call.convolution, call.moments != nullptr);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / s.pooled_height, y = task % s.pooled_height;
     const Inside down(y, s.conv_height);

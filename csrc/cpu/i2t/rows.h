@@ -1,6 +1,8 @@
 // Rows of the image with their padding, and rows of the convolution, computed when they are first asked for.
 #pragma once
 
+#include <type_traits>
+
 #include "../scalar.h"
 #include "../vector.h"
 #include "calls.h"
@@ -124,13 +126,15 @@ inline void convolve_tile(const Acc* const (&rows)[kSide], int64_t row_stride, i
   }
 }
 
-// Rows of the convolution (conv_width, panels * kPanelChannels).
+// Rows of the convolution (conv_width, panels * kPanelChannels); with `rounds` in the type of the result, of which
+// batch statistics are taken: about another mean a norm would magnify the rounding.
 template <class T>
 class ConvolvedRows {
  public:
   using Acc = acc_t<T>;
-  explicit ConvolvedRows(const Convolution& convolution)
+  ConvolvedRows(const Convolution& convolution, bool rounds)
       : convolution_(convolution),
+        rounds_(rounds && !std::is_same_v<T, Acc>),
         image_(convolution),
         rows_(kSlots * (convolution.sizes.conv_width + Tile<Acc>::pixels) * convolution.sizes.panels * kPanelChannels) {
     for (auto& row : held_) row = -1;
@@ -149,6 +153,7 @@ class ConvolvedRows {
     if (held_[slot] != wanted) {
       held_[slot] = wanted;
       convolve(image, y, out);
+      if (rounds_) round(out);
       finite_[slot] = all_finite(out);
     }
     return out;
@@ -175,6 +180,14 @@ class ConvolvedRows {
     }
   }
 
+  void round(Acc* row) const {
+    T rounded[Lanes<Acc>::count];
+    for (int64_t at = 0; at < convolution_.sizes.conv_width * stride(); at += Lanes<Acc>::count) {
+      store(rounded, load(row + at));
+      store(row + at, load(rounded));
+    }
+  }
+
   bool all_finite(const Acc* row) const {
     Vec<Acc> zeros[2] = {};
     for (int64_t at = 0; at < convolution_.sizes.conv_width * stride(); at += 2 * Lanes<Acc>::count)
@@ -186,6 +199,7 @@ class ConvolvedRows {
   }
 
   const Convolution& convolution_;
+  bool rounds_;
   ImageRows<T> image_;
   const Scratch<Acc> rows_;
   int64_t held_[kSlots];
