@@ -10,7 +10,7 @@ from ceit_kernels.i2t import Image2Tokens
 from ceit_kernels.lca import LCAAttention
 
 MANY = {
-    "leff": 500, "lca": 250, "i2t": 250, "add_norm": 250, "attention": 300, "linear": 200, "patches": 150, "model": 100,
+    "leff": 200, "lca": 400, "i2t": 250, "add_norm": 250, "attention": 340, "linear": 300, "patches": 200, "model": 60,
 }  # fmt: skip
 
 
