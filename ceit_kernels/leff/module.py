@@ -108,8 +108,8 @@ class LocallyEnhancedFeedForward(nn.Module):
         if self.layout == "tokens":
             height, width = token_grid(x.shape[1], self.num_prefix_tokens, grid_size)
             prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-            # No transposed view: of one image PyTorch takes that for another memory format, and the norms' gradients
-            # are wrong.
+            # No transposed views, here and below: of one image PyTorch takes them for another memory format, and the
+            # norms' gradients are wrong.
             image = patches.reshape(x.shape[0], height, width, x.shape[2]).permute(0, 3, 1, 2)
         else:
             image = image.permute(0, 3, 1, 2) if self.layout == "NHWC" else image
@@ -120,7 +120,7 @@ class LocallyEnhancedFeedForward(nn.Module):
         z = self.act(self.bn2(self.conv2(z)))
         z = self.bn3(self.conv3(z))
         if self.layout == "tokens":
-            z = z.flatten(2).transpose(1, 2)
+            z = z.permute(0, 2, 3, 1).flatten(1, 2)
             z = torch.cat((prefix, z), dim=1) if self.num_prefix_tokens else z
         elif self.layout == "NHWC":
             z = z.permute(0, 2, 3, 1)

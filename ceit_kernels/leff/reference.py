@@ -31,13 +31,13 @@ def leff_reference(
         (B, P + H*W, O).
     """
     prefix, tokens = x.split([num_prefix_tokens, grid_size[0] * grid_size[1]], dim=1)
-    # No transposed view: of one image PyTorch takes that for another memory format, and the norms' gradients are wrong.
+    # No transposed views: of one image PyTorch takes them for another memory format, and norms' gradients are wrong.
     image = tokens.reshape(x.shape[0], *grid_size, x.shape[2]).permute(0, 3, 1, 2)  # (B, C, H, W)
     expand, contract = (weight.reshape(*weight.shape[:2], 1, 1) for weight in weights[::2])
     image = activations[0](norms[0](F.conv2d(image, expand, biases[0])))
     padding, groups = weights[1].shape[-1] // 2, weights[1].shape[0]
     image = activations[1](norms[1](F.conv2d(image, weights[1], biases[1], padding=padding, groups=groups)))
     image = norms[2](F.conv2d(image, contract, biases[2]))
-    tokens = image.flatten(2).transpose(1, 2)
+    tokens = image.permute(0, 2, 3, 1).flatten(1, 2)
     out = torch.cat((prefix, tokens), dim=1) if num_prefix_tokens else tokens
     return out if residual is None else out + residual

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ceit_kernels import FusedLeFF
-from ceit_kernels.leff import token_grid
+from ceit_kernels.leff import LocallyEnhancedFeedForward, token_grid
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 7])
@@ -41,6 +41,17 @@ def test_a_residual_is_added_to_every_token(prefix, training):
     leff = FusedLeFF(4, 8, num_prefix_tokens=prefix).train(training)
     x, residual = torch.randn(2, prefix + 9, 4), torch.randn(2, prefix + 9, 4)
     torch.testing.assert_close(leff(x, residual=residual), leff(x) + residual)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("make", [LocallyEnhancedFeedForward, FusedLeFF])
+def test_frozen_norms_of_one_image_behind_one_channel_have_right_gradients(make, prefix):
+    """Of an image of one channel PyTorch cannot tell the memory format."""
+    leff = make(4, 1, num_prefix_tokens=prefix).eval()
+    out = leff(torch.randn(1, prefix + 12, 4), (3, 4))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    torch.testing.assert_close(leff.bn3.bias.grad, grad[0, prefix:].sum(0))
 
 
 def test_another_activation_and_width():
