@@ -233,7 +233,7 @@ def test_slowed_fused_operator_is_caught(two_copies):
     assert len(result.base_seconds) == len(result.head_seconds) >= 9
 
 
-@pytest.mark.parametrize("base_freezes", [True, False])
+@pytest.mark.parametrize("base_freezes", [pytest.param(True, marks=pytest.mark.prove), False])
 def test_frozen_modules_are_compared_with_live_ones_where_the_base_has_no_frozen(two_copies, base_freezes, monkeypatch):
     monkeypatch.setattr(compare, "_MIN_ROUNDS", 1)
     if not base_freezes:

@@ -39,8 +39,10 @@ def outputs(trained, images, **changes):
         return model.eval()(images)
 
 
-@pytest.mark.parametrize("name", ["pt2", "onnx", "openvino", "safetensors", "hub"])
-@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize(
+    ("name", "ema"),
+    [("safetensors", False), *((name, True) for name in ("pt2", "onnx", "openvino", "safetensors", "hub"))],
+)
 def test_exported_models_give_the_models_outputs_for_any_batch(name, ema, trained, tmp_path):
     for package in PACKAGES.get(name, ()):
         pytest.importorskip(package)

@@ -42,6 +42,7 @@ def losses_of(settings):
     return torch.tensor(json.loads((Path(settings.output) / "result.json").read_text())["step_losses"])
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(("fused", "sync_bn"), [(False, False), (True, True)])
 def test_sharded_training_gives_the_numbers_of_ddp_and_goes_on_exactly(options, launch, tmp_path, fused, sync_bn):
     common = {
@@ -77,8 +78,8 @@ def test_sharded_training_gives_the_numbers_of_ddp_and_goes_on_exactly(options, 
     assert evaluate_checkpoint(evaluated).top1 == pytest.approx(result["best_accuracy"])
 
 
-def test_processes_of_slurm_find_each_other(options, launch, tmp_path):
-    settings = options(batch_size=4, epochs=1)
+def test_processes_of_slurm_find_each_other_and_share_weights_and_statistics(options, launch, tmp_path):
+    settings = options(batch_size=4, epochs=1, fused=True, fsdp=True, sync_bn=True)
     job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
     finish(*(launch(settings, **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in (0, 1)))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["processes"] == 2
@@ -98,6 +99,7 @@ def test_the_first_of_slurms_nodes_is_where_processes_meet(nodes, first):
     assert first_node(nodes) == first
 
 
+@pytest.mark.prove
 def test_two_processes_refuse_a_folder_in_use_together(options, launch, tmp_path):
     from ceit.runtime.files import claimed
 

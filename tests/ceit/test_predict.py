@@ -121,24 +121,24 @@ def test_the_attention_that_is_drawn_is_that_of_lca(fused):
         torch.testing.assert_close(out[:, :, 0, 0], found[:, :, layer])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"images": []}, "IMAGE: expected at least one picture or folder"),
-        ({"images": ["nowhere.png"]}, "IMAGE nowhere.png: .*No such file"),
-        ({"images": ["/dev/zero"]}, "it is a pipe or a device"),
-        ({"images": [__file__]}, "IMAGE .*cannot identify"),
-        ({"checkpoint": None}, "--checkpoint must be given, unless --model is a folder"),
-        ({"checkpoint": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
-        ({"topk": 0}, "--topk must be at least 1"),
-        ({"format": "xml"}, "--format must be one of table, json, csv"),
-        ({"explain": "/proc/why"}, "--explain /proc/why: "),
-        ({"img_size": [32, 32, 32]}, "--img-size must be one number or two, got 3"),
-    ],
-)
-def test_what_cannot_be_used_is_named(trained, changes, message):
-    with pytest.raises(UsageError, match=message):
-        predict(options_for(trained, **changes))
+UNUSABLE = [
+    ({"images": []}, "IMAGE: expected at least one picture or folder"),
+    ({"images": ["nowhere.png"]}, "IMAGE nowhere.png: .*No such file"),
+    ({"images": ["/dev/zero"]}, "it is a pipe or a device"),
+    ({"images": [__file__]}, "IMAGE .*cannot identify"),
+    ({"checkpoint": None}, "--checkpoint must be given, unless --model is a folder"),
+    ({"checkpoint": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+    ({"topk": 0}, "--topk must be at least 1"),
+    ({"format": "xml"}, "--format must be one of table, json, csv"),
+    ({"explain": "/proc/why"}, "--explain /proc/why: "),
+    ({"img_size": [32, 32, 32]}, "--img-size must be one number or two, got 3"),
+]
+
+
+def test_what_cannot_be_used_is_named(trained):
+    for changes, message in UNUSABLE:
+        with pytest.raises(UsageError, match=message):
+            predict(options_for(trained, **changes))
 
 
 def test_a_folder_without_pictures_is_named(trained, tmp_path):

@@ -8,10 +8,8 @@ from torch import nn
 import ceit
 from ceit_kernels import use_backend
 
-STEPS = 50
 
-
-def train(size, batch, fused, **options):
+def train(size, batch, fused, steps, **options):
     """The losses of some steps in float32, over a few batches again and again."""
     torch.manual_seed(0)
     model = ceit.create_model("ceit_tiny_patch16_224", img_size=size, num_classes=10, fused=fused, **options).to(DEVICE)
@@ -19,7 +17,7 @@ def train(size, batch, fused, **options):
     labels = torch.arange(batch, device=DEVICE) % 10
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images[step % len(images)]), labels)
         loss.backward()
@@ -28,11 +26,11 @@ def train(size, batch, fused, **options):
     return torch.tensor(losses)
 
 
-def compare(backend, size, batch, fused=True, **options):
-    plain = train(size, batch, False, **options)
+def compare(backend, size, batch, fused=True, steps=50, **options):
+    plain = train(size, batch, False, steps, **options)
     with use_backend(backend):
-        torch.testing.assert_close(train(size, batch, fused, **options), plain, rtol=1e-4, atol=0)
-    assert plain[-10:].mean() < plain[:10].mean()
+        torch.testing.assert_close(train(size, batch, fused, steps, **options), plain, rtol=1e-4, atol=0)
+    assert plain[-steps // 3 :].mean() < plain[: steps // 3].mean()
 
 
 def test_fifty_steps_have_the_losses_of_plain_pytorch():
@@ -40,8 +38,8 @@ def test_fifty_steps_have_the_losses_of_plain_pytorch():
 
 
 @pytest.mark.kernels(ttsem=False)
-def test_fifty_steps_with_the_triton_kernels_have_the_losses_of_plain_pytorch():
-    compare("leff=triton,lca=triton,add_norm=triton", 32, 2, embed_dim=8, depth=2, num_heads=1)
+def test_twenty_steps_with_the_triton_kernels_have_the_losses_of_plain_pytorch():
+    compare("leff=triton,lca=triton,add_norm=triton", 32, 2, steps=20, embed_dim=8, depth=2, num_heads=1)
 
 
 @pytest.mark.gpu

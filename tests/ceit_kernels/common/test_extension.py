@@ -39,7 +39,7 @@ def test_the_best_that_the_processor_has_runs(best):
     assert kind == _KIND_OF.get(capability, "baseline")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]])
 def test_a_lesser_kind_runs_where_it_is_named_and_no_better_one_than_there_is(best, kind):
     assert ask(ASK_KIND, CEIT_KERNELS_CPU=kind) == min(kind, best[0], key=KINDS.index)
 

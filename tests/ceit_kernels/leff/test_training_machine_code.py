@@ -40,11 +40,6 @@ def check(launch, chip):
         assert_unspilled(launch, chip)
 
 
-def test_small_in_bfloat16_runs_on_tensor_cores_without_spills():
-    for launch in record("small", torch.bfloat16, 90):
-        check(launch, 90)
-
-
 @pytest.mark.prove
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", SHAPES)
