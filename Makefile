@@ -28,7 +28,7 @@ lint: $(READY)
 # Two test processes share two cores: a thread each.
 prove: export OMP_NUM_THREADS = 1
 prove: $(READY)
-	$(PYTEST) -n 2 -m prove
+	@status=0; $(PYTEST) -n 2 -m prove || status=1; $(RUN) tests/run.py ttsem || status=1; exit $$status
 
 # The report is runs/bench/report.md. ARGS passes options on, e.g. make bench ARGS=--quick
 # The other runtimes are optional: offline, what is not there yet is listed as absent.

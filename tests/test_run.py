@@ -113,4 +113,4 @@ def _has_ended(pid):
 
 def test_an_unknown_name_is_refused(capsys):
     assert run.main(["fast"]) == 2
-    assert "usage: python tests/run.py [test|lint|kinds]" in capsys.readouterr().err
+    assert "usage: python tests/run.py [test|lint|kinds|ttsem]" in capsys.readouterr().err
