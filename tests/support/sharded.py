@@ -24,7 +24,7 @@ from ceit.blocks import Block
 from ceit_kernels import fuse
 from ceit_kernels.common.sync_norm import SyncBatchNorm2d
 
-STEPS = 3
+STEPS = 2
 
 
 def ddp(model: nn.Module) -> nn.Module:
