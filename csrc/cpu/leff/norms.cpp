@@ -80,12 +80,13 @@ void gradient_array_of(const Tensor& sums, const OptionalTensor& norm, const Opt
   }
   if (gradient) {
     Acc* at = elements<Acc>("gradient", gradient, 4 * channels);
-    const Acc total = count ? *elements<Acc>("count", count, 1) : Acc(INFINITY);
+    const Acc total = count ? *elements<Acc>("count", count, 1) : Acc(0);
     for (int64_t c = 0; c < channels; ++c) {
       at[c] = mean[c];
       at[channels + c] = scale[c];
-      at[2 * channels + c] = -scale[c] * rstd[c] * rstd[c] * (centred[c] / total);
-      at[3 * channels + c] = of_g[c] / total;
+      // Frozen statistics do not depend on the image: a NaN in one leaves the others alone.
+      at[2 * channels + c] = count ? -scale[c] * rstd[c] * rstd[c] * (centred[c] / total) : Acc(0);
+      at[3 * channels + c] = count ? of_g[c] / total : Acc(0);
     }
   }
 }

@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
-from support.leff import TRAINING_CASES, make_call, make_leff, make_tokens, pass_through_with_means, run, train_step
+from support.leff import (
+    TRAINING_CASES,
+    make_call,
+    make_leff,
+    make_tokens,
+    make_training_leff,
+    pass_through_with_means,
+    run,
+    train_step,
+)
 from support.processors import LESSER, run_with
 from torch import nn
 
@@ -133,6 +142,18 @@ def test_inference_takes_large_images_by_bands(threads, layout, prefix, batch):
     x = x.mT.unflatten(2, (79, 60)).contiguous() if layout == "NCHW" else x
     fused, plain = (run(backend, leff, x, (79, 60), x) for backend in ("native", "reference"))
     torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("where", ["image", "gradient"])
+def test_a_nan_in_one_image_stays_in_it_with_frozen_norms(dtype, where):
+    leff = make_training_leff(8, 16, 8, 3, dtype, norms="fff")
+    x, grad_out = (make_tokens(3, 10, 8, dtype, seed=seed) for seed in (0, 1))
+    (x if where == "image" else grad_out)[1, 5, 3] = float("nan")
+    step = train_step("native", leff, x, grad_out)
+    for name in ("out", "x.grad"):
+        finite = step[name].isfinite().flatten(1).all(1).tolist()
+        assert finite == [True, where == "gradient" and name == "out", True]
 
 
 def test_inference_follows_a_weight_that_changes():
