@@ -23,6 +23,12 @@ def one_thread(monkeypatch):
 
 
 @pytest.fixture
+def openvino_with_all_instructions(monkeypatch):
+    """What holds PyTorch's oneDNN to fewer instructions would hold OpenVINO's too, which lacks code for the least."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
+
+@pytest.fixture
 def make_images():
     """Make a folder of images, one hue for each class."""
 

@@ -39,6 +39,7 @@ def outputs(trained, images, **changes):
         return model.eval()(images)
 
 
+@pytest.mark.usefixtures("openvino_with_all_instructions")
 @pytest.mark.parametrize(
     ("name", "ema"),
     [("safetensors", False), *((name, True) for name in ("pt2", "onnx", "openvino", "safetensors", "hub"))],

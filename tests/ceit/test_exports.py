@@ -89,6 +89,7 @@ def test_onnx(model, dynamo, tmp_path):
     check(lambda x: session.run(None, {"x": x.numpy()})[0], model)
 
 
+@pytest.mark.usefixtures("openvino_with_all_instructions")
 @pytest.mark.filterwarnings("ignore")
 def test_openvino(model):
     openvino = pytest.importorskip("openvino")
