@@ -1,20 +1,13 @@
 """Random calls of every fused operator and of whole models are as right as plain PyTorch's."""
 
-from functools import partial
-
-import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given
+from hypothesis import HealthCheck, Phase, given, settings
 from support.random_calls import OPERATORS, Call, FirstQueries, LeFF, Normed, calls
 from torch import nn
 
 from ceit_kernels.i2t import Image2Tokens
 from ceit_kernels.lca import LCAAttention
-
-# The same calls in every run: about one in a thousand others, with a single channel, is at the border of what the error
-# rule allows.
-settings = partial(hypothesis.settings, derandomize=True)
 
 MANY = {
     "leff": 200, "lca": 400, "i2t": 250, "add_norm": 250, "attention": 340, "linear": 300, "patches": 200, "model": 60,

@@ -48,9 +48,7 @@ def test_agrees_at_any_size(batch, layers, heads, head_dim, dtype):
     agrees(*make_inputs(batch, layers, heads * head_dim, heads, dtype), num_heads=heads)
 
 
-@pytest.mark.parametrize(
-    ("layers", "channels", "heads"), [(128, 32, 2), pytest.param(3, 256, 1, marks=pytest.mark.kernels(ttsem=False))]
-)
+@pytest.mark.parametrize(("layers", "channels", "heads"), [(128, 32, 2), (3, 256, 1)])
 def test_takes_as_many_layers_and_as_wide_heads_as_promised(poisoned_memory, layers, channels, heads):
     check_over_draws(lambda draw: make_inputs(2, layers, channels, heads, torch.float32, seed=draw), num_heads=heads)
 
