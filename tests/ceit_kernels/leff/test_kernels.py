@@ -68,7 +68,7 @@ def test_other_activations(activation, dtype):
     check(leff, make_tokens(2, 10, 16, dtype), (3, 3))
 
 
-@settings(max_examples=3 if UNDER_TTSEM else 8, deadline=None)
+@settings(max_examples=3 if UNDER_TTSEM else 12, deadline=None)
 @given(
     batch=st.integers(1, 3),
     grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
