@@ -84,9 +84,9 @@ def parts_of_make_test() -> list[Part]:
         Part("native, operators", (*PYTEST, KERNELS)),
         Part("native, the rest", (*PYTEST, "tests", f"--ignore={KERNELS}")),
         Part("interpreter, LeFF", (*PYTEST, leff), interpret),
+        Part("interpreter, the rest", (*PYTEST, KERNELS, without_leff), interpret),
         # What the interpreter cannot; `make prove` runs all.
         Part("ttsem", (*TTSEM, KERNELS, "tests/benchmarks", "-k", "(agrees_with_plain and bfloat16) or benchmarks")),
-        Part("interpreter, the rest", (*PYTEST, KERNELS, without_leff), interpret),
     ]
     return parts_of_make_lint() + tests
 
