@@ -12,6 +12,7 @@ from .common.tuning import autotune
 from .explain import explain
 from .freeze import Frozen, freeze, register_freezing
 from .fuse import fuse, register_fusion, unfuse
+from .graphs import Graphed, graphed
 from .i2t import FusedImage2Tokens
 from .lca import FusedLCAAttention, lca_attention
 from .leff import BatchNorm, FusedLeFF, leff_block
@@ -28,12 +29,14 @@ __all__ = [
     "FusedLeFF",
     "FusedLinear",
     "FusedPatchProjection",
+    "Graphed",
     "add_layer_norm",
     "autotune",
     "explain",
     "fast_operators",
     "freeze",
     "fuse",
+    "graphed",
     "lca_attention",
     "leff_block",
     "register_freezing",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.folding import fold_norms
-from .backends import current_backend
 from .common.arguments import names_its_arguments
-from .common.calls import is_eager
+from .common.graphs import Graphs
 from .fuse import fuse
+from .graphs import graph_settings, inputs_reason
 from .operators import OPERATORS
 
 __all__ = ["Frozen", "freeze", "register_freezing"]
@@ -52,8 +52,8 @@ def freeze(model: nn.Module, *, cuda_graphs: bool = False) -> Frozen:
     Args:
         model: any module; its modules that ``fuse`` knows are fused in the snapshot. A ``ceit.CeiT`` on the CPU becomes
             one compiled call.
-        cuda_graphs: on a GPU, capture a CUDA graph at the first call with each shape of inputs and replay it from then
-            on. Results are then overwritten by the next call with the shape.
+        cuda_graphs: on a GPU, capture a CUDA graph at the second call with each shape of inputs and replay it from then
+            on, as ``graphed`` does.
 
     Returns:
         A module without parameters whose ``forward`` is the model's, in evaluation mode.
@@ -81,7 +81,7 @@ class Frozen(nn.Module):
     def _prepare(self) -> None:
         prepare = _whole.get(type(self.model))
         self._whole = None if prepare is None else prepare(self.model)
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs = Graphs(self.model)
         modules = list(self.model.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         if self._whole is None:
@@ -101,22 +101,15 @@ class Frozen(nn.Module):
         ):
             raise RuntimeError("x: expected an input without gradient, for the model is frozen, got requires_grad=True")
         with torch.no_grad():
-            if len(arguments) == 1 and not options and isinstance(arguments[0], Tensor):
-                return self._of_one_tensor(arguments[0])
+            if any(self._hooks):  # of parts, which the calls below do not make
+                return self.model(*arguments, **options)
+            if self._whole is not None and len(arguments) == 1 and not options and isinstance(arguments[0], Tensor):
+                out = self._whole(arguments[0])
+                if out is not None:
+                    return out
+            if self.cuda_graphs and inputs_reason(arguments, options) is None:
+                return self._graphs(arguments, options, graph_settings())
             return self.model(*arguments, **options)
-
-    def _of_one_tensor(self, x: Tensor) -> Any:
-        if any(self._hooks):  # of parts, which the calls below do not make
-            return self.model(x)
-        out = None if self._whole is None else self._whole(x)
-        if out is not None:
-            return out
-        if not (self.cuda_graphs and x.is_cuda and is_eager(x)):
-            return self.model(x)
-        key = _what_a_graph_is_captured_for(x)
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(self.model, x)
-        return self._graphs[key](x)
 
     def train(self, mode: bool = True) -> Frozen:
         """Refuse training mode."""
@@ -147,34 +140,6 @@ class Frozen(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepare()
-
-
-class _Graph:
-    """A captured call: the input is copied to where it was captured, the graph replayed."""
-
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        # A tensor made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device):
-            self.x = x.clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compiles and tunes what is not there yet
-                model(self.x)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.out = model(self.x)
-
-    def __call__(self, x: Tensor) -> Any:
-        self.x.copy_(x)
-        self.graph.replay()
-        return self.out
-
-
-def _what_a_graph_is_captured_for(x: Tensor) -> tuple[Any, ...]:
-    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    backends = tuple(current_backend(operator) for operator in OPERATORS)
-    return x.shape, x.stride(), x.dtype, x.device, autocast, backends
 
 
 def _refuse(what: str) -> NoReturn:
