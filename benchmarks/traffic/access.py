@@ -43,9 +43,9 @@ def prefix_tokens(launch: Launch, tensor: Tensor) -> float:
     return launch.arguments["P"] / tensor.shape[1]
 
 
-def operand_tokens(launch: Launch, tensor: Tensor) -> float:
-    """Of an operand (B, PA + H * W, E) the tokens behind its prefix, of one without a prefix all."""
-    return 1.0 - launch.arguments["PA"] / tensor.shape[1]
+def gram_tokens(launch: Launch, tensor: Tensor) -> float:
+    """Of tokens (B, PX + H * W, C) those behind the prefix, where their second moments are wanted."""
+    return 0.0 if launch.arguments["p_gram"] is None else 1.0 - launch.arguments["PX"] / tensor.shape[1]
 
 
 def sweeps(count: int) -> Share:
@@ -71,6 +71,11 @@ class KernelCost:
     reads: Mapping[str, Share]
     writes: Mapping[str, Share]
     flops: Callable[[Arguments], int] = lambda arguments: 0
+
+
+def _where(arguments: Arguments, pointer: str, count: int) -> int:
+    """A number of operations, if there is such a tensor."""
+    return 0 if arguments[pointer] is None else count
 
 
 def _lca_flops(a: Arguments) -> int:
@@ -111,15 +116,16 @@ KERNELS: dict[str, KernelCost] = {
         "z1 norm1 weight2 bias", "z2 partial count", lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2
     ),
     "leff_contract_operand_kernel": _cost(
-        "a z rows weight bias mean tail residual",
+        "a z rows weight bias residual",
         "out partial count operand",
-        lambda a: 2 * a["M"] * (a["E"] + (0 if a["p_tail"] is None else a["O"])) * a["O"],
-        tokens=image_tokens,
+        lambda a: 2 * a["M"] * a["E"] * a["O"],
         prefix=prefix_tokens,
     ),
     "leff_norm_kernel": _cost("z3 norm3 residual", "out", x=prefix_tokens),
     "leff_norm_sums_kernel": _cost("z3 norm3", "partial", dout=image_tokens),
-    "leff_norm_gradient_kernel": _cost("z3 gradient3", "dz3", dout=image_tokens),
+    "leff_norm_gradient_kernel": _cost(
+        "z3 norm3 partial total", "dz3 dbias dnorm_weight dnorm_bias", dout=image_tokens
+    ),
     "leff_hidden_gradient_kernel": _cost(
         "weight z2 norm2", "g2 partial", lambda a: 2 * a["M"] * a["O"] * a["E"], dz3=image_tokens
     ),
@@ -130,22 +136,34 @@ KERNELS: dict[str, KernelCost] = {
     ),
     # The tiles of one range of tokens run side by side and share what they read.
     "leff_weight_gradient_kernel": _cost(
-        "z rows", "partial sums", lambda a: 2 * a["M"] * a["E"] * a["C"], a=operand_tokens, tokens=image_tokens
+        "a z rows",
+        "partial gram sums",
+        lambda a: 2 * a["M"] * _where(a, "p_partial", a["E"] * a["C"]) + 2 * a["M"] * _where(a, "p_gram", a["CX"] ** 2),
+        tokens=image_tokens,
+        x=gram_tokens,
     ),
     "leff_statistics_kernel": _cost("count weight bias", "norm total", partial=sweeps(2)),
     "leff_running_kernel": _cost("total norm1 norm2 norm3" + _RUNNING, _RUNNING),
-    "leff_coefficients_kernel": _cost("partial norm total", "sums gradient dbias dnorm_weight dnorm_bias"),
-    "leff_fold_gradient_kernel": _cost(
-        "weight gradient total sums",
-        "folded tail bias mean",
-        lambda a: 0 if a["p_tail"] is None else 2 * a["E"] * a["C"] ** 2,
+    "leff_reduce_kernel": _cost(
+        "partial norm total partial1 partial2 partial3 partial4",
+        "sums gradient dbias dnorm_weight dnorm_bias out1 out2 out3 out4",
     ),
-    "leff_factored_weight_kernel": _cost(
-        "partial weight gradient gram sums mean",
-        "out",
-        lambda a: 0 if a["p_gram"] is None else 2 * a["E"] * a["C"] ** 2,
+    "leff_factored_product_kernel": _cost(
+        "a weight gradient",
+        "partial folded tail bias",
+        lambda a: 2 * a["E"] * a["C"] * (_where(a, "p_partial", a["M"]) + _where(a, "p_tail", a["C"])),
+        tokens=image_tokens,
     ),
-    "leff_sums_kernel": _cost("partial1 partial2 partial3 partial4", "out1 out2 out3 out4"),
+    "leff_factored_gradient_kernel": _cost(
+        "a folded tail bias total partial weight gradient gram sums all_sums",
+        "out dweight",
+        lambda a: (
+            2 * a["M"] * a["C"] * (_where(a, "p_out", a["E"]) + _where(a, "p_tail", a["C"]))
+            + _where(a, "p_gram", 2 * a["E"] * a["C"] ** 2)
+        ),
+        tokens=image_tokens,
+        prefix=prefix_tokens,
+    ),
     "add_norm_forward_kernel": _cost("x branch weight bias", "total out prefix mean rstd"),
     "add_norm_backward_kernel": _cost("dout dtotal dprefix total weight mean rstd", "dx partial"),
     "add_norm_parameters_kernel": _cost("partial", "dweight dbias"),

@@ -72,7 +72,7 @@ def test_leff_keeps_its_budgets_in_training():
     """`torch.compile` takes 63 passes in 20 kernels forward and 149 in 21 backward."""
     call = count_call(leff(), (BATCH, TOKENS, CHANNELS), training=True)
     # These see no token, only what other program instances left behind for the weights.
-    merging = {f"leff_{part}_kernel" for part in ("statistics", "coefficients", "sums", "factored_weight")}
+    merging = {f"leff_{part}_kernel" for part in ("statistics", "reduce")}
     large = [
         [kernel for kernel in kernels if kernel.bytes > UNIT / 2 and kernel.name not in merging]
         for kernels in (call.forward, call.backward)

@@ -6,6 +6,8 @@ import triton.language as tl
 from ...common.activations import activate
 
 __all__ = [
+    "ONE",
+    "PLAIN",
     "compute_once",
     "gradient_rows",
     "load_operand",
@@ -18,6 +20,8 @@ __all__ = [
     "token_rows",
     "zeros",
 ]
+
+ONE, PLAIN = tl.constexpr(1), tl.constexpr("plain")
 
 
 @triton.jit

@@ -11,21 +11,75 @@ in which nothing has the hidden width but g1: z1 is not read again, and both GEM
 import triton
 import triton.language as tl
 
-from .kernels_common import compute_once, gradient_rows
+from .kernels_common import ONE, PLAIN, compute_once, gradient_rows
+from .kernels_gemm import contract_operand, partial_product
 
-__all__ = ["leff_factored_weight_kernel", "leff_fold_gradient_kernel"]
+__all__ = ["leff_factored_gradient_kernel", "leff_factored_product_kernel"]
 
 
 @triton.jit
-def leff_fold_gradient_kernel(
-    p_weight, p_gradient, p_folded, p_tail, p_bias, p_total, p_sums, p_mean,
+def leff_factored_product_kernel(
+    p_a, p_tokens, p_partial, p_weight, p_gradient, p_folded, p_tail, p_bias, M, HW, P, ROWS,
+    C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
+    NUM_C: tl.constexpr, FOLD_E: tl.constexpr, FOLD_C: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """What does not wait for one another: a W_1 with what belongs to it, and partial sums (S, E, C) of g1^T x, from g1
+    (M, E), x (B, P + HW, C), W_1 and the ``gradient`` array; where wanted.
+    """
+    i = tl.program_id(0)
+    if p_folded is not None:
+        columns: tl.constexpr = (C + FOLD_C - 1) // FOLD_C
+        # They take few program instances and long, so they start first.
+        programs: tl.constexpr = columns if p_tail is None else columns * columns
+        if i < programs:
+            _fold(i, p_weight, p_gradient, p_folded, p_tail, p_bias, C, E, FOLD_E, FOLD_C, COMPUTE, ACC, PRECISION)
+        i -= programs
+    if p_partial is not None:
+        if i >= 0:
+            partial_product(
+                i, p_a, None, None, p_tokens, p_partial, None, M, HW, 0, P, ROWS, E, C, C, ONE,
+                PLAIN, TILE_M, TILE_E, TILE_C, NUM_C, COMPUTE, ACC, PRECISION, EXACT,
+            )  # fmt: skip
+
+
+@triton.jit
+def leff_factored_gradient_kernel(
+    p_a, p_folded, p_tail, p_bias, p_tokens, p_all_sums, p_total, p_out, p_prefix,
+    p_partial, p_weight, p_gradient, p_gram, p_sums, p_dweight, B, M, HW, P, S,
+    C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr,
+    NUM_O: tl.constexpr, WEIGHT_E: tl.constexpr, WEIGHT_C: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SHORT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The gradients (E, C) of W_1, as ``_first_weight`` has it, and (B, P + HW, C) of x, where wanted."""
+    i = tl.program_id(0)
+    if p_dweight is not None:
+        programs: tl.constexpr = ((E + WEIGHT_E - 1) // WEIGHT_E) * ((C + WEIGHT_C - 1) // WEIGHT_C)
+        if i < programs:
+            _first_weight(
+                i, p_partial, p_weight, p_gradient, p_gram, p_sums, p_all_sums, p_total, p_dweight, S,
+                C, E, WEIGHT_E, WEIGHT_C, ACC, SHORT,
+            )  # fmt: skip
+        i -= programs
+    if p_out is not None:
+        if i >= 0:
+            contract_operand(
+                i, p_a, None, None, p_folded, p_bias, None, p_tokens, p_all_sums, p_total, p_tail, p_out, p_prefix,
+                None, None, None, B, M, HW, P, E, C, ONE, C, PLAIN, TILE_M, TILE_E, TILE_O, NUM_O,
+                COMPUTE, ACC, PRECISION, EXACT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _fold(
+    i, p_weight, p_gradient, p_folded, p_tail, p_bias,
     C: tl.constexpr, E: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a W_1 (E, C); with a tail also this, W_1^T b W_1 (C, C), c W_1 (C,), and the mean (C,) of x from its sums."""
-    i_r = tl.program_id(0)
+    """a W_1 (E, C); with a tail also this, W_1^T b W_1 (C, C), and c W_1 (C,)."""
+    i_r, i_c = i // tl.cdiv(C, TILE_C), i % tl.cdiv(C, TILE_C)
     o_r = i_r * TILE_C + tl.arange(0, TILE_C)
-    o_c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+    o_c = i_c * TILE_C + tl.arange(0, TILE_C)
     m_r, m_c = o_r < C, o_c < C
     b_tail = tl.zeros((TILE_C, TILE_C), dtype=ACC)
     b_bias = tl.zeros((TILE_C,), dtype=ACC)
@@ -47,22 +101,20 @@ def leff_fold_gradient_kernel(
     if p_tail is not None:
         tl.store(p_tail + o_r[:, None] * C + o_c[None, :], b_tail.to(COMPUTE), mask=m_r[:, None] & m_c[None, :])
         if i_r == 0:
-            b_mean = tl.load(p_sums + o_c, mask=m_c, other=0.0) / tl.load(p_total)
             tl.store(p_bias + o_c, b_bias, mask=m_c)
-            tl.store(p_mean + o_c, b_mean, mask=m_c)
 
 
 @triton.jit
-def leff_factored_weight_kernel(
-    p_partial, p_weight, p_gradient, p_gram, p_sums, p_mean, p_out, S,
-    C: tl.constexpr, E: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, TILE_K: tl.constexpr,
+def _first_weight(
+    i, p_partial, p_weight, p_gradient, p_gram, p_sums, p_all_sums, p_total, p_out, S,
+    C: tl.constexpr, E: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW_1 (E, C) from partial sums (S, E, C) of g1^T x and, behind a norm of this batch, from x^T x (C, C), the sums
-    (C,) of x and its mean (C,), which differ where other processes' tokens count for the norm.
+    (C,) of x, and those over the total (1,) of tokens that the norm took, which may be other processes' too.
     """
-    o_e = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
-    o_c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+    o_e = i // tl.cdiv(C, TILE_C) * TILE_E + tl.arange(0, TILE_E)
+    o_c = i % tl.cdiv(C, TILE_C) * TILE_C + tl.arange(0, TILE_C)
     m_e, m_c = o_e < E, o_c < C
     offsets = o_e[:, None] * C + o_c[None, :]
     mask = m_e[:, None] & m_c[None, :]
@@ -74,10 +126,10 @@ def leff_factored_weight_kernel(
     if p_gram is not None:
         b_right = tl.load(p_sums + o_c, mask=m_c, other=0.0)
         b_weighted = tl.zeros((TILE_E, TILE_C), dtype=ACC)
-        for k in range(0, C, TILE_K):
-            o_k = k + tl.arange(0, TILE_K)
+        for k in range(0, C, TILE_E):
+            o_k = k + tl.arange(0, TILE_E)
             m_k = o_k < C
-            b_left = tl.load(p_mean + o_k, mask=m_k, other=0.0)
+            b_left = tl.load(p_all_sums + o_k, mask=m_k, other=0.0) / tl.load(p_total)
             b_cov = tl.load(p_gram + o_k[:, None] * C + o_c[None, :], mask=m_k[:, None] & m_c[None, :], other=0.0)
             b_cov -= b_left[:, None] * b_right[None, :]
             m_w = m_e[:, None] & m_k[None, :]

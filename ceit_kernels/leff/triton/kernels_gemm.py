@@ -5,6 +5,8 @@ import triton.language as tl
 
 from ...common.activations import activate_with_slope
 from .kernels_common import (
+    ONE,
+    PLAIN,
     compute_once,
     load_operand,
     norm_rows,
@@ -17,10 +19,12 @@ from .kernels_common import (
 )
 
 __all__ = [
+    "contract_operand",
     "leff_contract_operand_kernel",
     "leff_expand_moments_kernel",
     "leff_hidden_gradient_kernel",
     "leff_weight_gradient_kernel",
+    "partial_product",
 ]
 
 
@@ -57,25 +61,40 @@ def leff_expand_moments_kernel(
 
 @triton.jit
 def leff_contract_operand_kernel(
-    p_a, p_z, p_rows, p_weight, p_bias, p_operand, p_tokens, p_mean, p_tail, p_out, p_prefix, p_residual,
+    p_a, p_z, p_rows, p_weight, p_bias, p_operand, p_out, p_prefix, p_residual, p_partial, p_count, B, M, HW, P,
+    E: tl.constexpr, O: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_E: tl.constexpr,
+    OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr, NUM_O: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """``contract_operand``: forward z3 from z2, backward the gradient of x from that of the first norm."""
+    contract_operand(
+        tl.program_id(0), p_a, p_z, p_rows, p_weight, p_bias, p_operand, None, None, None, None, p_out, p_prefix,
+        p_residual, p_partial, p_count, B, M, HW, P, E, O, STRIDE_O, STRIDE_E, OPERAND, TILE_M, TILE_E, TILE_O, NUM_O,
+        COMPUTE, ACC, PRECISION, EXACT,
+    )  # fmt: skip
+
+
+@triton.jit
+def contract_operand(
+    i, p_a, p_z, p_rows, p_weight, p_bias, p_operand, p_tokens, p_sums, p_total, p_tail, p_out, p_prefix, p_residual,
     p_partial, p_count, B, M, HW, P,
     E: tl.constexpr, O: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_E: tl.constexpr,
     OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr, NUM_O: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """out (B, P + HW, O) = operand W^T (+ (tokens - mean) tail) (+ b) (+ residual), with an operand (M, E) as of
-    ``load_operand``, tokens (B, P + HW, O) and a symmetric tail (O, O).
+    ``load_operand``, tokens (B, P + HW, O) whose mean is sums (O,) by a total (1,), and a symmetric tail (O, O).
 
-    Forward this is z3 from z2, with its partial moments; backward the gradient of x from that of the first norm. A
-    program instance takes NUM_O tiles of TILE_O outputs, so that the operand is computed once where they are all. It
-    may keep the operand, for another GEMM. Behind the image tokens' tiles come those of the prefix, which is copied.
+    Program instance i takes NUM_O tiles of TILE_O outputs, so that the operand is computed once where they are all. It
+    may keep the operand, for another GEMM, and partial moments of the result. Behind the image tokens' tiles come those
+    of the prefix, which is copied.
 
     The GEMM is computed as W operand^T: the operand is then what tensor cores read from shared memory, once it is
     computed, for all tiles.
     """
     # Neighbours in launch order share their operand, which then comes from cache.
-    i_m = tl.program_id(0) // tl.cdiv(O, NUM_O * TILE_O)
-    i_o = tl.program_id(0) % tl.cdiv(O, NUM_O * TILE_O) * NUM_O
+    i_m = i // tl.cdiv(O, NUM_O * TILE_O)
+    i_o = i % tl.cdiv(O, NUM_O * TILE_O) * NUM_O
     o_o = i_o * TILE_O + tl.arange(0, TILE_O)
     if i_m >= tl.cdiv(M, TILE_M):
         for k in tl.static_range(NUM_O):
@@ -105,9 +124,9 @@ def leff_contract_operand_kernel(
                 m_c = o_c < O
                 p_tile = p_tokens + row * O + (o_t[:, None] * O + o_c[None, :])
                 b_tokens = tl.load(p_tile, mask=m_m[:, None] & m_c[None, :], other=0.0).to(ACC)
-                b_tokens -= tl.load(p_mean + o_c, mask=m_c, other=0.0)[None, :]
-                b_tokens = b_tokens.to(COMPUTE)
-                b_outs = _accumulate(b_outs, p_tail, b_tokens, o_o, o_c, m_c, O, O, 1, TILE_O, NUM_O, ACC, PRECISION)
+                b_mean = tl.load(p_sums + o_c, mask=m_c, other=0.0) / tl.load(p_total)
+                b_tokens = (b_tokens - b_mean[None, :]).to(COMPUTE)
+                b_outs = _accumulate(b_outs, p_tail, b_tokens, o_o, o_c, m_c, O, O, ONE, TILE_O, NUM_O, ACC, PRECISION)
         for k in tl.static_range(NUM_O):
             o_k = o_o + k * TILE_O
             m_k = o_k < O
@@ -181,21 +200,52 @@ def leff_hidden_gradient_kernel(
 
 @triton.jit
 def leff_weight_gradient_kernel(
-    p_a, p_z, p_rows, p_tokens, p_partial, p_sums, M, HW, PA, P, ROWS,
+    p_a, p_z, p_rows, p_tokens, p_partial, p_x, p_gram, p_sums, M, HW, P, PX, ROWS,
+    E: tl.constexpr, C: tl.constexpr, CX: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr,
+    OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, NUM_C: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """``partial_product`` of an operand (M, E) and tokens (B, P + HW, C), and of x (B, PX + HW, CX) by itself with its
+    sums; where wanted.
+    """
+    i = tl.program_id(0)
+    if p_partial is not None:
+        programs = tl.cdiv(E, TILE_E) * tl.cdiv(C, NUM_C * TILE_C) * tl.cdiv(M, ROWS)
+        if i < programs:
+            partial_product(
+                i, p_a, p_z, p_rows, p_tokens, p_partial, None, M, HW, 0, P, ROWS, E, C, STRIDE_E, STRIDE_C,
+                OPERAND, TILE_M, TILE_E, TILE_C, NUM_C, COMPUTE, ACC, PRECISION, EXACT,
+            )  # fmt: skip
+        i -= programs
+    if p_gram is not None:
+        # One tile of channels, since the sums take registers too.
+        if i >= 0:
+            partial_product(
+                i, p_x, None, None, p_x, p_gram, p_sums, M, HW, PX, PX, ROWS, CX, CX, CX, ONE,
+                PLAIN, TILE_M, TILE_E, TILE_C, ONE, COMPUTE, ACC, PRECISION, EXACT,
+            )  # fmt: skip
+
+
+@triton.jit
+def partial_product(
+    i, p_a, p_z, p_rows, p_tokens, p_partial, p_sums, M, HW, PA, P, ROWS,
     E: tl.constexpr, C: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr,
     OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, NUM_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over ROWS tokens each of operand^T tokens, (S, E, C) or transposed by the strides, with an operand
-    (B, PA + HW, E) as of ``load_operand`` and tokens (B, P + HW, C); where wanted, of the operand itself, (S, E). A
-    program instance takes NUM_C tiles of TILE_C channels of the tokens.
+    (B, PA + HW, E) as of ``load_operand`` and tokens (B, P + HW, C); where wanted, of the operand itself, (S, E).
+    Program instance i takes NUM_C tiles of TILE_C channels of the tokens.
 
     The GEMM is computed as tokens^T operand: the operand is then what tensor cores read from shared memory, once it is
     computed, for all tiles.
     """
-    i_s = tl.program_id(2)
-    o_e = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
-    o_c = tl.program_id(1) * (NUM_C * TILE_C) + tl.arange(0, TILE_C)
+    NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
+    NC: tl.constexpr = (C + NUM_C * TILE_C - 1) // (NUM_C * TILE_C)
+    i_c = i // NE % NC
+    i_s = i // (NE * NC)
+    o_e = i % NE * TILE_E + tl.arange(0, TILE_E)
+    o_c = i_c * (NUM_C * TILE_C) + tl.arange(0, TILE_C)
     m_e = o_e < E
     b_sums = zeros(TILE_C, TILE_E, NUM_C, ACC)
     b_total = tl.zeros((TILE_M, TILE_E), dtype=ACC)
@@ -221,4 +271,4 @@ def leff_weight_gradient_kernel(
     for j in tl.static_range(NUM_C):
         tl.store(p_tile + j * TILE_C * STRIDE_C, b_sums[j], mask=(o_c + j * TILE_C < C)[:, None] & m_e[None, :])
     if p_sums is not None:
-        tl.store(p_sums + i_s * E + o_e, tl.sum(b_total, axis=0), mask=m_e & (tl.program_id(1) == 0))
+        tl.store(p_sums + i_s * E + o_e, tl.sum(b_total, axis=0), mask=m_e & (i_c == 0))

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .kernels_common import gradient_rows, norm_gradient, norm_rows, normalize, pass_prefix, store_rows, token_rows
+from .kernels_common import norm_gradient, norm_rows, normalize, pass_prefix, store_rows, token_rows
+from .kernels_reduce import gradient_of_sums, sum_pairs
 
 __all__ = ["leff_norm_gradient_kernel", "leff_norm_kernel", "leff_norm_sums_kernel"]
 
@@ -63,20 +64,30 @@ def leff_norm_sums_kernel(
 
 @triton.jit
 def leff_norm_gradient_kernel(
-    p_dout, p_z3, p_gradient3, p_dz3, M, HW, P, O: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+    p_dout, p_z3, p_norm3, p_partial, p_total, p_dz3, p_dbias, p_dnorm_weight, p_dnorm_bias, M, HW, P, T, ROWS,
+    O: tl.constexpr, TILE_M: tl.constexpr, TILE_O: tl.constexpr, TILE_T: tl.constexpr,
+    ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dz3 (M, O), the gradient of the last norm's input z3 (M, O), from that of the output."""
-    m = tl.program_id(0) * TILE_M
-    o_r = tl.arange(0, TILE_M)
-    o_m = m + o_r
+    """dz3 (M, O), the gradient of the last norm's input z3 (M, O), from that of the output and its partial sums
+    (T, 2, O), ROWS tokens each; and what ``gradient_of_sums`` stores.
+    """
+    i_t = tl.program_id(0)
     o_o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
     m_o = o_o < O
-    mask = (o_m < M)[:, None] & m_o[None, :]
-    offsets = m.to(tl.int64) * O + (o_r[:, None] * O + o_o[None, :])
-    row, o_t = token_rows(o_m, m, HW, P)
-    b_dout = tl.load(p_dout + row * O + (o_t[:, None] * O + o_o[None, :]), mask=mask, other=0.0).to(ACC)
-    b_z3 = tl.load(p_z3 + offsets, mask=mask, other=0.0).to(ACC)
-    b_gradient = gradient_rows(p_gradient3, o_o[None, :], m_o[None, :], O)
-    b_dz3 = norm_gradient(b_dout, b_z3, b_gradient, EXACT)
-    tl.store(p_dz3 + offsets, b_dz3.to(p_dz3.dtype.element_ty), mask=mask)
+    # Every program instance takes the sums again: there are few parts, and they come from cache.
+    b_sum, b_moment = sum_pairs(p_partial, T, o_o, m_o, O, TILE_T, TILE_O, ACC)
+    b_mean, b_a, b_b, b_c = gradient_of_sums(
+        b_sum, b_moment, p_norm3, p_total, p_dbias, p_dnorm_weight, p_dnorm_bias, o_o, m_o, m_o & (i_t == 0), O
+    )
+    b_gradient = b_mean[None, :], b_a[None, :], b_b[None, :], b_c[None, :]
+    o_r = tl.arange(0, TILE_M)
+    for k in range(tl.cdiv(tl.minimum(ROWS, M - i_t * ROWS), TILE_M)):
+        m = i_t * ROWS + k * TILE_M
+        o_m = m + o_r
+        mask = (o_m < M)[:, None] & m_o[None, :]
+        offsets = m.to(tl.int64) * O + (o_r[:, None] * O + o_o[None, :])
+        row, o_t = token_rows(o_m, m, HW, P)
+        b_dout = tl.load(p_dout + row * O + (o_t[:, None] * O + o_o[None, :]), mask=mask, other=0.0).to(ACC)
+        b_z3 = tl.load(p_z3 + offsets, mask=mask, other=0.0).to(ACC)
+        b_dz3 = norm_gradient(b_dout, b_z3, b_gradient, EXACT)
+        tl.store(p_dz3 + offsets, b_dz3.to(p_dz3.dtype.element_ty), mask=mask)

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
-from .kernels_common import store_rows
+from .kernels_common import ONE, store_rows
 
 __all__ = [
-    "leff_coefficients_kernel",
+    "gradient_of_sums",
+    "leff_reduce_kernel",
     "leff_running_kernel",
     "leff_statistics_kernel",
-    "leff_sums_kernel",
+    "sum_pairs",
 ]
 
 
@@ -103,18 +104,40 @@ def _average(
 
 
 @triton.jit
-def leff_coefficients_kernel(
+def leff_reduce_kernel(
     p_partial, p_norm, p_total, p_sums, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias, T,
-    E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
+    p_partial1, p_out1, S1, N1, p_partial2, p_out2, S2, N2, p_partial3, p_out3, S3, N3, p_partial4, p_out4, S4, N4,
+    E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr,
+    TAPS: tl.constexpr, TILE_S: tl.constexpr, TILE_N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """From partial sums (T, 2, E) of a norm's gradient g and of g (z - mean): the sums (2, E), the ``gradient`` array
-    (4, E), and the gradients, where wanted, of the norm's weight and bias and of the bias of the convolution before it.
-
-    A total (1,) of tokens says that mean and variance are those of this batch, so that they have gradients too; such a
-    norm takes the convolution's bias away, whose gradient is exactly 0.
+    (4, E), and what ``gradient_of_sums`` stores. And sums (N,) of S other partial results (S, N), in the types of the
+    sums; of the fourth, (S, TAPS, E), as (E, TAPS). Each has program instances of its own, and none where it is None.
     """
-    o_e = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
-    m_e = o_e < E
+    i = tl.program_id(0)
+    if p_partial is not None:
+        if i < tl.cdiv(E, TILE_E):
+            o_e = i * TILE_E + tl.arange(0, TILE_E)
+            m_e = o_e < E
+            b_sum, b_moment = sum_pairs(p_partial, T, o_e, m_e, E, TILE_T, TILE_E, ACC)
+            b_gradient = gradient_of_sums(
+                b_sum, b_moment, p_norm, p_total, p_dbias, p_dnorm_weight, p_dnorm_bias, o_e, m_e, m_e, E
+            )
+            if p_sums is not None:
+                store_rows(p_sums, 0, b_sum, b_moment, o_e, m_e, E)
+            if p_gradient is not None:
+                store_rows(p_gradient, 0, b_gradient[0], b_gradient[1], o_e, m_e, E)
+                store_rows(p_gradient, 1, b_gradient[2], b_gradient[3], o_e, m_e, E)
+        i -= tl.cdiv(E, TILE_E)
+    i = _sum(p_partial1, p_out1, S1, N1, i, ONE, TILE_S, TILE_N, ACC)
+    i = _sum(p_partial2, p_out2, S2, N2, i, ONE, TILE_S, TILE_N, ACC)
+    i = _sum(p_partial3, p_out3, S3, N3, i, ONE, TILE_S, TILE_N, ACC)
+    _sum(p_partial4, p_out4, S4, N4, i, TAPS, TILE_S, TILE_N, ACC)
+
+
+@triton.jit
+def sum_pairs(p_partial, T, o_e, m_e, E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr):
+    """Both sums over T row pairs (T, 2, E)."""
     b_sums = tl.zeros((TILE_T, TILE_E), dtype=ACC)
     b_moments = tl.zeros((TILE_T, TILE_E), dtype=ACC)
     for t in range(0, T, TILE_T):
@@ -123,10 +146,20 @@ def leff_coefficients_kernel(
         p_rows = p_partial + o_t.to(tl.int64)[:, None] * (2 * E) + o_e[None, :]
         b_sums += tl.load(p_rows, mask=mask, other=0.0)
         b_moments += tl.load(p_rows + E, mask=mask, other=0.0)
-    b_sum, b_moment = tl.sum(b_sums, axis=0), tl.sum(b_moments, axis=0)
-    store_rows(p_sums, 0, b_sum, b_moment, o_e, m_e, E)
+    return tl.sum(b_sums, axis=0), tl.sum(b_moments, axis=0)
 
-    b_mean = tl.zeros((TILE_E,), dtype=ACC)
+
+@triton.jit
+def gradient_of_sums(
+    b_sum, b_moment, p_norm, p_total, p_dbias, p_dnorm_weight, p_dnorm_bias, o_e, m_e, m_store, E: tl.constexpr
+):
+    """The rows of a norm's ``gradient`` array, from the sums of the gradient g of its output and of g (z - mean).
+
+    Stores the gradients, where wanted, of the norm's weight and bias and of the bias of the convolution before it. A
+    total (1,) of tokens says that mean and variance are those of this batch, so that they have gradients too; such a
+    norm takes the convolution's bias away, whose gradient is exactly 0.
+    """
+    b_mean = tl.zeros_like(b_sum)
     b_rstd, b_scale, b_slope, b_offset = b_mean + 1.0, b_mean + 1.0, b_mean, b_mean
     if p_norm is not None:
         b_mean += tl.load(p_norm + o_e, mask=m_e, other=0.0)
@@ -137,29 +170,14 @@ def leff_coefficients_kernel(
         n = tl.load(p_total)
         b_slope = -b_scale * b_rstd * b_rstd * (b_moment / n)
         b_offset = -b_scale * (b_sum / n)
-        b_bias = tl.zeros((TILE_E,), dtype=ACC)
-    store_rows(p_gradient, 0, b_mean, b_scale, o_e, m_e, E)
-    store_rows(p_gradient, 1, b_slope, b_offset, o_e, m_e, E)
+        b_bias = tl.zeros_like(b_sum)
     if p_dnorm_weight is not None:
-        tl.store(p_dnorm_weight + o_e, (b_moment * b_rstd).to(p_dnorm_weight.dtype.element_ty), mask=m_e)
+        tl.store(p_dnorm_weight + o_e, (b_moment * b_rstd).to(p_dnorm_weight.dtype.element_ty), mask=m_store)
     if p_dnorm_bias is not None:
-        tl.store(p_dnorm_bias + o_e, b_sum.to(p_dnorm_bias.dtype.element_ty), mask=m_e)
+        tl.store(p_dnorm_bias + o_e, b_sum.to(p_dnorm_bias.dtype.element_ty), mask=m_store)
     if p_dbias is not None:
-        tl.store(p_dbias + o_e, b_bias.to(p_dbias.dtype.element_ty), mask=m_e)
-
-
-@triton.jit
-def leff_sums_kernel(
-    p_partial1, p_out1, S1, N1, p_partial2, p_out2, S2, N2, p_partial3, p_out3, S3, N3, p_partial4, p_out4, S4, N4,
-    TAPS: tl.constexpr, TILE_S: tl.constexpr, TILE_N: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Sums (N,) of S partial results (S, N), in the types of the sums; of the fourth, (S, TAPS, E), as (E, TAPS). Each
-    has program instances of its own, and none where it is None.
-    """
-    i = _sum(p_partial1, p_out1, S1, N1, tl.program_id(0), 1, TILE_S, TILE_N, ACC)
-    i = _sum(p_partial2, p_out2, S2, N2, i, 1, TILE_S, TILE_N, ACC)
-    i = _sum(p_partial3, p_out3, S3, N3, i, 1, TILE_S, TILE_N, ACC)
-    _sum(p_partial4, p_out4, S4, N4, i, TAPS, TILE_S, TILE_N, ACC)
+        tl.store(p_dbias + o_e, b_bias.to(p_dbias.dtype.element_ty), mask=m_store)
+    return b_mean, b_scale, b_slope, b_offset
 
 
 @triton.jit

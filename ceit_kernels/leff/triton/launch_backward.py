@@ -16,19 +16,17 @@ from ...common.tuning import Tiles
 from ..arguments import PARAMETER_NAMES, SAVED_NAMES, Settings
 from . import GRADIENT_ROWS
 from .kernels_depthwise import leff_depthwise_backward_kernel
-from .kernels_factored import leff_factored_weight_kernel, leff_fold_gradient_kernel
+from .kernels_factored import leff_factored_gradient_kernel, leff_factored_product_kernel
 from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_kernel, leff_weight_gradient_kernel
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
-from .kernels_reduce import leff_coefficients_kernel, leff_sums_kernel
+from .kernels_reduce import leff_reduce_kernel
 from .launch_common import Call, hashable
 from .launch_forward import contract_grid, depthwise_grid
 from .tiles import (
     PARTS,
-    SUMS,
     contract_tiles,
     depthwise_tiles,
-    factored_weight_tiles,
-    fold_gradient_tiles,
+    factored_tiles,
     hidden_gradient_tiles,
     row_tiles,
     weight_gradient_tiles,
@@ -88,21 +86,21 @@ class _Backward:
         # Partial results, of the taps and of others, that wait for one launch to sum them, and where the sums go.
         self.taps: tuple[Tensor, Tensor] | None = None
         self.partials: list[tuple[Tensor, Tensor]] = []
+        self.moments: tuple[Tensor, Tensor] | None = None  # x^T x (C, C) and the sums (C,) of x, once they are taken
         call.known |= {"p_dout": dout, "p_z1": self.z1, "p_z2": self.z2, "p_z3": self.z3}
         call.known |= {f"p_norm{i}": norm for i, norm in enumerate(self.norms, 1)}
 
     def run(self) -> Tensor | None:
         """The gradient of x if that is wanted; fills ``gradients``, from the last layer down."""
-        need_weight1, need_weight2, need_weight3 = (need[0] for need in self.needs)
+        call, (need_weight1, need_weight2, need_weight3) = self.call, (need[0] for need in self.needs)
         below1 = self.need_x or need_weight1
         below2 = self.need_x or any(self.needs[0]) or need_weight2
         below3 = below2 or any(self.needs[1])
-        gradient3 = self._norm3_gradient(below3 or need_weight3)
-        if not (below3 or need_weight3):
-            return None
-        dz3, prefix = self._dz3(gradient3)
-        if need_weight3:
-            self.gradients[2][0] = self._weight3(dz3, prefix)
+        dz3, prefix = self._dz3(below3 or need_weight3)
+        factored = _is_factored(call.dtype)
+        moments = below1 and factored and call.settings.norms[0] == "batch"
+        if need_weight3 or moments:
+            self._weight3(dz3, prefix, need_weight3, moments)
         if not below3:
             return None
         g2, gradient2 = self._g2(dz3, prefix, below2)
@@ -111,50 +109,53 @@ class _Backward:
         g1, gradient1 = self._g1(g2, gradient2, below1)
         if not below1:
             return None
-        factored = _is_factored(self.call.dtype)
         return self._layer1_factored(g1, gradient1) if factored else self._layer1(g1, gradient1, g2)
 
     def _coefficients(self, layer: int, partial: Tensor, wanted: bool) -> Tensor | None:
-        """The gradients of the layer's vectors, and its gradient array if that is wanted."""
-        call, needs = self.call, self.needs[layer][1:]
-        if not (wanted or any(needs)):
+        """The gradients of the layer's vectors, and its gradient array if that is wanted; takes the sums that wait."""
+        if not (wanted or any(self.needs[layer][1:])):
             return None
-        vectors = buffers_like(call.layers[layer][1:4], needs)
-        self.gradients[layer][1:] = vectors
-        channels, group = partial.shape[-1], call.settings.group
-        batch = call.settings.norms[layer] == "batch"
-        sums, gradient = call.empty(1, 2, channels), call.empty(GRADIENT_ROWS, channels)
-
-        arguments = {"p_norm": self.norms[layer], "p_total": self.count if batch else None, "E": channels}
-        arguments |= {"p_sums": sums, "p_gradient": gradient}
-        grid = (cdiv(channels, PARTS.sizes["TILE_E"]),)
-
-        def reduce(partial: Tensor, **vectors: Tensor | None) -> None:
-            given = {**arguments, "p_partial": partial, "T": partial.shape[0], **vectors}
-            call.launch(leff_coefficients_kernel, grid, PARTS, **given)
-
-        reduce(partial, **dict(zip(("p_dbias", "p_dnorm_weight", "p_dnorm_bias"), vectors, strict=True)))
-        if group is not None and batch and wanted:
-            reduce(sum_over_processes(sums, group))
+        known, gradient = self._vectors(layer), None
+        if wanted:
+            partial, known = self._over_processes(layer, partial, known)
+            gradient = self.call.empty(GRADIENT_ROWS, partial.shape[-1])
+        self._reduce(partial, p_gradient=gradient, **known)
         return gradient
 
-    def _norm3_gradient(self, wanted: bool) -> Tensor | None:
-        call, norm3 = self.call, self.norms[2]
-        if not (any(self.needs[2][1:]) or (wanted and norm3 is not None)):
-            return None
-        tiles, parts = row_tiles(call.O), cdiv(call.M, _ROWS)
-        partial, grid = call.empty(parts, 2, call.O), (parts, cdiv(call.O, tiles.sizes["TILE_O"]))
-        call.launch(leff_norm_sums_kernel, grid, tiles, p_partial=partial, ROWS=_ROWS)
-        return self._coefficients(2, partial, wanted)
+    def _vectors(self, layer: int) -> dict[str, Tensor | None]:
+        """What the gradients of the layer's vectors are taken of and where they go."""
+        vectors = self.gradients[layer][1:] = buffers_like(self.call.layers[layer][1:4], self.needs[layer][1:])
+        known = dict(zip(("p_dbias", "p_dnorm_weight", "p_dnorm_bias"), vectors, strict=True))
+        total = self.count if self.call.settings.norms[layer] == "batch" else None
+        return {**known, "p_norm": self.norms[layer], "p_total": total}
 
-    def _dz3(self, gradient3: Tensor | None) -> tuple[Tensor, int]:
-        """The gradient of z3, and the prefix tokens that it has before each image's."""
-        call = self.call
-        if self.norms[2] is None:
-            return self.dout, call.settings.num_prefix_tokens
-        tiles, dz3 = row_tiles(call.O), call.like(self.z3)
-        grid = (cdiv(call.M, tiles.sizes["TILE_M"]), cdiv(call.O, tiles.sizes["TILE_O"]))
-        call.launch(leff_norm_gradient_kernel, grid, tiles, p_gradient3=gradient3, p_dz3=dz3)
+    def _over_processes(
+        self, layer: int, partial: Tensor, known: dict[str, Tensor | None]
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The sums of all processes where they share their statistics, and what is left to do with them."""
+        call, group = self.call, self.call.settings.group
+        if group is None or call.settings.norms[layer] != "batch":
+            return partial, known
+        sums = call.empty(1, 2, partial.shape[-1])
+        self._reduce(partial, p_sums=sums, **known)
+        return sum_over_processes(sums, group), {name: known[name] for name in ("p_norm", "p_total")}
+
+    def _dz3(self, wanted: bool) -> tuple[Tensor, int]:
+        """The gradient of z3 if that is wanted, and the prefix tokens that it has before each image's."""
+        call, prefix = self.call, self.call.settings.num_prefix_tokens
+        wanted = wanted and self.norms[2] is not None
+        if not (wanted or any(self.needs[2][1:])):
+            return self.dout, prefix
+        tiles, parts = row_tiles(call.O), cdiv(call.M, _ROWS)
+        columns, partial = cdiv(call.O, tiles.sizes["TILE_O"]), call.empty(parts, 2, call.O)
+        call.launch(leff_norm_sums_kernel, (parts, columns), tiles, p_partial=partial, ROWS=_ROWS)
+        if not wanted:
+            self._coefficients(2, partial, False)
+            return self.dout, prefix
+        partial, known = self._over_processes(2, partial, self._vectors(2))
+        dz3, grid = call.like(self.z3), (cdiv(call.M, _ROWS // 2), columns)
+        arguments = {"p_partial": partial, "T": partial.shape[0], "p_dz3": dz3, "ROWS": _ROWS // 2}
+        call.launch(leff_norm_gradient_kernel, grid, tiles, **arguments, **known)
         return dz3, 0
 
     def _g2(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +171,7 @@ class _Backward:
             return g2, partial
 
         table = hidden_gradient_tiles(call.O, call.E, call.dtype, call.chip)
-        g2, partial = call.tuned("leff_hidden_gradient", table, {"E": call.E, "O": call.O}, run)
+        g2, partial = call.tuned(leff_hidden_gradient_kernel, table, {"E": call.E, "O": call.O}, run)
         return g2, self._coefficients(1, partial, wanted)
 
     def _g1(self, g2: Tensor, gradient2: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -194,91 +195,103 @@ class _Backward:
         operand = {"p_a": g1, "p_z": self.z1, "p_rows": gradient1, "OPERAND": "gradient"}
         dx = None
         if self.need_x:
-            dx = self._dx(self.call.weight(0), **operand, p_operand=scratch if need_weight else None)
+            result = {"p_operand": scratch if need_weight else None}
+            dx = self._dx(leff_contract_operand_kernel, p_weight=self.call.weight(0), **operand, **result)
             operand = {"p_a": scratch, "OPERAND": "plain"}  # the gradient of z1
         if need_weight:
-            partial, _ = self._weight_partial(self.call.E, self.call.C, p_tokens=self.call.x, **operand)
+            tokens = {"p_tokens": self.call.x}
+            partial, *_ = self._partial(leff_weight_gradient_kernel, self.call.C, **tokens, **operand)
             self.gradients[0][0] = self._sum(partial, *weight.shape, dtype=weight.dtype)
         return dx
 
     def _layer1_factored(self, g1: Tensor, gradient1: Tensor) -> Tensor | None:
         """The same, as ``kernels_factored`` has it."""
-        call, channels, weight = self.call, self.call.C, self.call.weight(0)
-        tail = bias = mean = gram = sums = total = None
-        if call.settings.norms[0] == "batch":
-            gram, sums = self._second_moments_of_x()
-            self.take_sums()
-            total = sums if call.settings.group is None else sum_over_processes(sums[None], call.settings.group)
-            tail = call.empty(channels, channels, dtype=call.dtype)
-            bias, mean = call.empty(channels), call.empty(channels)
-        folded, tiles = call.like(weight), fold_gradient_tiles(channels)
-        columns = cdiv(channels, tiles.sizes["TILE_C"])
-        shared = {"p_weight": weight, "p_gradient": gradient1, "p_mean": mean}
-        results = {"p_folded": folded, "p_tail": tail, "p_bias": bias}
-        grid = (1 if tail is None else columns, columns)
-        call.launch(leff_fold_gradient_kernel, grid, tiles, **shared, **results, p_total=self.count, p_sums=total)
-        dx = None
+        call, (need_weight, *_) = self.call, self.needs[0]
+        self.take_sums()
+        factors = {"p_weight": call.weight(0), "p_gradient": gradient1}
+        folded, moments, first = {}, {}, {}
+        if self.moments is not None:
+            gram, sums = self.moments
+            group = call.settings.group
+            first = {"p_gram": gram, "p_sums": sums}
+            moments = {"p_all_sums": sums if group is None else sum_over_processes(sums[None], group)}
+            moments |= {"p_total": self.count}
         if self.need_x:
-            tokens = None if tail is None else call.x
-            dx = self._dx(folded, p_a=g1, OPERAND="plain", p_bias=bias, p_tokens=tokens, p_mean=mean, p_tail=tail)
-        if self.needs[0][0]:
-            partial, _ = self._weight_partial(call.E, channels, p_a=g1, OPERAND="plain", p_tokens=call.x)
-            parameter, tiles = call.layers[0].weight, factored_weight_tiles(channels)
-            gradient = call.empty(*parameter.shape, dtype=parameter.dtype)
-            grid = (cdiv(call.E, tiles.sizes["TILE_E"]), cdiv(channels, tiles.sizes["TILE_C"]))
-            moments = {"p_gram": gram, "p_sums": sums, "p_partial": partial, "S": partial.shape[0]}
-            moments["PRECISION"] = short_precision()
-            call.launch(leff_factored_weight_kernel, grid, tiles, **shared, **moments, p_out=gradient)
-            self.gradients[0][0] = gradient
-        return dx
+            folded = {"p_folded": call.like(factors["p_weight"]), "p_tail": None, "p_bias": None}
+            if moments:
+                folded |= {"p_tail": call.empty(call.C, call.C, dtype=call.dtype), "p_bias": call.empty(call.C)}
+        product = {"p_a": g1, "p_tokens": call.x} if need_weight else {}
+        partial, *_ = self._partial(leff_factored_product_kernel, call.C, need_weight, **product, **factors, **folded)
+        known: dict[str, Any] = {**moments, "S": 1, "SHORT": short_precision()}
+        if partial is not None:
+            gradient = self.gradients[0][0] = call.like(call.layers[0].weight)
+            known |= {**factors, **first, "p_partial": partial, "S": partial.shape[0], "p_dweight": gradient}
+        if self.need_x:
+            known |= {**folded, "p_a": g1, "p_tokens": call.x if moments else None}
+        return self._dx(leff_factored_gradient_kernel, **known)
 
-    def _second_moments_of_x(self) -> tuple[Tensor, Tensor]:
-        """x^T x (C, C) and the sums of x (C,) over the image tokens."""
-        call, x = self.call, self.call.x
-        operand = {"p_a": x, "OPERAND": "plain", "PA": call.settings.num_prefix_tokens}
-        partial, sums = self._weight_partial(call.C, call.C, with_sums=True, p_tokens=x, **operand)
-        return self._sum(partial, call.C, call.C), self._sum(sums, call.C)
-
-    def _dx(self, weight: Tensor, **arguments: Any) -> Tensor:
-        """The gradient of x: an operand (M, E) times a weight (E, C), and the rest of ``arguments``."""
+    def _dx(self, kernel: Any, **arguments: Any) -> Tensor | None:
+        """The gradient of x if that is wanted: an operand (M, E) times a weight (E, C), and what ``arguments`` add."""
         call = self.call
-        arguments |= {"p_weight": weight, "p_prefix": self.dout, "O": call.C, "STRIDE_O": 1, "STRIDE_E": call.C}
+        arguments = {"OPERAND": "plain", "O": call.C, "STRIDE_O": 1, "STRIDE_E": call.C, **arguments}
 
-        def run(tiles: Tiles) -> Tensor:
-            dx, grid = call.like(call.x), contract_grid(call, tiles, call.C)
-            call.launch(leff_contract_operand_kernel, grid, tiles, **arguments, p_out=dx)
+        def run(tiles: Tiles) -> Tensor | None:
+            tiles, dx, programs = factored_tiles(tiles, call.C), None, 0
+            if "p_dweight" in arguments:
+                programs += cdiv(call.E, tiles.sizes["WEIGHT_E"]) * cdiv(call.C, tiles.sizes["WEIGHT_C"])
+            if self.need_x:
+                dx = call.like(call.x)
+                programs += contract_grid(call, tiles, call.C)[0]
+            call.launch(kernel, (programs,), tiles, **arguments, p_out=dx, p_prefix=None if dx is None else self.dout)
             return dx
 
         table = contract_tiles(call.C, call.dtype, call.chip)
-        key = {"E": call.E, "O": call.C, "operand": arguments["OPERAND"]}
-        return call.tuned("leff_contract_operand", table, key, run)
+        key = {"E": call.E, "O": call.C, "operand": arguments["OPERAND"], "x": self.need_x}
+        return call.tuned(kernel, table, key, run)
 
-    def _weight3(self, dz3: Tensor, prefix: int) -> Tensor:
+    def _weight3(self, dz3: Tensor, prefix: int, wanted: bool, moments: bool) -> None:
+        """What goes over the tokens for the gradient of the last weight and for the second moments of x."""
         call, weight = self.call, self.call.layers[2].weight
-        operand = {"p_a": self.z2, "p_rows": self.norms[1], "OPERAND": call.settings.activations[1]}
-        layout = {"STRIDE_E": 1, "STRIDE_C": call.E, "P": prefix}
-        partial, _ = self._weight_partial(call.E, call.O, **operand, **layout, p_tokens=dz3)
-        return self._sum(partial, *weight.shape, dtype=weight.dtype)
+        operand: dict[str, Any] = {"STRIDE_E": 1, "STRIDE_C": call.E, "P": prefix}
+        if wanted:
+            activation = call.settings.activations[1]
+            operand |= {"p_a": self.z2, "p_rows": self.norms[1], "OPERAND": activation, "p_tokens": dz3}
+        partial, gram, sums = self._partial(leff_weight_gradient_kernel, call.O, wanted, moments, **operand)
+        if partial is not None:
+            self.gradients[2][0] = self._sum(partial, *weight.shape, dtype=weight.dtype)
+        if gram is not None and sums is not None:
+            self.moments = self._sum(gram, call.C, call.C), self._sum(sums, call.C)
 
-    def _weight_partial(
-        self, width: int, channels: int, with_sums: bool = False, **arguments: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Partial sums of operand^T tokens (width, channels), and of the operand if wanted."""
+    def _partial(
+        self, kernel: Any, channels: int, product: bool = True, moments: bool = False, **arguments: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Partial sums of operand^T tokens (E, channels), of x^T x (C, C) and of x (C,), where wanted."""
         call = self.call
-        arguments = {"PA": 0, "E": width, "C": channels, "STRIDE_E": channels, "STRIDE_C": 1, **arguments}
+        arguments = {"STRIDE_E": channels, "STRIDE_C": 1, "OPERAND": "plain", **arguments}
+        arguments |= {"C": channels, "CX": call.C, "PX": call.settings.num_prefix_tokens}
+        arguments["p_x"] = call.x if moments else None
 
-        def run(tiles: Tiles) -> tuple[Tensor, Tensor | None]:
-            grid = (cdiv(width, tiles.sizes["TILE_E"]), cdiv(channels, tiles.sizes["TILE_C"] * tiles.sizes["NUM_C"]))
-            rows, splits = _split(call.M, grid[0] * grid[1], tiles.sizes["TILE_M"])
-            partial = call.empty(splits, width * channels)
-            sums = call.empty(splits, width) if with_sums else None
-            results = {"p_partial": partial, "p_sums": sums, "ROWS": rows}
-            call.launch(leff_weight_gradient_kernel, (*grid, splits), tiles, **arguments, **results)
-            return partial, sums
+        def run(tiles: Tiles) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            tiles = factored_tiles(tiles, call.C)
+            tile_m, tile_e, tile_c = (tiles.sizes[name] for name in ("TILE_M", "TILE_E", "TILE_C"))
+            count = tiles.sizes["NUM_C"]
+            programs = product * cdiv(call.E, tile_e) * cdiv(channels, tile_c * count)
+            of_moments = moments * cdiv(call.C, tile_e) * cdiv(call.C, tile_c)  # which take one tile each
+            rows, splits = _split(call.M, max(programs + cdiv(of_moments, count), 1), tile_m)
+            partial = call.empty(splits, call.E * channels) if product else None
+            gram, sums = (call.empty(splits, call.C**n) if moments else None for n in (2, 1))
+            programs = (programs + of_moments) * splits
+            if "p_folded" in arguments:
+                columns = cdiv(call.C, tiles.sizes["FOLD_C"])
+                programs += columns if arguments["p_tail"] is None else columns**2
+            results = {"p_partial": partial, "p_gram": gram, "p_sums": sums, "ROWS": rows}
+            if programs:
+                call.launch(kernel, (programs,), tiles, **{**arguments, **results})
+            return partial, gram, sums
 
-        table = weight_gradient_tiles(channels, width, call.dtype, call.chip)
-        key = {"E": width, "C": channels, "operand": arguments["OPERAND"], "sums": with_sums}
-        return call.tuned("leff_weight_gradient", table, key, run)
+        table = weight_gradient_tiles(channels, call.E, call.dtype, call.chip)
+        key = {"E": call.E, "C": channels, "operand": arguments["OPERAND"], "moments": moments}
+        return call.tuned(kernel, table, key, run)
 
     def _sum(self, partial: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Where ``take_sums`` puts the sum of partial results, in ``acc_dtype`` unless told otherwise."""
@@ -288,19 +301,22 @@ class _Backward:
 
     def take_sums(self) -> None:
         """Take the sums that wait, if any."""
+        if self.partials or self.taps:
+            self._reduce(None)
+
+    def _reduce(self, partial: Tensor | None, **arguments: Any) -> None:
+        """Reduce the partial sums of a norm's gradient, if given, and take the sums that wait."""
         pairs = [*self.partials, *[(None, None)] * (3 - len(self.partials)), self.taps or (None, None)]
         self.partials, self.taps = [], None
-        outs = [1 if out is None else out.numel() for _, out in pairs]
-        tiles = sum(
-            cdiv(n, SUMS.sizes["TILE_N"]) for n, (partial, _) in zip(outs, pairs, strict=True) if partial is not None
-        )
-        if tiles == 0:
-            return
-        known: dict[str, Any] = {"TAPS": self.call.kernel_size**2}
-        for i, (partial, out) in enumerate(pairs, 1):
-            parts = 1 if partial is None else partial.shape[0]
-            known |= {f"p_partial{i}": partial, f"p_out{i}": out, f"S{i}": parts, f"N{i}": outs[i - 1]}
-        self.call.launch(leff_sums_kernel, (tiles,), SUMS, **known)
+        known, programs = {**arguments, "p_partial": partial, "T": 1, "TAPS": self.call.kernel_size**2}, 0
+        if partial is not None:
+            known |= {"T": partial.shape[0], "E": partial.shape[-1]}
+            programs = cdiv(partial.shape[-1], PARTS.sizes["TILE_E"])
+        for i, (parts, out) in enumerate(pairs, 1):
+            count, numbers = (1, 1) if parts is None or out is None else (parts.shape[0], out.numel())
+            known |= {f"p_partial{i}": parts, f"p_out{i}": out, f"S{i}": count, f"N{i}": numbers}
+            programs += 0 if parts is None else cdiv(numbers, PARTS.sizes["TILE_N"])
+        self.call.launch(leff_reduce_kernel, (programs,), PARTS, **known)
 
 
 def _split(tokens: int, programs: int, step: int) -> tuple[int, int]:

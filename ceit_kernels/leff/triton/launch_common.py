@@ -101,12 +101,13 @@ class Call:
         """Launch a kernel, which also takes what it has a name for of ``known``."""
         launch(kernel, grid, {**self.known, **tiles.sizes, **arguments}, tiles.num_warps, tiles.num_stages)
 
-    def tuned(self, kernel: str, table: Tiles, shape: dict[str, Any], run: Callable[[Tiles], Result]) -> Result:
+    def tuned(self, kernel: Any, table: Tiles, shape: dict[str, Any], run: Callable[[Tiles], Result]) -> Result:
         """What ``run`` returns with the tiles that ``tuned_tiles`` finds; it launches into buffers that it makes.
 
         Processes that wait for one another keep to the table.
         """
         if self.settings.group is None:
             with without_plan():
-                table = tuned_tiles(kernel, table, {"tokens": self.M, **shape}, self.x, self.dtype, run)
+                name = kernel.__name__.removesuffix("_kernel")
+                table = tuned_tiles(name, table, {"tokens": self.M, **shape}, self.x, self.dtype, run)
         return run(table)

@@ -75,7 +75,7 @@ def _expand(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None]:
 
     table = expand_tiles(call.C, call.E, call.dtype, call.chip)
     shape = {"C": call.C, "E": call.E, "norm": call.settings.norms[0]}
-    z1, moments = call.tuned("leff_expand_moments", table, shape, run)
+    z1, moments = call.tuned(leff_expand_moments_kernel, table, shape, run)
     return z1, _norm(call, 0, count, **moments)
 
 
@@ -121,7 +121,7 @@ def _contract(
 
     table = contract_tiles(call.O, call.dtype, call.chip)
     key = {"E": call.E, "O": call.O, "operand": activation, "norm": call.settings.norms[2]}
-    out, moments = call.tuned("leff_contract_operand", table, key, run)
+    out, moments = call.tuned(leff_contract_operand_kernel, table, key, run)
     return out, _norm(call, 2, count, **moments)
 
 

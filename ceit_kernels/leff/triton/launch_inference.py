@@ -70,7 +70,7 @@ def _run(x: Tensor, *rest: Any) -> Tensor:
         return out
 
     table = inference_expand_tiles(call.C, call.E, call.dtype)
-    hidden = call.tuned("leff_expand", table, {"C": call.C, "E": call.E}, expand)
+    hidden = call.tuned(leff_expand_kernel, table, {"C": call.C, "E": call.E}, expand)
     table = inference_contract_tiles(call.O, call.dtype, call.chip, residual is not None)
     shape = {"E": call.E, "O": call.O, "kernel": call.kernel_size, "residual": residual is not None}
-    return call.tuned("leff_contract", table, shape, contract)
+    return call.tuned(leff_contract_kernel, table, shape, contract)

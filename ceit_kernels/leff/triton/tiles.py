@@ -9,12 +9,10 @@ from ...common.tuning import Tiles
 
 __all__ = [
     "PARTS",
-    "SUMS",
     "contract_tiles",
     "depthwise_tiles",
     "expand_tiles",
-    "factored_weight_tiles",
-    "fold_gradient_tiles",
+    "factored_tiles",
     "hidden_gradient_tiles",
     "inference_contract_tiles",
     "inference_expand_tiles",
@@ -27,8 +25,7 @@ __all__ = [
 _OPERANDS_FROM_SHARED_MEMORY = (90, 100)
 
 # Of the kernels that merge what program instances left behind.
-PARTS = Tiles({"TILE_T": 64, "TILE_E": 16}, num_warps=4)
-SUMS = Tiles({"TILE_S": 16, "TILE_N": 128}, num_warps=4)
+PARTS = Tiles({"TILE_T": 64, "TILE_E": 16, "TILE_S": 16, "TILE_N": 128}, num_warps=4)
 
 
 def _fit(size: int, channels: int) -> int:
@@ -99,15 +96,10 @@ def weight_gradient_tiles(channels: int, width: int, dtype: torch.dtype, chip: i
     )
 
 
-def fold_gradient_tiles(channels: int) -> Tiles:
-    """W_1^T b W_1 of the factored gradients; every program instance reads the weight along one side."""
-    large = channels % 128 == 0
-    return Tiles({"TILE_E": 32, "TILE_C": _fit(128 if large else 64, channels)}, 8 if large else 4, 2)
-
-
-def factored_weight_tiles(channels: int) -> Tiles:
-    """W_1 cov x of the factored gradient of the first weight."""
-    return Tiles({"TILE_E": 32, "TILE_C": _fit(64, channels), "TILE_K": 32}, 4, 2)
+def factored_tiles(tiles: Tiles, channels: int) -> Tiles:
+    """With those of W_1^T b W_1, for which every program instance reads the weight along one side, and of W_1 cov x."""
+    fold = {"FOLD_E": 32, "FOLD_C": _fit(128 if channels % 128 == 0 else 64, channels)}
+    return tiles._replace(sizes={**tiles.sizes, **fold, "WEIGHT_E": 32, "WEIGHT_C": _fit(64, channels)})
 
 
 def depthwise_tiles(width: int, hidden_features: int, kernel_size: int, dtype: torch.dtype) -> Tiles:
@@ -118,5 +110,5 @@ def depthwise_tiles(width: int, hidden_features: int, kernel_size: int, dtype: t
 
 
 def row_tiles(channels: int) -> Tiles:
-    """Kernels that take tokens as they come."""
-    return Tiles({"TILE_M": 16, "TILE_O": _fit(128, channels)}, 4)
+    """Kernels that take tokens as they come; TILE_T where they merge partial sums first."""
+    return Tiles({"TILE_M": 16, "TILE_O": _fit(128, channels), "TILE_T": 16}, 4)
