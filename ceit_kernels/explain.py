@@ -14,6 +14,7 @@ from . import backends
 from .common.children import convolution_reason
 from .common.freezing import Prepacked
 from .common.module import Fusion
+from .convnet import FrozenConvnet
 from .fuse import fusion_of
 from .leff.activations import MODULES
 from .leff.arguments import kernel_size_unsupported_reason
@@ -77,21 +78,26 @@ def explain(model: nn.Module) -> Explanation:
     like = torch.empty(0) if like is None else like
     depthwise = [name for name, module in model.named_modules() if _is_depthwise(module)]
     blocks = dict(_unknown_blocks(model, depthwise))
-    rows, within = Explanation(), None
+    rows = Explanation()
+    read: set[nn.Module] = set()  # by a fused block, which does not call them
     for name, module in model.named_modules():
-        if within is not None and name.startswith(within):
-            continue  # a fused block reads what its children have
+        if module in read:
+            continue
         row = _row(name, module, like) or (name in blocks and _unknown_row(name, module, blocks[name])) or None
         if row is not None:
             rows.append(row)
             if row.operator == "leff" and row.backend not in ("plain", "reference"):
-                within = name and f"{name}."
+                read.update(module.uncalled() if isinstance(module, FrozenConvnet) else list(module.modules())[1:])
     return rows
 
 
 def _row(name: str, module: nn.Module, like: Tensor) -> ModuleRow | None:
     """The row of a module that ``fuse`` knows."""
     kind = type(module)
+    if isinstance(module, FrozenConvnet):
+        found = kind.__bases__[-1]
+        plain = found.plain_class if issubclass(found, Fusion) else found
+        return ModuleRow(name, plain.__name__, "leff", True, *module.explanation())
     if isinstance(module, Fusion):
         operator = _operator_of(module)
         backend, reason = _choice(operator, module, like)

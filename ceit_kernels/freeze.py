@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .adapters.folding import fold_norms
 from .common.arguments import names_its_arguments
 from .common.graphs import Graphs
+from .common.module import Fusion
+from .convnet import FrozenConvnet
 from .fuse import fuse
 from .graphs import graph_settings, inputs_reason
 from .operators import OPERATORS
@@ -85,10 +87,8 @@ class Frozen(nn.Module):
         modules = list(self.model.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         if self._whole is None:
-            for module in modules:
-                for frozen_class in _FROZEN:
-                    frozen_class.freeze(module)
             fold_norms(self.model)
+            _freeze_parts(self.model)
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """What the model's ``forward`` returned when it was frozen, without gradients.
@@ -155,6 +155,19 @@ def _copy_of(model: nn.Module) -> nn.Module:
         if isinstance(tensor, Tensor) and not tensor.is_leaf
     }
     return copy.deepcopy(model, with_history)
+
+
+def _freeze_parts(module: nn.Module) -> None:
+    """Freeze the largest modules that are convolutions one after another, and of the others those that are fused."""
+    called = FrozenConvnet.freeze(module)
+    if called is None:
+        for frozen_class in _FROZEN:
+            frozen_class.freeze(module)
+        if isinstance(module, Fusion) and module.plain_reason() is None:
+            return  # reads what its children have
+    for name, child in module.named_children():
+        if called is None or name not in called:
+            _freeze_parts(child)
 
 
 def _parameters_to_buffers(module: nn.Module) -> None:

@@ -10,25 +10,12 @@ from torch import nn
 from ..common.children import child_reason, qualified_name
 from ..common.module import Fusion
 from ..leff.norms import folded, of_module
+from .chains import chain_of
 
 __all__ = ["fold_norms"]
 
-_EFFICIENTNET = "timm.models._efficientnet_blocks"
-
-# Children that a class calls one right after the other, by its qualified name.
-_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
-    "timm.layers.conv_bn_act.ConvNormAct": (("conv", "bn"),),
-    f"{_EFFICIENTNET}.ConvBnAct": (("conv", "bn1"),),
-    f"{_EFFICIENTNET}.DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
-    f"{_EFFICIENTNET}.EdgeResidual": (("conv_exp", "bn1"), ("conv_pwl", "bn2")),
-    f"{_EFFICIENTNET}.InvertedResidual": (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
-    "timm.models.efficientformer_v2.ConvNorm": (("conv", "bn"),),
-    "timm.models.efficientnet.EfficientNet": (("conv_stem", "bn1"), ("conv_head", "bn2")),
-    "timm.models.efficientvit_mit.ConvNormAct": (("conv", "norm"),),
-    "timm.models.mobilenetv3.MobileNetV3": (("conv_stem", "bn1"),),
-}
+# Of which all children are called, as of one within a class that is known.
 _SEQUENCES = ("timm.models.tiny_vit.ConvNorm", "torchvision.ops.misc.Conv2dNormActivation")
-_SEQUENTIAL = "torch.nn.modules.container.Sequential.forward"
 _BATCH_NORM, _BATCH_NORM_ACT = (nn.BatchNorm2d,), ("timm.layers.norm_act.BatchNormAct2d",)
 
 
@@ -37,19 +24,17 @@ def fold_norms(model: nn.Module, within: bool = False) -> None:
 
     Args:
         model: in which blocks that an operator serves are left alone.
-        within: whether its parent is a class known here, which calls all of a Sequential.
+        within: whether its parent is of a class that is known, which calls all of a Sequential.
     """
-    fused = isinstance(model, Fusion)
-    if fused and model.plain_reason() is None:
+    if isinstance(model, Fusion) and model.plain_reason() is None:
         return
-    found = type(model).plain_class if fused else type(model)
-    name = qualified_name(found)
-    if "forward" not in vars(model) and qualified_name(found.forward) in (f"{name}.forward", _SEQUENTIAL):
-        sequential = name in _SEQUENCES or (within and found is nn.Sequential)
-        for pair in pairwise(model._modules) if sequential else _PAIRS.get(name, ()):
-            _fold(model, *pair)
+    chain = chain_of(model)
+    if chain is not None and isinstance(model, nn.Sequential):
+        chain = chain if within or qualified_name(type(model)) in _SEQUENCES else None
+    for pair in pairwise(chain.children if chain else ()):
+        _fold(model, *pair)
     for child in model.children():
-        fold_norms(child, fused)
+        fold_norms(child, chain is not None)
 
 
 def _fold(module: nn.Module, of_convolution: str, of_norm: str) -> None:

@@ -1,0 +1,187 @@
+"""Modules of a frozen model that are convolutions one after another: one compiled call on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from operator import eq
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import backends
+from ..adapters.chains import Chain, chain_of
+from ..common.autocast import autocast_dtype
+from ..common.calls import is_eager, unsupported_reason
+from ..leff.activations import INDICES
+from .layers import ConvLayer, NotConvolutions, Unit, layers_of, units_of
+
+__all__ = ["FrozenConvnet"]
+
+torch.library.define("ceit::_convnet_prepack", "(Tensor like, Tensor?[] parameters, int[] sizes) -> Tensor")
+torch.library.define("ceit::_convnet_infer", "(Tensor x, Tensor prepacked, int[] sizes, bool planar) -> Tensor")
+
+
+class _Prepacked(NamedTuple):
+    """What calls read: layers as the kernels take them, and the state in which the modules compute these.
+
+    Attributes:
+        tensor, sizes: of the kernels.
+        channels, dtype: of images.
+        modules, classes: the modules within, and their classes then.
+        states, attributes: what all modules have, and how much then.
+        hooks: of all modules.
+        children, children_then: of all modules.
+    """
+
+    tensor: Tensor
+    sizes: list[int]
+    channels: int
+    dtype: torch.dtype
+    modules: list[nn.Module]
+    classes: list[type]
+    states: list[dict]
+    attributes: list[int]
+    hooks: list[dict]
+    children: list[dict]
+    children_then: list[dict]
+
+    def is_intact(self) -> bool:
+        """Whether nothing was done to the modules since."""
+        return (
+            not any(self.hooks)
+            and list(map(type, self.modules)) == self.classes
+            and list(map(len, self.states)) == self.attributes
+            and all(map(eq, self.children, self.children_then))
+        )
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether a call may read it: eager inference on images of the dtype."""
+        return (
+            x.dim() == 4
+            and x.shape[1] == self.channels
+            and x.dtype == self.dtype
+            and x.device.type == "cpu"
+            and x.numel() > 0
+            and not torch.is_grad_enabled()
+            and is_eager(x)
+            and unsupported_reason(x) is None
+            and autocast_dtype(x) is None
+            and not _has_any_global_hook()
+            and self.is_intact()
+            and backends.choose("leff", x, x.dtype).backend == "native"
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result, in memory as x is."""
+        planar = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+        images = x.contiguous() if planar else x.permute(0, 2, 3, 1)
+        out = torch.ops.ceit._convnet_infer(images, self.tensor, self.sizes, planar)
+        return out if planar else out.permute(0, 3, 1, 2)
+
+
+class FrozenConvnet:
+    """What is put before the class of a module in a frozen model whose children are convolutions one after another.
+
+    ``_prepacked`` belongs to this processor: copies are of the class from before, and ``freeze`` makes it anew.
+    """
+
+    _prepacked: _Prepacked
+
+    def explanation(self) -> tuple[str, str]:
+        """What runs a call, and why."""
+        if not self._prepacked.is_intact():
+            return "plain", "something was done to a part of it since it was frozen"
+        return "native", "frozen; convolutions one after another, in one call"
+
+    def uncalled(self) -> list[nn.Module]:
+        """The modules that are not called."""
+        return self._prepacked.modules
+
+    @staticmethod
+    def freeze(module: nn.Module) -> Collection[str] | None:
+        """Prepack a module in evaluation mode whose tensors do not change any more.
+
+        Returns:
+            The names of the children that are not called any more; None where the module is something else.
+        """
+        try:
+            layers = layers_of(module)
+            units = units_of(layers)
+        except NotConvolutions:
+            return None
+        weights = [layer.weight for layer in layers]
+        if not weights or any(weight.dtype != weights[0].dtype for weight in weights):
+            return None
+        if backends.current_backend("leff") not in ("auto", "native"):
+            return None
+        if backends.choose("leff", weights[0], weights[0].dtype).backend != "native":
+            return None
+        chain = chain_of(module) or Chain(())
+        called = [name for name in module._modules if chain.method == "forward" or name in chain.children]
+        within = [part for name in called for part in (module._modules[name] or nn.Identity()).modules()]
+        module.__dict__["_prepacked"] = _prepack(units, layers[0], [module, *within])
+        module.__class__ = _frozen_class(type(module), chain.method)
+        return called
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        plain: Any = object.__new__(type(self).__bases__[-1])
+        plain.__dict__.update((name, value) for name, value in self.__dict__.items() if name != "_prepacked")
+        make, arguments, *state = plain.__reduce_ex__(protocol)
+        return _made, (make, *arguments), *state
+
+
+def _made(make: Callable, *arguments: Any) -> nn.Module:
+    return make(*arguments)
+
+
+def _frozen_class(found: type[nn.Module], method: str) -> type:
+    plain: Callable = getattr(found, method)
+
+    def forward(self: Any, x: Any, *arguments: Any, **options: Any) -> Any:
+        prepacked = self._prepacked
+        if not (arguments or options) and isinstance(x, Tensor) and prepacked.serves(x):
+            return prepacked(x)
+        return plain(self, x, *arguments, **options)
+
+    return type(
+        f"Frozen{found.__name__.removeprefix('Fused')}",
+        (FrozenConvnet, found),
+        {"__module__": found.__module__, method: forward},
+    )
+
+
+def _prepack(units: list[Unit], first: ConvLayer, modules: list[nn.Module]) -> _Prepacked:
+    parameters: list[Tensor] = []
+    sizes: list[int] = []
+    for unit in units:
+        present = sum(1 << i for i, layer in enumerate(unit.layers) if layer is not None)
+        sizes += [present, unit.added, INDICES[unit.after]]
+        for layer in filter(None, unit.layers):
+            outputs = layer.weight.shape[0]
+            where = layer.side, layer.stride, layer.padding, INDICES[layer.activation]
+            sizes += [int(layer.is_depthwise), layer.inputs, outputs, *where]
+            if layer.is_depthwise:
+                taps = layer.weight.double().flatten(1).t() * layer.scale
+                parameters += [taps.contiguous(), layer.shift]
+            else:
+                parameters += [layer.weight.permute(0, 2, 3, 1).contiguous(), layer.scale, layer.shift]
+    weight = first.weight
+    # Whatever is put on a module or in its place shows in one of these.
+    children = [module._modules for module in modules]
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    states = [vars(module) for module in modules]
+    return _Prepacked(
+        torch.ops.ceit._convnet_prepack(weight, parameters, sizes),
+        sizes,
+        first.inputs,
+        weight.dtype,
+        modules[1:],
+        list(map(type, modules[1:])),
+        states,
+        [len(state) + (state is states[0]) for state in states],  # and what is prepacked
+        [state[kind] for state in states for kind in kinds],
+        children,
+        [dict(each) for each in children],
+    )

@@ -1,0 +1,284 @@
+#include "convnet.h"
+
+#include "../capability.h"
+
+namespace ceit::convnet {
+
+CEIT_DECLARE_TABLE(Kernels, kernels, 3)
+
+namespace {
+
+// Of a thread: hidden pixels that are kept for the convolution behind them, and its results or patches for the GEMM
+// behind those. Together with weights they stay in the second level of cache.
+constexpr int64_t kHiddenBytes = 224 << 10, kTileBytes = 128 << 10;
+// Pixels of an image in planes that are transposed at a time.
+constexpr int64_t kPlanePixels = 96;
+
+template <class T>
+int64_t fitting(int64_t bytes, int64_t elements) {
+  return std::max<int64_t>(1, bytes / (elements * int64_t(sizeof(T))));
+}
+
+// Rows of a map, of which the last `count` are kept; all of them where the map is in memory.
+template <class T>
+struct Rows {
+  T* data;
+  Map map;
+  int64_t count;
+  T* of(int64_t y) const { return data + y % count * map.width * map.channels; }
+  const T* inside(int64_t y) const { return y < 0 || y >= map.height ? nullptr : of(y); }
+};
+
+// The patches (pixels, side * side * channels) of pixels `begin` to `end` of a row of the result.
+template <class T>
+void copy_patches(const Layer<T>& layer, const Rows<const T>& from, int64_t y, int64_t begin, int64_t end, T* to) {
+  const int64_t width = from.map.width, channels = layer.in;
+  for (int64_t x = begin; x < end; ++x)
+    for (int dy = 0; dy < layer.side; ++dy, to += layer.side * channels) {
+      const T* row = from.inside(y * layer.stride - layer.padding + dy);
+      const int64_t first = x * layer.stride - layer.padding;
+      const int64_t left = row ? std::min<int64_t>(layer.side, std::max<int64_t>(0, -first)) : layer.side;
+      const int64_t right = std::max(left, std::min<int64_t>(layer.side, width - first));
+      std::fill(to, to + left * channels, T{});
+      if (left < right)
+        std::copy(row + (first + left) * channels, row + (first + right) * channels, to + left * channels);
+      std::fill(to + right * channels, to + layer.side * channels, T{});
+    }
+}
+
+// Runs a unit on one image.
+template <class T>
+class UnitRun {
+ public:
+  UnitRun(const Unit<T>& unit, const Map& in, const T* x, const T* residual, T* out)
+      : unit_(unit),
+        in_(in),
+        hidden_(unit.hidden(in)),
+        mixed_(unit.mixed(in)),
+        result_(unit.map(in)),
+        x_(x),
+        residual_(residual),
+        out_(out) {}
+
+  template <class Run>
+  void operator()(T* memory, int64_t threads, const Run& run) const {
+    if (unit_.expanding && hidden_.elements() * int64_t(sizeof(T)) > threads * kHiddenBytes)
+      return run(result_.height, [&](int64_t begin, int64_t end) { stream(begin, end); });
+    const T* hidden = x_;
+    if (unit_.expanding) {
+      run(hidden_.pixels(), [&](int64_t begin, int64_t end) { expand(begin, end, memory); });
+      hidden = memory;
+    }
+    const Rows<const T> rows{hidden, hidden_, hidden_.height};
+    run(result_.pixels(), [&](int64_t begin, int64_t end) {
+      const int64_t step = unit_.mixing ? tile_pixels() : end - begin;
+      T* tile = unit_.mixing ? scratch(step * tile_channels()) : nullptr;
+      for (int64_t pixel = begin; pixel < end; pixel += step) finish(rows, pixel, std::min(end, pixel + step), tile);
+    });
+  }
+
+ private:
+  // Rows `begin` to `end` of the result, by a few of them and the hidden rows that they need.
+  void stream(int64_t begin, int64_t end) const {
+    const Layer<T>& layer = *unit_.mixing;
+    const int64_t row = hidden_.width * hidden_.channels, overlap = layer.side - layer.stride;
+    const int64_t fit = (fitting<T>(kHiddenBytes, row) - overlap) / layer.stride;
+    const int64_t step = std::max<int64_t>(1, std::min(fit, tile_pixels() / mixed_.width));
+    const int64_t kept = step * layer.stride + std::max<int64_t>(0, overlap);
+    T* memory = scratch(kept * row + step * mixed_.width * tile_channels());
+    const Rows<T> rows{memory, hidden_, kept};
+    int64_t next = std::max<int64_t>(0, begin * layer.stride - layer.padding);
+    for (int64_t y = begin; y < end; y += step) {
+      const int64_t last = std::min(end, y + step);
+      const int64_t needed = std::min(hidden_.height, (last - 1) * layer.stride - layer.padding + layer.side);
+      while (next < needed) {
+        const int64_t until = std::min(needed, (next / kept + 1) * kept);
+        expand(next * hidden_.width, until * hidden_.width, rows.of(next) - next * row);
+        next = until;
+      }
+      finish({memory, hidden_, kept}, y * mixed_.width, last * mixed_.width, memory + kept * row);
+    }
+  }
+
+  // Hidden pixels `begin` to `end`, of those that begin at `hidden`.
+  void expand(int64_t begin, int64_t end, T* hidden) const {
+    gemm::Call<T> call = unit_.expanding->gemm;
+    call.a = x_, call.out = hidden;
+    gemm::multiply(call, begin, end);
+  }
+
+  // Pixels `begin` to `end` of the result; `tile` is for what comes ahead of the last GEMM.
+  void finish(const Rows<const T>& hidden, int64_t begin, int64_t end, T* tile) const {
+    const int64_t count = end - begin;
+    T* to = out_ + begin * result_.channels;
+    const T* a = x_ + begin * in_.channels;
+    if (unit_.mixing) {
+      T* mixed = unit_.contracting ? tile : to;
+      if (unit_.mixing->depthwise)
+        mix(hidden, begin, end, mixed);
+      else
+        convolve(hidden, begin, end, mixed, unit_.contracting ? tile + count * mixed_.channels : tile);
+      a = mixed;
+    }
+    if (unit_.contracting) {
+      gemm::Call<T> call = unit_.contracting->gemm;
+      call.a = a, call.out = to, call.residual = residual_ ? residual_ + begin * result_.channels : nullptr;
+      gemm::multiply(call, 0, count);
+    }
+    if (unit_.after != Activation::identity) chosen(kIndex<T>).activate({unit_.after, to}, 0, count * result_.channels);
+  }
+
+  void mix(const Rows<const T>& hidden, int64_t begin, int64_t end, T* to) const {
+    const Layer<T>& layer = *unit_.mixing;
+    DepthwiseCall call{hidden_.channels, hidden_.width,    layer.side, layer.stride, layer.padding, {}, layer.taps,
+                       layer.shift,      layer.activation, to};
+    for_rows(begin, end, [&](int64_t y, int64_t left, int64_t right, int64_t done) {
+      for (int dy = 0; dy < layer.side; ++dy) call.rows[dy] = hidden.inside(y * layer.stride - layer.padding + dy);
+      call.out = to + done * mixed_.channels;
+      chosen(kIndex<T>).depthwise(call, left, right);
+    });
+  }
+
+  void convolve(const Rows<const T>& hidden, int64_t begin, int64_t end, T* to, T* patches) const {
+    const Layer<T>& layer = *unit_.mixing;
+    for_rows(begin, end, [&](int64_t y, int64_t left, int64_t right, int64_t done) {
+      copy_patches(layer, hidden, y, left, right, patches + done * layer.depth());
+    });
+    gemm::Call<T> call = layer.gemm;
+    call.a = patches, call.out = to;
+    if (residual_ && !unit_.contracting) call.residual = residual_ + begin * result_.channels;
+    gemm::multiply(call, 0, end - begin);
+  }
+
+  // Calls body(row, left, right, pixels before) for the parts of rows that pixels `begin` to `end` are.
+  template <class Body>
+  void for_rows(int64_t begin, int64_t end, const Body& body) const {
+    const int64_t width = mixed_.width;
+    for (int64_t pixel = begin; pixel < end;) {
+      const int64_t y = pixel / width, until = std::min(end, (y + 1) * width);
+      body(y, pixel - y * width, until - y * width, pixel - begin);
+      pixel = until;
+    }
+  }
+
+  // Elements of a tile for each pixel: results of the convolution and patches.
+  int64_t tile_channels() const {
+    const Layer<T>& layer = *unit_.mixing;
+    return (unit_.contracting ? mixed_.channels : 0) + (layer.depthwise ? 0 : layer.depth());
+  }
+  int64_t tile_pixels() const { return fitting<T>(kTileBytes, std::max(tile_channels(), mixed_.channels)); }
+  static T* scratch(int64_t elements) {
+    return static_cast<T*>(gemm::packing_workspace(elements * int64_t(sizeof(T))));
+  }
+
+  const Unit<T>& unit_;
+  Map in_, hidden_, mixed_, result_;
+  const T *x_, *residual_;
+  T* out_;
+};
+
+}  // namespace
+
+template <class T>
+Layer<T>::Layer(Numbers& numbers, gemm::Packer<T>& packer)
+    : depthwise(numbers.next() != 0),
+      in(numbers.next()),
+      out(numbers.next()),
+      side(int(numbers.next())),
+      stride(int(numbers.next())),
+      padding(int(numbers.next())),
+      activation(gemm::activation_of(numbers.next())) {
+  STD_TORCH_CHECK(!depthwise || (in == out && side <= kLargestSide), "sizes: no depthwise convolution of ", side);
+  if (depthwise) {
+    taps = packer.vector("taps", side * side * in);
+    shift = packer.vector("shift", out);
+    return;
+  }
+  gemm = packer.weight("weight", out, depth());
+  gemm.scale = packer.vector("scale", out, 1);
+  gemm.shift = packer.vector("shift", out);
+  gemm.activation = activation;
+}
+
+template <class T>
+Unit<T>::Unit(Numbers& numbers, gemm::Packer<T>& packer) {
+  const int64_t layers = numbers.next();
+  added = numbers.next();
+  after = gemm::activation_of(numbers.next());
+  if (layers & 1) expanding.emplace(numbers, packer);
+  if (layers & 2) mixing.emplace(numbers, packer);
+  if (layers & 4) contracting.emplace(numbers, packer);
+}
+
+template <class T>
+Net<T>::Net(const std::vector<int64_t>& sizes, gemm::Packer<T>& packer) {
+  Numbers numbers(sizes);
+  while (!numbers.end()) units.emplace_back(numbers, packer);
+}
+
+template <class T>
+Map Net<T>::map(Map in) const {
+  for (const Unit<T>& unit : units) in = unit.map(in);
+  return in;
+}
+
+template <class T>
+int64_t Net<T>::largest(Map in) const {
+  int64_t elements = in.elements();
+  for (const Unit<T>& unit : units) {
+    in = unit.map(in);
+    elements = std::max(elements, in.elements());
+  }
+  return elements;
+}
+
+template <class T>
+int64_t Net<T>::memory(const Map& in) const {
+  int64_t hidden = 0;
+  Map map = in;
+  for (const Unit<T>& unit : units) {
+    if (unit.expanding) hidden = std::max(hidden, unit.hidden(map).elements());
+    map = unit.map(map);
+  }
+  return 3 * largest(in) + hidden;
+}
+
+template <class T>
+template <class Run>
+void Net<T>::infer(const Map& in, bool planar, const T* x, T* memory, T* out, const Run& run) const {
+  const int64_t size = largest(in), threads = std::is_same_v<Run, gemm::Alone> ? 1 : torch::stable::get_num_threads();
+  T* maps[3] = {memory, memory + size, memory + 2 * size};
+  Map map = in;
+  const T *from = x, *before = nullptr;
+  if (planar) {
+    T* to = maps[0];
+    run(ceil_div(map.pixels(), kPlanePixels), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kPlanePixels, count = std::min(map.pixels(), end * kPlanePixels) - first;
+      gemm::transpose(x + first, map.pixels(), map.channels, count, to + first * map.channels, map.channels);
+    });
+    from = to;
+  }
+  for (size_t i = 0; i < units.size(); ++i) {
+    const Unit<T>& unit = units[i];
+    T* to = i + 1 == units.size() && !planar ? out : maps[(i + 1) % 3];
+    const T* residual = unit.added == 0 ? nullptr : unit.added == 1 ? from : before;
+    UnitRun<T>(unit, map, from, residual, to)(memory + 3 * size, threads, run);
+    map = unit.map(map);
+    before = from, from = to;
+  }
+  if (planar)
+    run(ceil_div(map.pixels(), kPlanePixels), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kPlanePixels, count = std::min(map.pixels(), end * kPlanePixels) - first;
+      gemm::transpose(from + first * map.channels, map.channels, count, map.channels, out + first, map.pixels());
+    });
+}
+
+#define CEIT_INSTANTIATE(T)                                                                  \
+  template struct Net<T>;                                                                    \
+  template void Net<T>::infer(const Map&, bool, const T*, T*, T*, const gemm::Alone&) const; \
+  template void Net<T>::infer(const Map&, bool, const T*, T*, T*, const gemm::Threads&) const;
+CEIT_INSTANTIATE(float)
+CEIT_INSTANTIATE(Bf16)
+CEIT_INSTANTIATE(double)
+
+}  // namespace ceit::convnet

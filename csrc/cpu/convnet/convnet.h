@@ -1,0 +1,82 @@
+// Convolutional layers of images one after another at inference, their weights prepacked and norms folded. Maps are
+// (pixels, channels); what layers in a row need of each other goes between them while it is in cache.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../gemm/packing.h"
+#include "calls.h"
+
+namespace ceit::convnet {
+
+struct Map {
+  int64_t height, width, channels;
+  int64_t pixels() const { return height * width; }
+  int64_t elements() const { return pixels() * channels; }
+};
+
+// Lists of numbers, read one after another.
+class Numbers {
+ public:
+  explicit Numbers(const std::vector<int64_t>& all) : all_(all) {}
+  int64_t next() {
+    STD_TORCH_CHECK(at_ < all_.size(), "sizes: expected more than ", all_.size());
+    return all_[at_++];
+  }
+  bool end() const { return at_ == all_.size(); }
+
+ private:
+  const std::vector<int64_t>& all_;
+  size_t at_ = 0;
+};
+
+// A convolution, its norm and its activation. Numbers: whether it is depthwise, input channels, output channels, side,
+// stride, padding, activation. Parameters: weight (outputs, side * side * inputs) and scale, or taps (side * side,
+// channels) with the scale in them; and shift.
+template <class T>
+struct Layer {
+  bool depthwise;
+  int64_t in, out;
+  int side, stride, padding;
+  Activation activation;
+  gemm::Call<T> gemm;  // but for the rows
+  const acc_t<T>*taps = nullptr, *shift = nullptr;
+  Layer(Numbers& numbers, gemm::Packer<T>& packer);
+  int64_t depth() const { return side * side * in; }
+  Map map(const Map& of) const { return {size(of.height), size(of.width), out}; }
+
+ private:
+  int64_t size(int64_t of) const { return (of + 2 * padding - side) / stride + 1; }
+};
+
+// Layers of which no result is needed but the last: a pointwise one, one that mixes neighbours and a pointwise one, of
+// which some may be missing. Numbers: which there are (bits), what is added to the result (0 nothing, 1 the input, 2
+// the input of the unit before), the activation behind that; then those of the layers.
+template <class T>
+struct Unit {
+  std::optional<Layer<T>> expanding, mixing, contracting;
+  int64_t added;
+  Activation after;
+  Unit(Numbers& numbers, gemm::Packer<T>& packer);
+  Map hidden(const Map& in) const { return expanding ? expanding->map(in) : in; }
+  Map mixed(const Map& in) const { return mixing ? mixing->map(hidden(in)) : hidden(in); }
+  Map map(const Map& in) const { return contracting ? contracting->map(mixed(in)) : mixed(in); }
+};
+
+template <class T>
+struct Net {
+  std::vector<Unit<T>> units;
+  Net(const std::vector<int64_t>& sizes, gemm::Packer<T>& packer);
+  Map map(Map in) const;
+  // Elements of an image's memory.
+  int64_t memory(const Map& in) const;
+  // One image, from `x` to `out`, which are (channels, pixels) where they are planar.
+  template <class Run>
+  void infer(const Map& in, bool planar, const T* x, T* memory, T* out, const Run& run) const;
+
+ private:
+  int64_t largest(Map in) const;  // elements of a map
+};
+
+}  // namespace ceit::convnet

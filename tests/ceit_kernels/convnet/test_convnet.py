@@ -1,0 +1,219 @@
+"""Convolutions one after another in frozen models, as one compiled call."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.accuracy import assert_as_accurate_over_draws
+from support.adapters import grown
+from timm.models import efficientformer_v2, efficientvit_mit, tiny_vit
+from timm.models._efficientnet_blocks import (
+    ConvBnAct,
+    DepthwiseSeparableConv,
+    EdgeResidual,
+    InvertedResidual,
+    UniversalInvertedResidual,
+)
+from torch import nn
+from torchvision.models import mobilenetv2
+
+from ceit_kernels import explain, freeze, use_backend
+from ceit_kernels.convnet import FrozenConvnet
+
+RESIDUAL = partial(InvertedResidual, act_layer=nn.ReLU6, exp_ratio=3)
+
+# Of 12 channels.
+BLOCKS = {
+    "convolution": lambda: nn.Conv2d(12, 20, 3, padding=1),
+    "convolution without padding": lambda: nn.Conv2d(12, 20, 3, stride=2, bias=False),
+    "patches": lambda: nn.Conv2d(12, 20, 4, stride=4),
+    "pointwise of stride 2": lambda: nn.Conv2d(12, 20, 1, stride=2),
+    "depthwise": lambda: nn.Conv2d(12, 12, 7, padding=3, groups=12),
+    "sequence": lambda: nn.Sequential(nn.Conv2d(12, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.SiLU(), nn.Conv2d(6, 12, 1)),
+    "MobileNetV2, stride 2": lambda: RESIDUAL(12, 20, stride=2),
+    "MobileNetV2, shortcut": lambda: RESIDUAL(12, 12, 5),
+    "torchvision's MobileNetV2": lambda: mobilenetv2.InvertedResidual(12, 20, 2, 3),
+    "separable": lambda: DepthwiseSeparableConv(12, 12, 5, act_layer=nn.Hardswish),
+    "dense expansion": lambda: EdgeResidual(12, 12, exp_ratio=2, act_layer=nn.SiLU),
+    "dense shortcut": lambda: ConvBnAct(12, 12, 3, skip=True),
+    "MobileNetV4": lambda: UniversalInvertedResidual(12, 12, 5, 3, 3, exp_ratio=2, noskip=True),
+    "MobileNetV4, shortcut": lambda: UniversalInvertedResidual(12, 12, 3, 3, exp_ratio=2),
+    "EfficientFormerV2": lambda: efficientformer_v2.EfficientFormerV2Block(12, use_attn=False),
+    "EfficientFormerV2's stem": lambda: efficientformer_v2.Stem4(12, 16),
+    "no depthwise convolution": lambda: efficientformer_v2.ConvMlpWithNorm(12, 20, 12),
+    "TinyViT": lambda: tiny_vit.MBConv(12, 12, 2.0, nn.GELU, 0.0),
+    "TinyViT's merging": lambda: tiny_vit.PatchMerging(12, 16, nn.GELU),
+    "EfficientViT": lambda: efficientvit_mit.DSConv(12, 12, act_layer=(nn.ReLU, nn.Identity)),
+    "shortcuts in a row": lambda: nn.Sequential(
+        RESIDUAL(12, 12), RESIDUAL(12, 24, stride=2), RESIDUAL(24, 24), nn.Conv2d(24, 8, 1)
+    ),
+}
+blocks = pytest.mark.parametrize("name", BLOCKS)
+
+
+def make(name, draw=0):
+    torch.manual_seed(draw)
+    return grown(BLOCKS[name](), draw).eval()
+
+
+def images(*size, draw=0):
+    return torch.randn(size, generator=torch.Generator().manual_seed(draw), dtype=torch.float64)
+
+
+def run(frozen, x):
+    """The result of a module that is one compiled call."""
+    assert isinstance(frozen.model, FrozenConvnet)
+    assert frozen.model._prepacked.is_intact()
+    with use_backend("leff=native"):
+        return frozen(x)
+
+
+@blocks
+def test_computes_what_the_modules_do(name):
+    block = make(name)
+    frozen = freeze(block)
+    # The last is so large that the hidden pixels go by a few rows at a time.
+    for size in ((1, 12, 9, 4), (3, 12, 6, 13), (1, 12, 60, 61)):
+        x = images(*size)
+        for memory in (torch.contiguous_format, torch.channels_last):
+            out = run(frozen, x.to(memory_format=memory))
+            torch.testing.assert_close(out, block(x), rtol=1e-10, atol=1e-10)
+            assert out.is_contiguous(memory_format=memory)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@blocks
+def test_is_as_accurate_as_the_modules(name, dtype):
+    def results(draw):
+        block, x = make(name, draw).to(dtype), images(2, 12, 9, 7, draw=draw).to(dtype)
+        exact = copy.deepcopy(block).double()
+        with torch.no_grad():
+            return [run(freeze(block), x)], [block(x)], [exact(x.double())]
+
+    assert_as_accurate_over_draws([name], map(results, range(8)))
+
+
+@st.composite
+def sequences(draw):
+    """Modules one after another, and their input channels."""
+    channels = first = draw(st.integers(1, 20))
+    modules = []
+    for _ in range(draw(st.integers(1, 5))):
+        side, stride = draw(st.sampled_from([1, 1, 2, 3, 5])), draw(st.sampled_from([1, 1, 2]))
+        outputs, groups = draw(st.integers(1, 20)), 1
+        if side in (3, 5) and draw(st.booleans()):
+            outputs, groups = channels, channels
+        bias, padding = draw(st.booleans()), draw(st.integers(0, 3))
+        modules.append(nn.Conv2d(channels, outputs, side, stride, padding, groups=groups, bias=bias))
+        modules += [nn.BatchNorm2d(outputs, affine=bias)] if draw(st.booleans()) else []
+        modules += draw(st.sampled_from([[], [nn.ReLU()], [nn.GELU(), nn.Dropout(0.5)], [nn.Hardswish()]]))
+        channels = outputs
+    return nn.Sequential(*modules), first
+
+
+@given(sequences(), st.integers(1, 3), st.integers(12, 40), st.integers(12, 40))
+def test_any_convolutions_are_one_call(made, batch, height, width):
+    model, channels = made
+    model, x = grown(model).eval(), images(batch, channels, height, width)
+    try:
+        expected = model(x)
+    except RuntimeError:  # nothing is left of the image
+        return
+    torch.testing.assert_close(run(freeze(model), x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_convolutions_of_a_whole_model_are_one_call():
+    torch.manual_seed(0)
+    model = grown(timm.create_model("mobilenetv2_035", num_classes=5)).eval()
+    frozen, x = freeze(model), images(2, 3, 65, 97)
+    with torch.no_grad():
+        torch.testing.assert_close(run(frozen, x), model(x), rtol=1e-10, atol=1e-10)
+    assert [(row.name, row.backend) for row in explain(frozen)] == [("model", "native"), ("model.classifier", "native")]
+
+
+def with_a_hook(block):
+    block.bn2.act.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def with_another_child(block):
+    block.bn2 = nn.Sequential(block.bn2, nn.Tanh())
+
+
+def with_another_class(block):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block.conv_dw.__class__ = Doubled
+
+
+def with_another_forward(block):
+    block.conv_dw.forward = torch.sin
+
+
+@pytest.mark.parametrize("change", [with_a_hook, with_another_child, with_another_class, with_another_forward])
+def test_what_is_done_to_the_parts_is_not_ignored(change):
+    block, x = make("MobileNetV2, shortcut"), images(1, 12, 9, 7)
+    changed = copy.deepcopy(block)
+    change(changed)
+    expected = changed(x)
+    assert (expected - block(x)).abs().max() > 1e-3
+    torch.testing.assert_close(freeze(changed)(x), expected, rtol=1e-10, atol=1e-10)
+    frozen = freeze(block)
+    change(frozen.model)
+    assert explain(frozen)[0].backend == "plain"
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-10, atol=1e-10)
+
+
+class Subclass(mobilenetv2.InvertedResidual):
+    """A subclass, of which nothing is known."""
+
+
+def with_a_shortcut_of_another_shape():
+    block = ConvBnAct(12, 1, 3)
+    block.has_skip = True
+    return block
+
+
+@pytest.mark.parametrize(
+    "make_block",
+    [
+        lambda: Subclass(12, 12, 1, 3),
+        with_a_shortcut_of_another_shape,
+        lambda: nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, padding_mode="circular"), nn.ReLU()),
+        lambda: nn.Sequential(nn.Conv2d(12, 12, 3, padding="same", groups=3), nn.ReLU()),
+        lambda: nn.Sequential(nn.Conv2d(12, 12, 3, dilation=2), nn.ReLU()),
+        lambda: nn.Sequential(nn.Conv2d(12, 12, 1), nn.ReLU(), nn.BatchNorm2d(12)),
+        lambda: nn.Sequential(nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12, track_running_stats=False)),
+        lambda: nn.Sequential(nn.BatchNorm2d(12), nn.Conv2d(12, 12, (1, 3))),
+    ],
+)
+def test_other_modules_stay_as_they_are(make_block):
+    block, x = grown(make_block()).eval(), images(2, 12, 9, 8)
+    frozen = freeze(block)
+    assert not isinstance(frozen.model, FrozenConvnet)
+    torch.testing.assert_close(frozen(x), block(x), rtol=1e-10, atol=1e-10)
+
+
+def test_calls_that_the_kernels_do_not_serve_are_the_modules():
+    block, x = make("sequence").float(), images(1, 12, 9, 7).float()
+    frozen = freeze(block)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(frozen(x), block(x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(frozen.model[0](x[0]), block[0](x[0]))
+    assert frozen(x[:0]).shape == block(x[:0]).shape
+    with use_backend("leff=reference"):
+        torch.testing.assert_close(frozen(x), block(x))
+    with pytest.raises(RuntimeError, match="channels"):
+        frozen(x[:, :5])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda frozen: pickle.loads(pickle.dumps(frozen))])
+def test_copies_compute_the_same(copied):
+    frozen, x = freeze(make("shortcuts in a row")), images(1, 12, 9, 7)
+    assert torch.equal(run(copied(frozen), x), frozen(x))
