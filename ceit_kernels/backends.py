@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .common.choice import describe_findings
 from .common.extension import describe_extension, extension_problem, has_kernel
 from .common.launch import compute_capability, is_recording, target_device
 from .operators import OPERATORS
@@ -36,7 +37,8 @@ __all__ = [
     "use_backend",
 ]
 
-BACKENDS = ("auto", "reference", "native", "triton")
+BACKENDS = ("auto", "reference", "native", "triton", "library")
+_BY_TRITON = ("triton", "library")  # the latter with GEMMs of PyTorch
 
 # For which the machine code of every kernel is looked at.
 _PROVEN_AMD_CHIPS = ("gfx942",)
@@ -88,9 +90,10 @@ def use_backend(backend: str) -> Iterator[None]:
     A call that the backend cannot serve raises ``BackendError`` with the reason; only ``"auto"`` chooses another.
 
     Args:
-        backend: ``"auto"`` (the fastest that can run), ``"reference"`` (plain PyTorch), ``"native"`` or ``"triton"``.
-            ``"triton"`` also takes CPU tensors when the environment has TRITON_INTERPRET=1. For some operators only:
-            ``"lca=triton,leff=reference"``. The environment variable CEIT_KERNELS_BACKEND sets the default likewise.
+        backend: ``"auto"`` (the fastest that can run), ``"reference"`` (plain PyTorch), ``"native"``, ``"triton"``, or
+            ``"library"`` (PyTorch's GEMMs around Triton kernels). The last two also take CPU tensors when the
+            environment has TRITON_INTERPRET=1. For some operators only: ``"lca=triton,leff=reference"``. The
+            environment variable CEIT_KERNELS_BACKEND sets the default likewise.
 
     Raises:
         ValueError, TypeError: unknown backend or operator.
@@ -137,9 +140,9 @@ def _refusal(
         return f"{operator} has no {backend} implementation"
     if unsupported is not None:
         return unsupported
-    if backend == "triton" and not _HAS_TRITON:
+    if backend in _BY_TRITON and not _HAS_TRITON:
         return "triton is not installed"
-    interpreted = backend == "triton" and device == "cpu" and _INTERPRETING
+    interpreted = backend in _BY_TRITON and device == "cpu" and _INTERPRETING
     device = "cuda" if interpreted else device
     implementation = code.get(device, next(iter(code.values())))
     if dtype not in implementation.dtypes:
@@ -147,7 +150,7 @@ def _refusal(
         return f"the kernels compute in {', '.join(names)} and {last}, not in {dtype}"
     if device not in code:
         needed = " or ".join(_DEVICE_NAMES[name] for name in code)
-        debug = " (or TRITON_INTERPRET=1 before import, to debug)" if backend == "triton" else ""
+        debug = " (or TRITON_INTERPRET=1 before import, to debug)" if backend in _BY_TRITON else ""
         return f"the tensor is on the {device.upper()}, {operator}'s {backend} kernels need {needed}{debug}"
     if interpreted:
         return "Triton's interpreter computes wrongly in bfloat16" if dtype == torch.bfloat16 else None
@@ -165,11 +168,13 @@ def _decide(operator: str, device: str, index: int | None, dtype: torch.dtype, u
         return Choice(wanted, "asked for")
     refusals = []
     for backend, code in OPERATORS[operator].implementations.items():
+        if backend == "library":
+            continue  # operators that have it choose between it and Triton themselves
         if device == "cpu" and "cpu" not in code:
             refusals.append(f"{backend}: the tensor is on the CPU")
             continue
         refusal = _refusal(operator, backend, device, index, dtype, unsupported)
-        if refusal is None and (backend, device) == ("triton", "cuda"):
+        if refusal is None and backend in _BY_TRITON and device == "cuda":
             refusal = _unproven_gpu(index)
         if refusal is None:
             return Choice(backend, "the fastest that can run")
@@ -242,8 +247,9 @@ class OperatorStatus:
 
 
 class Status(list[OperatorStatus]):
-    """Rows of ``OperatorStatus``; its text is a table, and a line on the compiled extension."""
+    """Rows of ``OperatorStatus``; its text is a table, what was measured of calls, and a line on the extension."""
 
+    measured: Sequence[str] = ()
     extension: str = ""
 
     def __str__(self) -> str:
@@ -251,13 +257,13 @@ class Status(list[OperatorStatus]):
         rows += [(row.operator, row.device, row.backend or "none", row.reason) for row in self]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
         lines = ["  ".join([*map(str.ljust, row, widths), row[3]]) for row in rows]
-        return "\n".join([*lines, self.extension])
+        return "\n".join([*lines, *self.measured, self.extension])
 
 
 def status(dtype: torch.dtype = torch.float32) -> Status:
     """What would run each operator on this machine for inputs of ``dtype``, and why; a row for each device."""
     table = Status(_operator_status(operator, device, dtype) for operator in OPERATORS for device in _DEVICE_NAMES)
-    table.extension = describe_extension()
+    table.measured, table.extension = describe_findings(), describe_extension()
     return table
 
 

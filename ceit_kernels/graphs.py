@@ -17,8 +17,8 @@ from .backends import current_backend
 from .common.arguments import names_its_arguments
 from .common.calls import is_eager
 from .common.graphs import Graphs
+from .common.stopwatch import is_capturing
 from .common.sync_norm import SyncBatchNorm2d
-from .common.tuning import is_capturing
 from .operators import OPERATORS
 
 __all__ = ["Graphed", "graph_settings", "graphed", "inputs_reason"]

@@ -62,7 +62,10 @@ def _cpu(compiled: str | None = None) -> dict[str, Implementation]:
 
 _SPECS = (
     OperatorSpec(
-        "leff", {"triton": _TRITON, "native": _cpu("_leff_train")}, ("leff:FusedLeFF",), frozen="leff:FrozenLeFF"
+        "leff",
+        {"triton": _TRITON, "library": _TRITON, "native": _cpu("_leff_train")},
+        ("leff:FusedLeFF",),
+        frozen="leff:FrozenLeFF",
     ),
     OperatorSpec("lca", {"triton": _TRITON, "native": _cpu()}, ("lca:FusedLCAAttention",)),
     OperatorSpec(

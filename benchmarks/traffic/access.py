@@ -108,6 +108,12 @@ KERNELS: dict[str, KernelCost] = {
         lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * (a["O"] + a["KERNEL"] ** 2),
         x=prefix_tokens,
     ),
+    "leff_depthwise_inference_kernel": _cost(
+        "weight2 bias2" + "".join(f" norm_weight{i} norm_bias{i} running_mean{i} running_var{i}" for i in (1, 2, 3)),
+        "h2 norm3",
+        lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
+        z1=image_tokens,
+    ),
     "leff_expand_moments_kernel": _cost(
         "weight bias", "z1 partial count", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
     ),

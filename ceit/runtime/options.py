@@ -117,8 +117,8 @@ _DIGITS_OR_FOLDER = (
     "folder of images per class, torch/NAME for a set of torchvision, or hfds/NAME for one of Hugging Face"
 )
 _BACKENDS = (
-    "auto, reference, native or triton, or for some operators only, e.g. lca=triton; unless given, the environment's "
-    "CEIT_KERNELS_BACKEND, or auto"
+    "auto, reference, native, triton or library, or for some operators only, e.g. lca=triton; unless given, the "
+    "environment's CEIT_KERNELS_BACKEND, or auto"
 )
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .launch import has_launch_hooks, is_recording, this_thread
-from .tuning import is_capturing, is_tuning
+from .stopwatch import is_capturing
+from .tuning import is_tuning
 
 __all__ = ["buffer", "buffers_like", "compute", "planned", "without_plan"]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
@@ -12,6 +11,7 @@ from ..common.arguments import names_its_arguments
 from ..common.autocast import autocast_dtype
 from ..common.calls import needs_gradient, unsupported_reason
 from ..common.checks import norm_dtype_reason
+from ..common.launch import is_recording
 from .activations import ACTIVATIONS
 from .arguments import (
     NORM_TENSORS,
@@ -21,9 +21,9 @@ from .arguments import (
     kernel_size_unsupported_reason,
     parameters_per_layer,
 )
+from .choice import call_operator, choose
 from .grid import from_tokens, residual_to_tokens, to_tokens
-from .norms import BatchNorm, norm_mode, process_group_of, update_running_statistics
-from .op import leff_inference_operator, leff_operator
+from .norms import BatchNorm, norm_mode, plain_norm, process_group_of, update_running_statistics
 from .reference import leff_reference
 
 __all__ = ["leff_block", "leff_fused", "pack"]
@@ -90,7 +90,7 @@ def leff_block(
     tokens, grid_size = to_tokens(x, weights[0].shape[1], layout, num_prefix_tokens, grid_size)
     if residual is not None:
         residual = residual_to_tokens(residual, tokens, weights[2].shape[0], layout, grid_size)
-    plain_norms = [_reference_norm(f"norms[{i}]", norm) for i, norm in enumerate(norms)]
+    plain_norms = [plain_norm(f"norms[{i}]", norm) for i, norm in enumerate(norms)]
     functions = [ACTIVATIONS[name] for name in activations]
     out = leff_reference(tokens, weights, biases, plain_norms, functions, grid_size, num_prefix_tokens, residual)
     return from_tokens(out, layout, grid_size, x)
@@ -136,10 +136,19 @@ def leff_fused(
             name, tensors = names[first].removesuffix(".weight"), parameters[first : first + len(NORM_TENSORS)]
             unsupported = unsupported or norm_dtype_reason(name, dtype, *tensors)
     backend = backends.choose("leff", tokens, dtype, unsupported).backend
+    training = "batch" in settings.norms or needs_gradient(tokens, residual, *parameters)
+    if backend == "triton" and backends.current_backend("leff") == "auto" and not is_recording():
+        backend = choose(tokens, parameters, norms, residual, settings, training)
+    if backend == "library" and training:
+        backends.leave_to_reference("leff", "the library serves inference alone")
     if backend == "reference":
         return None
-    out = _call_operator(tokens, parameters, norms, residual, settings._replace(backend=backend))
-    return from_tokens(out, layout, grid_size, x)
+    results = call_operator(tokens, parameters, residual, settings._replace(backend=backend), training)
+    if training:
+        _, _, _, _, *statistics, count = results
+        image_tokens = tokens.shape[0] * settings.height * settings.width
+        update_running_statistics(norms, statistics, count, image_tokens, backend)
+    return from_tokens(results[0], layout, grid_size, x)
 
 
 def pack(
@@ -151,42 +160,3 @@ def pack(
         of_norm = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         parameters += [weight, bias, *of_norm]
     return parameters
-
-
-def _call_operator(
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    norms: Sequence[BatchNorm | None],
-    residual: Tensor | None,
-    settings: Settings,
-) -> Tensor:
-    """Call the operator of inference or of training, which updates the running statistics."""
-    if not ("batch" in settings.norms or needs_gradient(x, residual, *parameters)):
-        where = settings.height, settings.width, settings.num_prefix_tokens, settings.activations
-        inputs = x, *parameters, residual, settings.eps, *where, settings.compute_dtype
-        return leff_inference_operator(*inputs, settings.backend)
-    # Running statistics that are about to change are no input of the operator.
-    inputs = [
-        None if i % parameters_per_layer > 3 and settings.norms[i // parameters_per_layer] == "batch" else parameter
-        for i, parameter in enumerate(parameters)
-    ]
-    out, _, _, _, *statistics, count = leff_operator(x, *inputs, residual, *settings)
-    tokens = x.shape[0] * settings.height * settings.width
-    update_running_statistics(norms, statistics, count, tokens, settings.backend)
-    return out
-
-
-def _reference_norm(name: str, norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
-    if norm is None:
-        return ACTIVATIONS["identity"]
-    if norm.process_group is not None:
-        raise backends.BackendError(
-            f"{name}: plain PyTorch takes statistics over processes only as torch.nn.SyncBatchNorm, whose module "
-            "FusedLeFF takes"
-        )
-    momentum = norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
-    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    return lambda z: F.batch_norm(z, *tensors, norm.training, momentum or 0.0, norm.eps)

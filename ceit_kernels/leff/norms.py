@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .. import backends
 from ..common.calls import is_eager
 from ..common.children import held
 from ..common.launch import is_recording
 from ..common.sync_norm import process_group_of_norm
+from .activations import ACTIVATIONS
 
 __all__ = [
     "BatchNorm",
     "folded",
     "norm_mode",
     "of_module",
+    "plain_norm",
     "process_group_of",
     "update_running_statistics",
 ]
@@ -78,6 +82,23 @@ def of_module(module: nn.Module) -> BatchNorm | None:
     )
 
 
+def plain_norm(name: str, norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
+    """A norm by plain PyTorch, named in errors. A batch is counted now, and averaged when it is called."""
+    if norm is None:
+        return ACTIVATIONS["identity"]
+    if norm.process_group is not None:
+        raise backends.BackendError(
+            f"{name}: plain PyTorch takes statistics over processes only as torch.nn.SyncBatchNorm, whose module "
+            "FusedLeFF takes"
+        )
+    momentum = norm.momentum
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
+    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return lambda z: F.batch_norm(z, *tensors, norm.training, momentum or 0.0, norm.eps)
+
+
 @torch.no_grad()
 def folded(convolution: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
     """A copy of a convolution that computes what it and the norm behind it do, which has running statistics."""
@@ -114,9 +135,9 @@ def update_running_statistics(
             in training.
         count: (1,), of how many tokens they were taken, in all processes.
         tokens: of how many in this process; nothing is averaged if 0.
-        backend: of the call; "triton" takes one launch, unless compilers are to see the operators.
+        backend: of the call; Triton takes one launch, unless compilers are to see the operators.
     """
-    if backend == "triton" and tokens > 0 and (is_recording() or is_eager(count)):
+    if backend in ("triton", "library") and tokens > 0 and (is_recording() or is_eager(count)):
         buffers = _buffers_for_one_launch(norms, statistics)
         if buffers is not None:
             from .triton.launch_running import update_running_statistics_triton

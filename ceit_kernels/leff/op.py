@@ -23,6 +23,7 @@ from .arguments import (
     parameters_per_layer,
 )
 from .grid import empty_tokens_like, in_memory_order, is_planar
+from .pipelines import code
 from .triton import NORM_ROWS
 
 __all__ = ["leff_inference_operator", "leff_operator"]
@@ -54,10 +55,7 @@ class _LeFFInference(Operator):
         parameters, residual, settings = self._unpack(inputs)
         if x.shape[0] == 0:
             return self.fake(x, *inputs)
-        if settings.backend == "native":
-            from .cpu import leff_inference_native as run
-        else:
-            from .triton.launch_inference import leff_inference_triton as run
+        run = code("inference", settings.backend)
         planar = _is_planar(x, settings)
         dtype = out_dtype(x, residual, settings)
         residual = None if residual is None else in_memory_order(residual, planar)
@@ -108,10 +106,7 @@ class _LeFF(Operator):
         parameters, residual, settings = self._unpack(inputs)
         if x.shape[0] == 0:
             return _results(x.new_zeros, x, parameters, residual, settings)
-        if settings.backend == "native":
-            from .cpu import leff_forward_native as run
-        else:
-            from .triton.launch_forward import leff_forward_triton as run
+        run = code("forward", settings.backend)
         dtype = out_dtype(x, residual, settings)
         residual = None if residual is None else residual.contiguous()
         return run(x.contiguous(), parameters, residual, settings, dtype)
@@ -159,10 +154,7 @@ class _LeFF(Operator):
         parameters, saved, settings, need_x, needs = self._unpack_backward(inputs)
         if x.shape[0] == 0:
             return self._gradients_like(x, parameters, need_x, needs, torch.zeros_like)
-        if settings.backend == "native":
-            from .cpu import leff_backward_native as run
-        else:
-            from .triton.launch_backward import leff_backward_triton as run
+        run = code("backward", settings.backend)
         return run(grad_out.contiguous(), x.contiguous(), parameters, saved, settings, need_x, needs)
 
     def fake_backward(self, grad_out, x, *inputs):

@@ -15,6 +15,7 @@ __all__ = [
     "norm_rows",
     "normalize",
     "pass_prefix",
+    "scale_and_shift",
     "store_moments",
     "store_rows",
     "token_rows",
@@ -112,6 +113,29 @@ def compute_once(b_a):
 @triton.jit
 def _only(b_value, b_other):
     return b_value
+
+
+@triton.jit
+def scale_and_shift(vectors, eps, o_e, m_e, TILE_E: tl.constexpr, ACC: tl.constexpr):
+    """Of TILE_E channels the scale and the shift that a layer's bias and norm are behind its weight.
+
+    The vectors are bias, norm_weight, norm_bias, running_mean and running_var; any may be None, and without running
+    statistics there is no norm.
+    """
+    p_bias, p_norm_weight, p_norm_bias, p_mean, p_variance = vectors
+    b_scale, b_shift = tl.full((TILE_E,), 1.0, dtype=ACC), tl.zeros((TILE_E,), dtype=ACC)
+    if p_bias is not None:
+        b_shift += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
+    if p_mean is not None:
+        b_variance = tl.load(p_variance + o_e, mask=m_e, other=1.0).to(ACC)
+        b_scale = tl.rsqrt(b_variance + tl.full((TILE_E,), eps, dtype=ACC))
+        if p_norm_weight is not None:
+            b_scale *= tl.load(p_norm_weight + o_e, mask=m_e, other=0.0).to(ACC)
+        b_shift = (b_shift - tl.load(p_mean + o_e, mask=m_e, other=0.0).to(ACC)) * b_scale
+        if p_norm_bias is not None:
+            b_shift += tl.load(p_norm_bias + o_e, mask=m_e, other=0.0).to(ACC)
+    # Or every thread would load and compute the vectors for all the columns of the GEMM's tile that it holds.
+    return compute_once(b_scale), compute_once(b_shift)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ...common.activations import activate
-from .kernels_common import compute_once, pass_prefix, zeros
+from .kernels_common import pass_prefix, scale_and_shift, zeros
 
 __all__ = ["leff_contract_kernel", "leff_expand_kernel"]
 
@@ -51,7 +51,7 @@ def leff_expand_kernel(
             b_weight = tl.load(p_weight1 + o_e[:, None] * C + o_c[None, :], mask=m_e[:, None] & m_c, other=0.0)
             b_h = tl.dot(b_x, tl.trans(b_weight), b_h, input_precision=PRECISION, out_dtype=ACC)
         vectors1 = (p_bias1, p_norm_weight1, p_norm_bias1, p_running_mean1, p_running_var1)
-        b_scale, b_shift = _scale_and_shift(vectors1, eps1, o_e, m_e, TILE_E, ACC)
+        b_scale, b_shift = scale_and_shift(vectors1, eps1, o_e, m_e, TILE_E, ACC)
         b_h = activate(b_h * b_scale[None, :] + b_shift[None, :], ACTIVATION, EXACT)
         tl.store(p_h + o_m.to(tl.int64)[:, None] * E + o_e[None, :], b_h.to(COMPUTE), mask=m_m[:, None] & m_e[None, :])
 
@@ -151,35 +151,12 @@ def _tap(i, output, KERNEL):
 
 
 @triton.jit
-def _scale_and_shift(vectors, eps, o_e, m_e, TILE_E: tl.constexpr, ACC: tl.constexpr):
-    """Of TILE_E channels the scale and the shift that a layer's bias and norm are behind its weight.
-
-    The vectors are bias, norm_weight, norm_bias, running_mean and running_var; any may be None, and without running
-    statistics there is no norm.
-    """
-    p_bias, p_norm_weight, p_norm_bias, p_mean, p_variance = vectors
-    b_scale, b_shift = tl.full((TILE_E,), 1.0, dtype=ACC), tl.zeros((TILE_E,), dtype=ACC)
-    if p_bias is not None:
-        b_shift += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
-    if p_mean is not None:
-        b_variance = tl.load(p_variance + o_e, mask=m_e, other=1.0).to(ACC)
-        b_scale = tl.rsqrt(b_variance + tl.full((TILE_E,), eps, dtype=ACC))
-        if p_norm_weight is not None:
-            b_scale *= tl.load(p_norm_weight + o_e, mask=m_e, other=0.0).to(ACC)
-        b_shift = (b_shift - tl.load(p_mean + o_e, mask=m_e, other=0.0).to(ACC)) * b_scale
-        if p_norm_bias is not None:
-            b_shift += tl.load(p_norm_bias + o_e, mask=m_e, other=0.0).to(ACC)
-    # Or every thread would load and compute the vectors for all the columns of the GEMM's tile that it holds.
-    return compute_once(b_scale), compute_once(b_shift)
-
-
-@triton.jit
 def _store_rows2(
     p_rows2, p_weight2, vectors, eps, o_e, m_e, E: tl.constexpr, KERNEL: tl.constexpr, TILE_E: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The rows of TILE_E channels, all taps in one load."""
-    b_scale, b_shift = _scale_and_shift(vectors, eps, o_e, m_e, TILE_E, ACC)
+    b_scale, b_shift = scale_and_shift(vectors, eps, o_e, m_e, TILE_E, ACC)
     TAPS: tl.constexpr = KERNEL * KERNEL
     o_k = tl.arange(0, 16 if KERNEL == 3 else 64)[:, None]
     mask = (o_k < TAPS) & m_e[None, :]
@@ -205,7 +182,7 @@ def _store_tile(
     O: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Scale and shift a tile of channels by tokens, add the residual, and store it as tokens by channels."""
-    b_scale, b_shift = _scale_and_shift(vectors, eps, o_o, o_o < O, TILE_O, ACC)
+    b_scale, b_shift = scale_and_shift(vectors, eps, o_o, o_o < O, TILE_O, ACC)
     b_out = tl.trans(b_out * b_scale[:, None] + b_shift[:, None])
     offsets = o_t.to(tl.int64)[:, None] * O + o_o[None, :]
     mask = m_t[:, None] & (o_o < O)[None, :]

@@ -5,17 +5,25 @@ from math import prod
 import pytest
 import torch
 from support.leff import SHAPES, make_shape
-from support.machine_code import CHIPS, SHARED_MEMORY, assert_efficient, compile_for_amd, compile_for_nvidia
+from support.machine_code import (
+    CHIPS,
+    SHARED_MEMORY,
+    assert_efficient,
+    assert_unspilled,
+    compile_for_amd,
+    compile_for_nvidia,
+)
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
 from ceit_kernels.leff.triton.launch_inference import leff_inference_triton
+from ceit_kernels.leff.triton.launch_library import leff_inference_library
 
 
-def record(shape, dtype, chip, *, residual=False, **options):
+def record(shape, dtype, chip, *, residual=False, run=leff_inference_triton, **options):
     with FakeTensorMode(), record_launches(chip) as launches:
         x, parameters, settings = make_shape(shape, dtype, "frozen", **options)
-        leff_inference_triton(x, parameters, x if residual else None, settings, dtype)
+        run(x, parameters, x if residual else None, settings, dtype)
     return launches
 
 
@@ -58,6 +66,14 @@ def test_larger_kernels_fit_every_chip(kernel_size, chip):
         code = compile_for_nvidia(launch, chip)
         assert code.tensor_core_instructions
         assert code.shared_bytes <= SHARED_MEMORY[chip]
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_what_stands_between_a_librarys_gemms_does_not_spill(chip, kernel_size):
+    for launch in record("small", torch.bfloat16, chip, run=leff_inference_library, kernel_size=kernel_size):
+        assert_unspilled(launch, chip)
 
 
 def test_compiles_for_amd_with_matrix_instructions():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.leff import make_leff, make_tokens, make_training_leff, run, train_step
 
-from ceit_kernels.common import tuning
+from ceit_kernels.common import kept, tuning
 from ceit_kernels.common.tuning import Tiles, autotune
 from ceit_kernels.leff.triton import launch_backward
 
@@ -29,15 +29,17 @@ def timed(monkeypatch, tmp_path):
         return [table, Tiles({**table.sizes, rows: table.sizes[rows] // 2}, table.num_warps, table.num_stages)]
 
     monkeypatch.setenv("CEIT_KERNELS_TUNING_CACHE", str(tmp_path / "tuning.json"))
-    for name, replacement in {"_has_clock": lambda x: True, "_chip": str, "_known": {}, "_read": set()}.items():
-        monkeypatch.setattr(tuning, name, replacement)
-    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(tuning, "has_clock", lambda x: True)
+    monkeypatch.setattr(kept, "chip_name", str)
+    monkeypatch.setattr(tuning, "gpu_seconds", seconds)
     monkeypatch.setattr(tuning, "_candidates", candidates)
-    return runs
+    tuning._kept.forget()
+    yield runs
+    tuning._kept.forget()
 
 
 def tuned_kernels():
-    return {key.split("|")[0] for key in json.loads(tuning.cache_path().read_text())}
+    return {key.split("|")[0] for key in json.loads(kept.cache_path().read_text())}
 
 
 @pytest.mark.parametrize("factored", [False, True])
