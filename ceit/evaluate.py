@@ -12,13 +12,11 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ceit_kernels import freeze
-
 from .data import check_classes, create_test_loader, open_split, resolve_data_options
 from .runtime.building import input_arguments, number_of_classes, restore_model
 from .runtime.distributed import Place, processes
 from .runtime.files import claimed, write_csv, write_json
-from .runtime.machine import AMP_DTYPES, autocast, backend, fused_operators
+from .runtime.machine import AMP_DTYPES, autocast, backend, check_graphs, for_inference, fused_operators
 from .runtime.options import EvaluateOptions, check, needed, plain, usage_errors
 from .runtime.progress import progress_bar
 
@@ -94,6 +92,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
     """
     check(options)
     with processes(options.device) as place, backend(options.backend), contextlib.ExitStack() as stack:
+        if options.cuda_graphs:
+            check_graphs(place.device)
         model, options, classes = restore_model(options)
         options = resolve_data_options(options)
         split = open_split(options, training=False)
@@ -109,7 +109,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
         config = resolve_model_data_config(model, args=input_arguments(options))
         loader = create_test_loader(split, options, config, place)
         parameters = number_of_parameters(model)
-        metrics = evaluate(freeze(model) if operators else model, loader, place, options.amp)
+        metrics = evaluate(for_inference(model, operators, options.cuda_graphs), loader, place, options.amp)
         if output is not None:
             _write(metrics, split.classes, {"parameters": parameters, "options": plain(options)}, output)
         return metrics

@@ -11,13 +11,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from ceit_kernels import freeze
-
 from .model import CeiT
 from .runtime.building import input_arguments, restore_model
 from .runtime.distributed import processes
 from .runtime.files import csv_text
-from .runtime.machine import AMP_DTYPES, autocast, backend, fused_operators
+from .runtime.machine import AMP_DTYPES, autocast, backend, check_graphs, for_inference, fused_operators
 from .runtime.options import PredictOptions, UsageError, check, needed, usage_errors
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -41,6 +39,8 @@ def predict(options: PredictOptions) -> list[Prediction]:
     check(options)
     paths = list(_pictures(options.images))
     with processes(options.device) as place, backend(options.backend):
+        if options.cuda_graphs:
+            check_graphs(place.device)
         model, options, classes = restore_model(options)
         if not options.num_classes:
             raise UsageError("--checkpoint: it has no classifier")
@@ -50,7 +50,7 @@ def predict(options: PredictOptions) -> list[Prediction]:
         transform: Any = create_transform(**config, is_training=False)
         model = model.to(place.device).eval()
         operators = fused_operators(model, place.device, AMP_DTYPES[options.amp])
-        network = freeze(model) if operators else model
+        network = for_inference(model, operators, options.cuda_graphs)
         predictions = []
         for first in range(0, len(paths), options.batch_size):
             batch = paths[first : first + options.batch_size]

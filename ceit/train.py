@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from timm.data import resolve_model_data_config
 from timm.utils import distribute_bn, random_seed
-from torch import nn
 
 from .data import check_classes, create_test_loader, create_train_loader, open_split
 from .evaluate import evaluate, number_of_parameters
@@ -25,11 +24,12 @@ from .runtime import checkpoints
 from .runtime.building import input_arguments, number_of_classes
 from .runtime.distributed import Place, processes
 from .runtime.files import claimed, write_csv, write_json, write_json_lines
-from .runtime.machine import AMP_DTYPES, autocast, backend, fused_operators, peak_memory_mb, versions
+from .runtime.machine import AMP_DTYPES, backend, fused_operators, peak_memory_mb, versions
 from .runtime.options import TrainOptions, UsageError, check, plain, usage_errors
 from .runtime.progress import EpochProgress, TrainingFailed, progress_bar
 from .runtime.setup import Run, batch_norms, check_together, prepare_model, prepare_run, resolve
-from .runtime.sharding import full_state, gradients_exchanged, load_full_state
+from .runtime.sharding import full_state, load_full_state
+from .runtime.steps import Step, steps
 
 _logger = logging.getLogger(__name__)
 
@@ -103,9 +103,10 @@ def train(options: TrainOptions) -> Result:
         _logger.info("%s: %.2f million parameters, %d classes", options.model, parameters / 1e6, options.num_classes)
         if place.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(place.device)
+        take_step = steps(run)
         while run.epoch < options.epochs:
             _seed_epoch(train_loader, options.seed, run.epoch, place)
-            _train_epoch(run, train_loader)
+            _train_epoch(run, take_step, train_loader)
             _test_epoch(run, test_loader)
             _save(run, output, {"options": saved_options, "classes": list(train_split.classes)})
         result = _summarize(run, operators, parameters)
@@ -124,7 +125,7 @@ def _seed_epoch(loader: Any, seed: int, epoch: int, place: Place) -> None:
         sampler.set_epoch(seed + epoch)
 
 
-def _train_epoch(run: Run, loader: Any) -> None:
+def _train_epoch(run: Run, take_step: Step, loader: Any) -> None:
     """One pass over the training images; adds the epoch's record to the run's history."""
     options, place = run.options, run.place
     batches, start = len(loader), time.perf_counter()
@@ -140,12 +141,7 @@ def _train_epoch(run: Run, loader: Any) -> None:
             group = min(options.accumulate, batches - first)  # the last update of an epoch may have fewer batches
             updates = step + 1 == first + group
             inputs, mixed = run.mixup(images, targets) if run.mixup else (images, targets)
-            # Processes exchange gradients only where an update follows.
-            with gradients_exchanged(run.forward, updates):
-                with autocast(place.device, options.amp):
-                    logits = run.forward(inputs)
-                loss = run.loss(logits.float(), mixed)
-                run.scaler.scale(loss / group).backward()
+            loss, logits = take_step(inputs, mixed, group, updates)
             if updates:
                 _update(run)
             progress.add(loss, logits, targets)
@@ -166,13 +162,7 @@ def _train_epoch(run: Run, loader: Any) -> None:
 
 
 def _update(run: Run) -> None:
-    """Apply the gradients that backward left, then move the averaged weights and the learning rate on."""
-    if run.options.clip_grad is not None:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip_grad)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad()
+    """Count an update, and move the averaged weights and the learning rate on."""
     run.updates += 1
     if run.ema is not None:
         run.ema.update(run.model, step=run.updates)
@@ -258,6 +248,9 @@ def _draw(run: Run, output: Path) -> None:
 def _restore(run: Run, state: dict[str, Any]) -> None:
     with usage_errors("--resume: the checkpoint is damaged"):
         load_full_state(state["model"], run.model)
+        for saved in state["optimizer"].get("param_groups", ()):
+            if "capturable" in saved:  # which belongs to --cuda-graphs, and they may change
+                saved["capturable"] = run.optimizer.defaults["capturable"]
         load_full_state(state["optimizer"], run.model, run.optimizer)
         if run.ema is not None:
             load_full_state(state["model_ema"], run.ema.module)

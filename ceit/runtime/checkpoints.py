@@ -16,7 +16,7 @@ LAST, BEST, OPTIONS, RESULT = "last.pt", "best.pt", "options.json", "result.json
 METRICS, METRICS_CSV, CURVES = "metrics.jsonl", "metrics.csv", "curves.png"
 
 # They change where a run computes and what with: its numbers by no more than rounding, or what workers draw.
-_FREE_OPTIONS = {"output", "resume", "device", "fused", "backend", "compile", "workers"}
+_FREE_OPTIONS = {"output", "resume", "device", "fused", "backend", "compile", "cuda_graphs", "workers"}
 _PER_UPDATE = ("batch_size", "accumulate")
 _KEYS = {
     "format": int,
@@ -119,7 +119,8 @@ def check_same_options(saved: dict[str, Any], options: dict[str, Any], path: Pat
         differences = "; ".join(f"{flag(name)} was {saved.get(name)}, is {options.get(name)}" for name in names)
         raise UsageError(
             f"cannot resume from {path} with other options: {differences} (what may change: more --epochs, "
-            "--workers, --device, --fused, --backend, --compile, and processes with as many images per update)"
+            "--workers, --device, --fused, --backend, --compile, --cuda-graphs, and processes with as many images per "
+            "update)"
         )
 
 

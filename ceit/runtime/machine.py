@@ -58,6 +58,25 @@ def fused_operators(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     return {row.operator: {"backend": row.backend, "reason": row.reason} for row in rows}
 
 
+def check_graphs(device: torch.device) -> None:
+    """Raise `UsageError` where there are no CUDA graphs."""
+    if device.type != "cuda":
+        raise UsageError(f"--cuda-graphs needs a CUDA GPU, and the device is {device}")
+
+
+def for_inference(model: nn.Module, operators: dict[str, dict[str, str]], cuda_graphs: bool) -> nn.Module:
+    """A model as it is evaluated: a fused one frozen, a plain one as it is, either by CUDA graphs if wanted.
+
+    Args:
+        model: in evaluation mode, where it runs.
+        operators: from `fused_operators`.
+        cuda_graphs: whether to replay graphs.
+    """
+    if operators:
+        return ceit_kernels.freeze(model, cuda_graphs=cuda_graphs)
+    return ceit_kernels.graphed(model) if cuda_graphs else model
+
+
 def peak_memory_mb(device: torch.device) -> float | None:
     """Largest memory so far in MB (1e6 bytes): tensors on a GPU, or everything of this process on the CPU.
 

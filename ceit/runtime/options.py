@@ -155,6 +155,9 @@ class MachineOptions:
     backend: str | None = _machine(None, f"what runs the fused operators: {_BACKENDS}")
     amp: str = _machine("none", "type of mixed precision", choices=AMP_TYPES)
     device: str = _machine("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    cuda_graphs: bool = _machine(
+        False, "replay CUDA graphs: in training of whole steps; with several processes or --compile of the model"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

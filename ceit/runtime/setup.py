@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ceit_kernels import graphed
 from ceit_kernels.common.sync_norm import SyncBatchNorm2d
 
 from ..checkpoint import load_checkpoint, number_of_outputs
@@ -20,13 +21,22 @@ from ..data import resolve_data_options
 from ..registry import is_model_folder
 from .building import build_model
 from .distributed import Place, parallel
-from .options import TrainOptions, UsageError, needed, usage_errors
+from .machine import check_graphs
+from .options import TrainOptions, UsageError, flag, needed, usage_errors
 from .sharding import shard
 
 _logger = logging.getLogger(__name__)
 
 # Options whose default follows from others: a run that goes on keeps what it had.
 _DERIVED = ("lr", "min_lr", "warmup_epochs", "scale", "ratio", "hflip", "crop_pct")
+
+
+# Why no CUDA graph holds what some options ask for.
+_NOT_CAPTURED = {
+    "fsdp": "sharded weights have no address that a graph could hold",
+    "sync_bn": "processes exchange statistics in the middle of a step",
+    "grad_checkpointing": "what is recomputed reads the state of the random numbers, which waits for the GPU",
+}
 
 
 @dataclasses.dataclass
@@ -81,6 +91,10 @@ def check_together(options: TrainOptions) -> None:
         raise UsageError("--exclude says what is not read from --checkpoint, which is not given")
     if options.checkpoint is not None and is_model_folder(options.model):
         raise UsageError("--checkpoint: a folder as --model brings its own weights")
+    if options.cuda_graphs:
+        for name in ("fsdp", "sync_bn", "grad_checkpointing"):
+            if getattr(options, name):
+                raise UsageError(f"--cuda-graphs and {flag(name)}: {_NOT_CAPTURED[name]}; give one of the two")
     if options.fsdp and (options.amp == "float16" or options.compile):
         raise UsageError("--fsdp goes with neither --amp float16 nor --compile")
     if options.tensorboard:
@@ -96,6 +110,8 @@ def prepare_model(options: TrainOptions, place: Place) -> nn.Module:
     Raises:
         UsageError: the model or the checkpoint cannot be used, or an option does not fit this machine.
     """
+    if options.cuda_graphs:
+        check_graphs(place.device)
     model: Any = build_model(options, drop_path_rate=options.drop_path)
     if options.checkpoint is not None:
         with usage_errors("--checkpoint"):
@@ -159,6 +175,9 @@ def prepare_run(model: nn.Module, options: TrainOptions, place: Place, batches: 
             layer_decay=options.layer_decay,
             **options.opt_kwargs,
         )
+    if options.cuda_graphs and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        for settings in (optimizer.defaults, *optimizer.param_groups):
+            settings["capturable"] = True
     names = ("sched", "decay_epochs", "decay_milestones", "decay_rate", "warmup_epochs", "warmup_lr", "min_lr")
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -177,9 +196,10 @@ def prepare_run(model: nn.Module, options: TrainOptions, place: Place, batches: 
             label_smoothing=options.label_smoothing,
             num_classes=options.num_classes or 0,
         )
-    forward: Any = model if options.fsdp else parallel(model, place)
+    by_model = options.cuda_graphs and place.distributed and not options.compile
+    forward: Any = model if options.fsdp else parallel(graphed(model) if by_model else model, place)
     if options.compile:
-        forward = torch.compile(forward)
+        forward = torch.compile(forward, mode="reduce-overhead") if options.cuda_graphs else torch.compile(forward)
     return Run(
         options=options,
         place=place,

@@ -104,7 +104,7 @@ def test_arguments_that_do_not_parse_are_explained(arguments, message, capsys):
 
 
 def test_a_failed_run_is_one_line_and_status_1(train_arguments, monkeypatch, capsys):
-    monkeypatch.setattr(training.nn.CrossEntropyLoss, "forward", lambda self, x, y: x.sum() * float("inf"))
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", lambda self, x, y: x.sum() * float("inf"))
     assert main(train_arguments) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the loss of step")
 

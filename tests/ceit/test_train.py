@@ -215,7 +215,7 @@ def test_training_starts_from_given_weights_without_the_excluded(options, tmp_pa
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint_of_it(options, tmp_path, monkeypatch):
     train(options(epochs=2, sched="none"))
     before = (tmp_path / "run" / "last.pt").read_bytes()
-    monkeypatch.setattr(training.nn.CrossEntropyLoss, "forward", lambda self, x, y: x.sum() * float("nan"))
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", lambda self, x, y: x.sum() * float("nan"))
     with pytest.raises(TrainingFailed, match="loss of step 1 of this epoch is nan: try a lower --lr"):
         train(options(epochs=3, sched="none", resume="auto"))
     assert (tmp_path / "run" / "last.pt").read_bytes() == before

@@ -51,6 +51,10 @@ class _Capture(TorchDispatchMode):
             memory.fill_(255)  # a NaN in every floating-point type
 
 
+class _Device(nullcontext):
+    """A class, as PyTorch's is."""
+
+
 class FakeGraphs:
     """What captures and replays take of ``torch.cuda``.
 
@@ -60,8 +64,8 @@ class FakeGraphs:
 
     def __init__(self, monkeypatch):
         self.captured, self.replayed, self.capturing = 0, 0, False
-        for name in ("device", "stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+        monkeypatch.setattr(torch.cuda, "device", _Device)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         for name in ("Stream", "current_stream", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, lambda: mock.Mock())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: mock.Mock(spec=()))
