@@ -38,6 +38,12 @@ def image_tokens(launch: Launch, tensor: Tensor) -> float:
     return 1.0 - prefix_tokens(launch, tensor)
 
 
+def image_rows(launch: Launch, tensor: Tensor) -> float:
+    """Of rows of tokens (B * (P + H * W), C) those behind the prefixes."""
+    a = launch.arguments
+    return (a["M"] if "M" in a else a["B"] * a["H"] * a["W"]) * tensor.shape[-1] / tensor.numel()
+
+
 def prefix_tokens(launch: Launch, tensor: Tensor) -> float:
     """Of tokens (B, P + H * W, C) the prefix."""
     return launch.arguments["P"] / tensor.shape[1]
@@ -112,14 +118,19 @@ KERNELS: dict[str, KernelCost] = {
         "weight2 bias2" + "".join(f" norm_weight{i} norm_bias{i} running_mean{i} running_var{i}" for i in (1, 2, 3)),
         "h2 norm3",
         lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
-        z1=image_tokens,
+        z1=image_rows,
     ),
+    "leff_moments_kernel": _cost("", "partial count", z=image_rows),
+    "leff_slope_kernel": _cost("z2 norm2", "g2 partial", dh2=image_rows),
     "leff_expand_moments_kernel": _cost(
         "weight bias", "z1 partial count", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
     ),
     # Column tiles of an image are neighbours in launch order and share their margins.
     "leff_depthwise_kernel": _cost(
-        "z1 norm1 weight2 bias", "z2 partial count", lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2
+        "norm1 weight2 bias",
+        "z2 partial count",
+        lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
+        z1=image_rows,
     ),
     "leff_contract_operand_kernel": _cost(
         "a z rows weight bias residual",
@@ -136,9 +147,10 @@ KERNELS: dict[str, KernelCost] = {
         "weight z2 norm2", "g2 partial", lambda a: 2 * a["M"] * a["O"] * a["E"], dz3=image_tokens
     ),
     "leff_depthwise_backward_kernel": _cost(
-        "g2 z2 z1 gradient2 norm1 weight2",
+        "g2 z2 gradient2 norm1 weight2",
         "g1 taps_gradient partial",
         lambda a: 4 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
+        z1=image_rows,
     ),
     # The tiles of one range of tokens run side by side and share what they read.
     "leff_weight_gradient_kernel": _cost(

@@ -16,7 +16,6 @@ from .activations import ACTIVATIONS
 from .arguments import Settings, out_dtype, parameters_per_layer
 from .norms import BatchNorm, plain_norm
 from .op import leff_inference_operator, leff_operator
-from .pipelines import PIPELINES
 from .reference import leff_reference
 
 __all__ = ["call_operator", "choose"]
@@ -43,8 +42,7 @@ def choose(
         settings: of the call.
         training: whether its gradients may be wanted.
     """
-    fused = [name for name in ("triton", "library") if name in PIPELINES["forward" if training else "inference"]]
-    rule = _rule(x.shape[2], x.device.index) if "library" in fused else "triton"
+    rule = _rule(x.shape[2], x.device.index)
     if settings.group is not None:
         return rule  # processes that wait for one another go the same way
 
@@ -53,7 +51,10 @@ def choose(
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)
         ]
         own = leaves[0], leaves[1:], None if residual is None else residual.detach()
-        found = {name: partial(call_operator, *own, settings._replace(backend=name), training) for name in fused}
+        found = {
+            name: partial(call_operator, *own, settings._replace(backend=name), training)
+            for name in ("triton", "library")
+        }
         found["reference"] = partial(_plain, *own, norms, settings)
         wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
         generator = torch.Generator(x.device).manual_seed(0)

@@ -139,8 +139,6 @@ def leff_fused(
     training = "batch" in settings.norms or needs_gradient(tokens, residual, *parameters)
     if backend == "triton" and backends.current_backend("leff") == "auto" and not is_recording():
         backend = choose(tokens, parameters, norms, residual, settings, training)
-    if backend == "library" and training:
-        backends.leave_to_reference("leff", "the library serves inference alone")
     if backend == "reference":
         return None
     results = call_operator(tokens, parameters, residual, settings._replace(backend=backend), training)

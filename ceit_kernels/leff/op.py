@@ -194,8 +194,8 @@ def _results(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:
     acc_dtype = torch.promote_types(dtype, torch.float32)
     hidden, outputs = parameters[0].shape[0], parameters[2 * parameters_per_layer].shape[0]
     tokens = x.shape[0] * settings.height * settings.width
-    # The GEMMs of the CPU take whole images, prefix tokens included.
-    tokens1 = x.shape[0] * x.shape[1] if settings.backend == "native" else tokens
+    # The GEMMs of the CPU and of libraries take whole images, prefix tokens included.
+    tokens1 = x.shape[0] * x.shape[1] if settings.backend in ("native", "library") else tokens
     channels = zip(settings.norms, (hidden, hidden, outputs), strict=True)
     norms = ((0,) if mode == "none" else (NORM_ROWS, n) for mode, n in channels)
     return (

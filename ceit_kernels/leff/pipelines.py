@@ -24,11 +24,11 @@ PIPELINES: Mapping[str, Mapping[str, str]] = {
     },
     "forward": {
         "native": ".cpu:leff_forward_native",
-        "triton": ".triton.launch_forward:leff_forward_triton",
+        **dict.fromkeys(("triton", "library"), ".triton.launch_forward:leff_forward_triton"),
     },
     "backward": {
         "native": ".cpu:leff_backward_native",
-        "triton": ".triton.launch_backward:leff_backward_triton",
+        **dict.fromkeys(("triton", "library"), ".triton.launch_backward:leff_backward_triton"),
     },
 }
 

@@ -16,11 +16,11 @@ __all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel"]
 
 @triton.jit
 def leff_depthwise_kernel(
-    p_z1, p_norm1, p_weight2, p_bias, p_z2, p_partial, p_count, B, H, IMAGES,
+    p_z1, p_norm1, p_weight2, p_bias, p_z2, p_partial, p_count, B, H, P1, IMAGES,
     W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """z2 (M, E) = dw(act(norm z1)) + b_2 from z1 (M, E) and weight2 (E, KERNEL^2); partial moments of z2."""
+    """z2 (M, E) = dw(act(norm z1)) + b_2 from z1 (B, P1 + HW, E) and weight2 (E, KERNEL^2); partial moments of z2."""
     R: tl.constexpr = KERNEL // 2
     NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
     NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
@@ -45,7 +45,7 @@ def leff_depthwise_kernel(
             b_open = b_open + (b_bias,)
         for y in range(0, H + R):
             b_a1 = ()
-            p_row = p_z1 + ((i_b * H + y) * W + o_x - R).to(tl.int64) * E + o_e
+            p_row = p_z1 + ((i_b * H + y) * W + (i_b + 1) * P1 + o_x - R).to(tl.int64) * E + o_e
             for x in tl.static_range(TILE_W + 2 * R):
                 if outside(x, W, R, NX):
                     b_a1 = b_a1 + (b_zero,)
@@ -94,12 +94,12 @@ def leff_depthwise_kernel(
 
 @triton.jit
 def leff_depthwise_backward_kernel(
-    p_g2, p_z2, p_z1, p_gradient2, p_norm1, p_weight2, p_g1, p_taps_gradient, p_partial, B, H, IMAGES,
+    p_g2, p_z2, p_z1, p_gradient2, p_norm1, p_weight2, p_g1, p_taps_gradient, p_partial, B, H, P1, IMAGES,
     W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """g1 (M, E), the gradient of norm z1, from g2, that of norm z2; partial gradients of the taps (T, KERNEL^2, E) and
-    partial sums (T, 2, E) of g1 and of g1 (z1 - mean).
+    """g1 (M, E), the gradient of norm z1, from g2, that of norm z2, and z1 (B, P1 + HW, E); partial gradients of the
+    taps (T, KERNEL^2, E) and partial sums (T, 2, E) of g1 and of g1 (z1 - mean).
     """
     R: tl.constexpr = KERNEL // 2
     NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
@@ -136,9 +136,10 @@ def leff_depthwise_backward_kernel(
                     b_new = norm_gradient(b_g2, b_z2, b_gradient, EXACT)
                     b_dz2 = b_dz2 + (tl.where(valid, b_new, 0.0),)
             p_row1 = ((i_b * H + y) * W + o_x).to(tl.int64) * E + o_e
+            p_in = p_z1 + ((i_b + 1) * P1).to(tl.int64) * E + p_row1
             b_row1 = ()
             for x in tl.static_range(TILE_W):
-                b_row1 = b_row1 + (tl.load(p_z1 + p_row1 + x * E, mask=m_e & (y >= 0) & (o_x + x < W), other=0.0),)
+                b_row1 = b_row1 + (tl.load(p_in + x * E, mask=m_e & (y >= 0) & (o_x + x < W), other=0.0),)
             for x in tl.static_range(TILE_W):
                 valid = (y >= 0) & (o_x + x < W)
                 b_z1 = b_row1[x].to(ACC)

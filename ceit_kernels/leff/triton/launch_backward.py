@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...common.launch import cdiv
-from ...common.plan import buffers_like, planned
+from ...common.plan import buffers_like, compute, planned
 from ...common.precision import short_precision
 from ...common.sync_norm import sum_over_processes
 from ...common.tuning import Tiles
@@ -20,7 +20,8 @@ from .kernels_factored import leff_factored_gradient_kernel, leff_factored_produ
 from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_kernel, leff_weight_gradient_kernel
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
 from .kernels_reduce import leff_reduce_kernel
-from .launch_common import Call, hashable
+from .kernels_stream import leff_slope_kernel
+from .launch_common import ROWS, Call, hashable
 from .launch_forward import contract_grid, depthwise_grid
 from .tiles import (
     PARTS,
@@ -29,12 +30,11 @@ from .tiles import (
     factored_tiles,
     hidden_gradient_tiles,
     row_tiles,
+    stream_tiles,
     weight_gradient_tiles,
 )
 
 __all__ = ["leff_backward_triton"]
-
-_ROWS = 512  # tokens of which a program instance of the norm's sums takes the sum
 
 
 def leff_backward_triton(
@@ -103,7 +103,8 @@ class _Backward:
             self._weight3(dz3, prefix, need_weight3, moments)
         if not below3:
             return None
-        g2, gradient2 = self._g2(dz3, prefix, below2)
+        hidden_gradient = self._g2_by_library if self.call.settings.backend == "library" else self._g2
+        g2, gradient2 = hidden_gradient(dz3, prefix, below2)
         if not below2:
             return None
         g1, gradient1 = self._g1(g2, gradient2, below1)
@@ -146,17 +147,28 @@ class _Backward:
         wanted = wanted and self.norms[2] is not None
         if not (wanted or any(self.needs[2][1:])):
             return self.dout, prefix
-        tiles, parts = row_tiles(call.O), cdiv(call.M, _ROWS)
+        tiles, parts = row_tiles(call.O), cdiv(call.M, ROWS)
         columns, partial = cdiv(call.O, tiles.sizes["TILE_O"]), call.empty(parts, 2, call.O)
-        call.launch(leff_norm_sums_kernel, (parts, columns), tiles, p_partial=partial, ROWS=_ROWS)
+        call.launch(leff_norm_sums_kernel, (parts, columns), tiles, p_partial=partial, ROWS=ROWS)
         if not wanted:
             self._coefficients(2, partial, False)
             return self.dout, prefix
         partial, known = self._over_processes(2, partial, self._vectors(2))
-        dz3, grid = call.like(self.z3), (cdiv(call.M, _ROWS // 2), columns)
-        arguments = {"p_partial": partial, "T": partial.shape[0], "p_dz3": dz3, "ROWS": _ROWS // 2}
+        dz3, grid = call.like(self.z3), (cdiv(call.M, ROWS // 2), columns)
+        arguments = {"p_partial": partial, "T": partial.shape[0], "p_dz3": dz3, "ROWS": ROWS // 2}
         call.launch(leff_norm_gradient_kernel, grid, tiles, **arguments, **known)
         return dz3, 0
+
+    def _g2_by_library(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """As ``_g2``, by PyTorch's GEMM, whose result becomes that of the norm's output where it lies."""
+        call, tiles = self.call, stream_tiles(self.call.E)
+        dh2 = compute(_times_weight, dz3, call.layers[2].weight, call.dtype)
+        g2 = call.like(self.z2) if prefix else dh2
+        partial = call.empty(cdiv(call.M, ROWS), 2, call.E)
+        arguments = {"p_dh2": dh2, "p_g2": g2, "p_partial": partial, "P": prefix, "ROWS": ROWS}
+        grid = partial.shape[0], cdiv(call.E, tiles.sizes["TILE_E"])
+        call.launch(leff_slope_kernel, grid, tiles, **arguments, ACTIVATION=call.settings.activations[1])
+        return g2, self._coefficients(1, partial, wanted)
 
     def _g2(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient of the second norm's output, and the norm's gradient array if that is wanted."""
@@ -174,7 +186,7 @@ class _Backward:
         g2, partial = call.tuned(leff_hidden_gradient_kernel, table, {"E": call.E, "O": call.O}, run)
         return g2, self._coefficients(1, partial, wanted)
 
-    def _g1(self, g2: Tensor, gradient2: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    def _g1(self, g2: Tensor, gradient2: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient of the first norm's output, and the norm's gradient array if that is wanted."""
         call = self.call
         tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
@@ -189,10 +201,12 @@ class _Backward:
             self.taps = taps_gradient, gradient
         return g1, self._coefficients(0, partial, wanted)
 
-    def _layer1(self, g1: Tensor, gradient1: Tensor, scratch: Tensor) -> Tensor | None:
+    def _layer1(self, g1: Tensor, gradient1: Tensor | None, scratch: Tensor) -> Tensor | None:
         """The gradients of x and of the first weight from the gradient of the first norm's output."""
         need_weight, weight = self.needs[0][0], self.call.layers[0].weight
-        operand = {"p_a": g1, "p_z": self.z1, "p_rows": gradient1, "OPERAND": "gradient"}
+        prefix = self.call.known["P1"]
+        z1 = compute(_image_rows, self.z1, self.call.x.shape[0], prefix) if prefix else self.z1
+        operand = {"p_a": g1, "p_z": z1, "p_rows": gradient1, "OPERAND": "gradient"}
         dx = None
         if self.need_x:
             result = {"p_operand": scratch if need_weight else None}
@@ -204,7 +218,7 @@ class _Backward:
             self.gradients[0][0] = self._sum(partial, *weight.shape, dtype=weight.dtype)
         return dx
 
-    def _layer1_factored(self, g1: Tensor, gradient1: Tensor) -> Tensor | None:
+    def _layer1_factored(self, g1: Tensor, gradient1: Tensor | None) -> Tensor | None:
         """The same, as ``kernels_factored`` has it."""
         call, (need_weight, *_) = self.call, self.needs[0]
         self.take_sums()
@@ -317,6 +331,16 @@ class _Backward:
             known |= {f"p_partial{i}": parts, f"p_out{i}": out, f"S{i}": count, f"N{i}": numbers}
             programs += 0 if parts is None else cdiv(numbers, PARTS.sizes["TILE_N"])
         self.call.launch(leff_reduce_kernel, (programs,), PARTS, **known)
+
+
+def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a pointwise layer's input, of all rows of tokens."""
+    return gradient.flatten(0, -2).to(dtype) @ weight.flatten(1).to(dtype)
+
+
+def _image_rows(z: Tensor, images: int, prefix: int) -> Tensor:
+    """Rows of tokens without those of each image's prefix."""
+    return z.unflatten(0, (images, -1))[:, prefix:].flatten(0, 1).contiguous()
 
 
 def _split(tokens: int, programs: int, step: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.launch import cdiv, launch, target_chip
@@ -14,15 +15,21 @@ from ...common.precision import precision_arguments
 from ...common.tuning import Tiles, tuned_tiles
 from ..arguments import Settings, parameters_per_layer
 
-__all__ = ["Call", "Layer", "hashable"]
+__all__ = ["ROWS", "Call", "Layer", "hashable", "linear"]
 
 Result = TypeVar("Result")
+ROWS = 512  # tokens of which a program instance of a kernel that streams takes sums
 
 
 def hashable(settings: Settings) -> Settings:
     """Settings that can be the key of a plan."""
     eps, norms, activations = tuple(settings.eps), tuple(settings.norms), tuple(settings.activations)
     return settings._replace(eps=eps, norms=norms, activations=activations)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A pointwise layer by PyTorch's GEMM."""
+    return F.linear(x.to(dtype), weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
 
 
 class Layer(NamedTuple):
@@ -73,6 +80,7 @@ class Call:
             "H": height,
             "W": width,
             "P": settings.num_prefix_tokens,
+            "P1": settings.num_prefix_tokens if settings.backend == "library" else 0,  # of z1
             "C": self.C,
             "E": self.E,
             "O": self.O,

@@ -18,8 +18,9 @@ from .kernels_depthwise import leff_depthwise_kernel
 from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kernel
 from .kernels_norm import leff_norm_kernel
 from .kernels_reduce import leff_statistics_kernel
-from .launch_common import Call, hashable
-from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, row_tiles
+from .kernels_stream import leff_moments_kernel
+from .launch_common import ROWS, Call, hashable, linear
+from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, row_tiles, stream_tiles
 
 __all__ = ["contract_grid", "depthwise_grid", "leff_forward_triton"]
 
@@ -48,7 +49,8 @@ def _run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *parameters, residual, settings, out_dtype = rest
     call = Call(x, parameters, settings)
     count = call.empty(1 if "batch" in settings.norms else 0)
-    z1, norm1 = _expand(call, count)
+    expand = _expand_by_library if settings.backend == "library" else _expand
+    z1, norm1 = expand(call, count)
     z2, norm2 = _depthwise(call, z1, norm1, count)
     if settings.norms[2] == "none":
         z3, norm3 = call.empty(0, dtype=call.dtype), None
@@ -61,6 +63,21 @@ def _run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call.launch(leff_norm_kernel, grid, tiles, p_z3=z3, p_norm3=norm3, p_x=x, p_residual=residual, p_out=out)
     norms = (call.empty(0) if norm is None else norm for norm in (norm1, norm2, norm3))
     return out, z1, z2, z3, *norms, count
+
+
+def _expand_by_library(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As ``_expand``, by PyTorch's GEMM: of all tokens, since leaving out the prefix would copy the others."""
+    z1 = compute(_linear_of_rows, call.x, call.layers[0].weight, call.layers[0].bias, call.dtype)
+    moments = _moments(call, 0, cdiv(call.M, ROWS), call.E)
+    if moments:
+        tiles = stream_tiles(call.E)
+        grid = cdiv(call.M, ROWS), cdiv(call.E, tiles.sizes["TILE_E"])
+        call.launch(leff_moments_kernel, grid, tiles, **moments, p_z=z1, ROWS=ROWS)
+    return z1, _norm(call, 0, count, **moments)
+
+
+def _linear_of_rows(*arguments: Any) -> Tensor:
+    return linear(*arguments).flatten(0, 1)
 
 
 def _expand(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +108,7 @@ def depthwise_grid(call: Call, tiles: Tiles) -> tuple[int, int, tuple[int]]:
 def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor | None]:
     tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
     images, parts, grid = depthwise_grid(call, tiles)
-    z2, moments = call.like(z1), _moments(call, 1, parts, call.E)
+    z2, moments = call.empty(call.M, call.E, dtype=call.dtype), _moments(call, 1, parts, call.E)
     arguments = {"p_z1": z1, "p_norm1": norm1, "p_bias": call.layers[1].bias, "p_z2": z2}
     arguments |= {"IMAGES": images, "ACTIVATION": call.settings.activations[0], **moments}
     call.launch(leff_depthwise_kernel, grid, tiles, **arguments)

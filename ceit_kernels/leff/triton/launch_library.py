@@ -1,4 +1,4 @@
-"""LeFF by a library's GEMMs, and one kernel for all that stands between them."""
+"""LeFF's inference by a library's GEMMs, and one kernel for all that stands between them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.launch import cdiv
@@ -15,7 +14,7 @@ from ..arguments import PARAMETER_NAMES, Settings
 from . import NORM_ROWS
 from .kernels_library import leff_depthwise_inference_kernel
 from .kernels_norm import leff_norm_kernel
-from .launch_common import Call, hashable
+from .launch_common import Call, hashable, linear
 from .tiles import depthwise_tiles, row_tiles
 
 __all__ = ["leff_inference_library"]
@@ -45,7 +44,7 @@ def _infer(x: Tensor, *rest: Any) -> Tensor:
         call.known |= {f"p_{name}{i}": tensor for name, tensor in layer._asdict().items()} | {f"eps{i}": eps}
 
     # Prefix tokens come along: leaving them out would copy the others.
-    z1 = compute(_linear, x, layer1.weight, layer1.bias, call.dtype)
+    z1 = compute(linear, x, layer1.weight, layer1.bias, call.dtype)
     h2 = call.empty(call.x.shape[0], settings.height * settings.width, call.E, dtype=call.dtype)
     tiles = depthwise_tiles(settings.width, call.E, call.kernel_size, call.dtype)
     columns, channels = cdiv(settings.width, tiles.sizes["TILE_W"]), cdiv(call.E, tiles.sizes["TILE_E"])
@@ -53,7 +52,7 @@ def _infer(x: Tensor, *rest: Any) -> Tensor:
     first, second = settings.activations
     arguments = {"p_z1": z1, "p_h2": h2, "p_norm3": norm3, "ACTIVATION1": first, "ACTIVATION2": second}
     call.launch(leff_depthwise_inference_kernel, (x.shape[0] * columns * channels + vectors,), tiles, **arguments)
-    z3 = compute(_linear, h2, layer3.weight, layer3.bias, call.dtype)
+    z3 = compute(linear, h2, layer3.weight, layer3.bias, call.dtype)
     if norm3 is None and residual is None and not settings.num_prefix_tokens and call.dtype == out_dtype:
         return z3
     out, tiles = call.empty(*x.shape[:2], call.O, dtype=out_dtype), row_tiles(call.O)
@@ -61,9 +60,3 @@ def _infer(x: Tensor, *rest: Any) -> Tensor:
     grid = cdiv(call.M, rows) + call.prefix_tiles(rows), cdiv(call.O, tiles.sizes["TILE_O"])
     call.launch(leff_norm_kernel, grid, tiles, p_z3=z3, p_norm3=norm3, p_residual=residual, p_out=out, p_x=x)
     return out
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A pointwise layer."""
-    bias = None if bias is None else bias.to(dtype)
-    return F.linear(x.to(dtype), weight.flatten(1).to(dtype), bias)

@@ -17,6 +17,7 @@ __all__ = [
     "inference_contract_tiles",
     "inference_expand_tiles",
     "row_tiles",
+    "stream_tiles",
     "weight_gradient_tiles",
 ]
 
@@ -81,7 +82,9 @@ def contract_tiles(out_features: int, dtype: torch.dtype, chip: int) -> Tiles:
         return Tiles({"TILE_M": 64, "TILE_E": 16, "TILE_O": _fit(64, out_features), "NUM_O": 1}, 8, 2)
     size, count = _cover(out_features)
     tokens = 128 if chip in _OPERANDS_FROM_SHARED_MEMORY and out_features <= 384 else 64
-    return Tiles({"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count}, 8, 2)
+    # One program instance fills an SM there: nothing but loads far ahead hides its waits.
+    stages = 4 if chip in _OPERANDS_FROM_SHARED_MEMORY else 2
+    return Tiles({"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count}, 8, stages)
 
 
 def weight_gradient_tiles(channels: int, width: int, dtype: torch.dtype, chip: int) -> Tiles:
@@ -112,3 +115,8 @@ def depthwise_tiles(width: int, hidden_features: int, kernel_size: int, dtype: t
 def row_tiles(channels: int) -> Tiles:
     """Kernels that take tokens as they come; TILE_T where they merge partial sums first."""
     return Tiles({"TILE_M": 16, "TILE_O": _fit(128, channels), "TILE_T": 16}, 4)
+
+
+def stream_tiles(channels: int) -> Tiles:
+    """Kernels that take hidden channels as they come: loads of 16 bytes a thread."""
+    return Tiles({"TILE_M": 16, "TILE_E": _fit(128, channels)}, 4)

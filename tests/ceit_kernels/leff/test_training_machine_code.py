@@ -19,10 +19,11 @@ from ceit_kernels.leff.triton.launch_forward import leff_forward_triton
 from ceit_kernels.leff.triton.launch_running import update_running_statistics_triton
 
 
-def record(shape, dtype, chip, **options):
+def record(shape, dtype, chip, *, backend="triton", **options):
     """The launches of one training step."""
     with FakeTensorMode(), record_launches(chip) as launches:
         x, parameters, settings = make_shape(shape, dtype, "batch", **options)
+        settings = settings._replace(backend=backend)
         out, *saved = leff_forward_triton(x, parameters, None, settings, dtype)
         needs = [parameter is not None for i, parameter in enumerate(parameters) if i % 6 < 4]
         leff_backward_triton(torch.empty_like(out), x, parameters, saved, settings, True, needs)
@@ -84,6 +85,15 @@ def test_larger_kernels_do_not_spill(kernel_size, chip):
     for launch in record("tiny", torch.bfloat16, chip, kernel_size=kernel_size):
         if "depthwise" in launch.kernel.__name__:
             assert_unspilled(launch, chip)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("chip", CHIPS)
+def test_what_streams_between_a_librarys_gemms_does_not_spill(chip):
+    launches = {launch.kernel.__name__: launch for launch in record("small", torch.bfloat16, chip, backend="library")}
+    for name in ("leff_moments_kernel", "leff_slope_kernel"):
+        assert_unspilled(launches[name], chip)
+        assert compile_for_nvidia(launches[name], chip).wide_loads
 
 
 @pytest.mark.prove

@@ -35,8 +35,10 @@ def make_arguments(norms, **options):
     return x, parameters, residual, settings
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", ["triton", "library"])
+def test_opcheck(backend):
     x, parameters, residual, settings = make_arguments("bfn", bias=False)
+    settings = settings._replace(backend=backend)
     arguments = (x, *parameters, residual, *settings)
     torch.library.opcheck(torch.ops.ceit.leff.default, arguments)
     with torch.no_grad():
