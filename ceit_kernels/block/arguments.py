@@ -31,10 +31,11 @@ class CallArguments(NamedTuple):
     sizes: list[int]
 
 
-def can_run_fused(x: Tensor, dims: int, operators: Sequence[str]) -> bool:
+def can_run_fused(x: Tensor, dims: int, operators: Sequence[str], autocast: torch.dtype | None = None) -> bool:
     """Whether one call may stand for several operators on a tensor x of so many dimensions.
 
-    It may where no gradient is wanted, no hook, transform or autocast is active, and every operator would run natively.
+    It may where no gradient is wanted, no hook or transform is active, autocast is off or in ``autocast``, and
+    every operator would run natively.
     """
     return (
         x.dim() == dims
@@ -42,9 +43,9 @@ def can_run_fused(x: Tensor, dims: int, operators: Sequence[str]) -> bool:
         and not torch.is_grad_enabled()
         and is_eager(x)
         and unsupported_reason(x) is None
-        and autocast_dtype(x) is None
+        and autocast_dtype(x) is autocast
         and not _has_any_global_hook()
-        and all(backends.choose(name, x, x.dtype).backend == "native" for name in operators)
+        and all(backends.choose(name, x, autocast or x.dtype).backend == "native" for name in operators)
     )
 
 

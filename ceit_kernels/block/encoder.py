@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..common.autocast import autocast_dtype
 from ..common.children import child_reason
 from ..leff import FrozenLeFF, FusedLeFF
 from ..leff.cpu import leff_sizes
@@ -21,8 +22,8 @@ __all__ = ["EncoderParts", "encoder_arguments", "encoder_inference"]
 
 torch.library.define(
     "ceit::_encoder_infer",
-    "(Tensor x, Tensor?[] parameters, float[] scalars, int[] sizes, bool class_token_only, Tensor(a!) out, "
-    "Tensor(b!) class_tokens) -> ()",
+    "(Tensor x, Tensor?[] parameters, float[] scalars, int[] sizes, bool in_bfloat16, bool class_token_only, "
+    "Tensor(a!) out, Tensor(b!) class_tokens) -> ()",
 )
 
 _OPERATORS = ("add_norm", "linear", "attention", "leff")
@@ -48,6 +49,8 @@ def encoder_inference(
 ) -> tuple[Tensor, Tensor] | None:
     """Tokens (B, P + H * W, C) behind the last block, and the first token behind every block (B, len(blocks), C).
 
+    Under autocast in bfloat16 tokens in float32 stay in it, and what the GEMMs take is rounded.
+
     None where that takes other calls: a gradient may be wanted, a hook, compiler or dispatch mode is active, a module
     is not the fused or plain one that is known or is in training mode, an operator does not run natively, or the class
     token cannot be computed alone.
@@ -62,14 +65,15 @@ def encoder_inference(
     Raises:
         ValueError: the tokens make no such image.
     """
-    if not can_run_fused(x, 3, _OPERATORS):
+    in_bfloat16 = autocast_dtype(x) is torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16)
+    if not can_run_fused(x, 3, _OPERATORS, torch.bfloat16 if in_bfloat16 else None):
         return None
     arguments = encoder_arguments(x, [parts_of(block) for block in blocks], grid_size, class_token_only)
     if arguments is None:
         return None
     out = torch.empty(x.shape, dtype=x.dtype)
     class_tokens = x.new_empty(x.shape[0], len(blocks), x.shape[2])
-    torch.ops.ceit._encoder_infer(x.contiguous(), *arguments, class_token_only, out, class_tokens)
+    torch.ops.ceit._encoder_infer(x.contiguous(), *arguments, in_bfloat16, class_token_only, out, class_tokens)
     return class_tokens[:, -1:].clone() if class_token_only else out, class_tokens
 
 

@@ -38,7 +38,7 @@ CEIT_INLINE Vec<Acc> without_rest(Vec<Acc> v, int count) {
   return v;
 }
 
-template <class T>
+template <class T, class Out = T>
 void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   using Acc = acc_t<T>;
   const int64_t channels = call.channels;
@@ -68,7 +68,7 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     const Acc shift = moments.first / Acc(channels);
     const Acc variance = moments.second / Acc(channels) - shift * shift;
     const Acc rstd = Acc(1) / std::sqrt(variance + Acc(call.eps));
-    T* out = static_cast<T*>(call.out) + row * channels;
+    Out* out = static_cast<Out*>(call.out) + row * channels;
     for_vectors<Acc>(channels, [&](int64_t c, int count) {
       auto value = ((load(source + c, count) - about) - shift) * rstd;
       if (weight) value *= load(weight + c, count);
@@ -127,8 +127,9 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels kernels[3] = {
-    {forward<float>, backward<float>}, {forward<Bf16>, backward<Bf16>}, {forward<double>, backward<double>}};
+extern const Kernels kernels[3] = {{forward<float>, backward<float>, forward<float, Bf16>},
+                                   {forward<Bf16>, backward<Bf16>, forward<Bf16>},
+                                   {forward<double>, backward<double>, nullptr}};
 
 }  // namespace CEIT_CAPABILITY
 }  // namespace ceit::add_norm

@@ -38,6 +38,7 @@ struct BackwardCall {
 struct Kernels {
   Kernel<ForwardCall> forward;
   Kernel<BackwardCall> backward;
+  Kernel<ForwardCall> forward_to_bf16;  // out of 16 bits, the rest of the type
 };
 
 }  // namespace ceit::add_norm

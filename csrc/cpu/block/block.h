@@ -14,9 +14,15 @@ namespace ceit::block {
 template <class T>
 class Norm {
  public:
-  Norm(int64_t channels, double eps, gemm::Packer<T>& packer);
+  template <class Packer>
+  Norm(int64_t channels, double eps, Packer& packer) {
+    call_.channels = channels, call_.eps = eps;
+    call_.weight = packer.vector("norm.weight", channels, 1);
+    call_.bias = packer.vector("norm.bias", channels);
+  }
   // out = the norm of rows `begin` to `end` of x.
-  void operator()(const T* x, T* out, int64_t begin, int64_t end) const;
+  template <class Out>
+  void operator()(const T* x, Out* out, int64_t begin, int64_t end) const;
 
  private:
   add_norm::ForwardCall call_{};
@@ -28,14 +34,15 @@ struct AttentionSizes {
   double eps1, scale, eps2;
 };
 
-// What all blocks begin with: norm, attention, norm. GEMMs are without their rows.
-template <class T>
+// What all blocks begin with: norm, attention, norm. GEMMs of T are without their rows; tokens between blocks are
+// Tokens, which under autocast are not rounded.
+template <class T, class Tokens = T>
 struct Attention {
   int64_t heads;
   double scale;
-  Norm<T> norm1;
-  gemm::Call<T> qkv, projection;
-  Norm<T> norm2;
+  Norm<Tokens> norm1;
+  gemm::Product<T> qkv, projection;
+  Norm<Tokens> norm2;
   Attention(const AttentionSizes& sizes, gemm::Packer<T>& packer)
       : heads(sizes.heads),
         scale(sizes.scale),
@@ -46,17 +53,17 @@ struct Attention {
 };
 
 // An encoder block: attention, then LeFF.
-template <class T>
+template <class T, class Tokens = T>
 struct Encoder {
-  Attention<T> attention;
+  Attention<T, Tokens> attention;
   leff::Inference<T> leff;
   Encoder(const AttentionSizes& sizes, const leff::Sizes& of_leff, gemm::Packer<T>& packer)
       : attention(sizes, packer), leff(of_leff, packer) {}
 };
 
 // out (images, rows, C) from x of the same shape.
-template <class T>
-void infer_encoder(const Encoder<T>& block, int64_t images, int64_t rows, const T* x, T* out);
+template <class T, class Tokens>
+void infer_encoder(const Encoder<T, Tokens>& block, int64_t images, int64_t rows, const Tokens* x, Tokens* out);
 
 // A row for each image.
 template <class T>
@@ -67,9 +74,9 @@ struct Rows {
 };
 
 // The class token of an encoder block that passes it unchanged through LeFF.
-template <class T>
-void infer_class_token(const Attention<T>& attention, int64_t images, int64_t rows, int64_t channels, const T* x,
-                       Rows<T> out);
+template <class T, class Tokens>
+void infer_class_token(const Attention<T, Tokens>& attention, int64_t images, int64_t rows, int64_t channels,
+                       const Tokens* x, Rows<Tokens> out);
 
 // The block over class tokens: attention, then two linear layers.
 template <class T>
@@ -114,13 +121,13 @@ void infer_patches(const Patches<T>& patches, int64_t images, const T* map, T* o
 
 // Runs blocks one after another, which block(index, use) gives; tokens go from x to out by way of `spare`. Leaves the
 // first token behind every block in class_tokens (images, blocks, C). The last computes that one alone if it may.
-template <class T, class Block>
-void run_blocks(int64_t images, int64_t rows, int64_t channels, int64_t blocks, bool class_token_only, const T* x,
-                T* spare, T* out, T* class_tokens, const Block& block) {
+template <class Tokens, class Block>
+void run_blocks(int64_t images, int64_t rows, int64_t channels, int64_t blocks, bool class_token_only, const Tokens* x,
+                Tokens* spare, Tokens* out, Tokens* class_tokens, const Block& block) {
   for (int64_t i = 0; i < blocks; ++i) {
-    const Rows<T> first{class_tokens + i * channels, blocks * channels};
-    T* to = (blocks - 1 - i) % 2 == 0 ? out : spare;
-    block(i, [&](const Encoder<T>& encoder) {
+    const Rows<Tokens> first{class_tokens + i * channels, blocks * channels};
+    Tokens* to = (blocks - 1 - i) % 2 == 0 ? out : spare;
+    block(i, [&](const auto& encoder) {
       if (class_token_only && i == blocks - 1)
         return infer_class_token(encoder.attention, images, rows, channels, x, first);
       infer_encoder(encoder, images, rows, x, to);
@@ -150,8 +157,8 @@ struct EncoderSizes {
   int64_t channels, heads, tokens, blocks;
   leff::Sizes leff{};
   explicit EncoderSizes(const Numbers& sizes);
-  template <class T>
-  Encoder<T> block(int64_t prefix, const Scalars& scalars, int64_t index, gemm::Packer<T>& packer) const {
+  template <class T, class Tokens = T>
+  Encoder<T, Tokens> block(int64_t prefix, const Scalars& scalars, int64_t index, gemm::Packer<T>& packer) const {
     const size_t at = size_t(index) * kScalars;
     STD_TORCH_CHECK(scalars.size() >= at + kScalars, "scalars: expected ", kScalars, " for each of ", blocks,
                     " blocks");

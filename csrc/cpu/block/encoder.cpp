@@ -17,27 +17,23 @@ namespace ceit::block {
 namespace {
 
 // An image's memory.
-template <class T>
+template <class T, class Tokens>
 struct Memory {
-  T *normalised, *qkv, *attended, *total, *leff;
-  Memory(T* start, int64_t elements)
-      : normalised(start),
-        qkv(start + elements),
-        attended(start + 4 * elements),
-        total(start + 5 * elements),
-        leff(start + 6 * elements) {}
+  Tokens *total, *prefix;
+  T *normalised, *qkv, *attended, *leff;
+  Memory(gemm::Arena& arena, int64_t rows, const leff::Inference<T>& of)
+      : total(arena.take<Tokens>(rows * of.channels)),
+        prefix(arena.take<Tokens>(of.prefix * of.channels)),
+        normalised(arena.take<T>(rows * of.channels)),
+        qkv(arena.take<T>(3 * rows * of.channels)),
+        attended(arena.take<T>(rows * of.channels)),
+        leff(arena.take<T>(of.memory())) {}
 };
 
-template <class T>
-gemm::Call<T> with_rows(gemm::Call<T> call, const T* a, T* out, const T* residual = nullptr) {
-  call.a = a, call.out = out, call.residual = residual;
-  return call;
-}
-
 // Attention of the first `queries` of `tokens` tokens of each image: attended (images, queries, channels).
-template <class T, class Run>
-void attend(const Attention<T>& block, int64_t images, int64_t tokens, int64_t queries, int64_t channels, const T* qkv,
-            T* attended, const Run& run) {
+template <class T, class Tokens, class Run>
+void attend(const Attention<T, Tokens>& block, int64_t images, int64_t tokens, int64_t queries, int64_t channels,
+            const T* qkv, T* attended, const Run& run) {
   const int64_t heads = block.heads;
   STD_TORCH_CHECK(heads > 0 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
   attention::ForwardCall call{};
@@ -48,78 +44,82 @@ void attend(const Attention<T>& block, int64_t images, int64_t tokens, int64_t q
 }
 
 // One row an image: the token that asks, what attention gives it, their sum and its norm.
-template <class T>
+template <class T, class Tokens>
 class ClassTokens {
  public:
   ClassTokens(int64_t images, int64_t channels)
-      : images_(images), channels_(channels), memory_(size_t(4 * images * channels)) {}
-  void ask(int64_t image, const T* token) { std::copy(token, token + channels_, row(0, image)); }
-  T* attended(int64_t image) { return row(1, image); }
-  T* total() { return row(2, 0); }
-  T* normalised() { return row(3, 0); }
-  void add_attention(const Attention<T>& block) {
-    gemm::multiply_few(with_rows<T>(block.projection, attended(0), total(), row(0, 0)), images_);
+      : images_(images),
+        channels_(channels),
+        tokens_(size_t(3 * images * channels)),
+        attended_(size_t(images * channels)) {}
+  void ask(int64_t image, const Tokens* token) { std::copy(token, token + channels_, row(0, image)); }
+  T* attended(int64_t image) { return attended_.data() + image * channels_; }
+  Tokens* total() { return row(1, 0); }
+  Tokens* normalised() { return row(2, 0); }
+  void add_attention(const Attention<T, Tokens>& block) {
+    gemm::multiply_few(gemm::call_of<T, Tokens>(block.projection, attended(0), total(), row(0, 0)), images_);
     block.norm2(total(), normalised(), 0, images_);
   }
 
  private:
-  T* row(int64_t part, int64_t image) { return memory_.data() + (part * images_ + image) * channels_; }
+  Tokens* row(int64_t part, int64_t image) { return tokens_.data() + (part * images_ + image) * channels_; }
   int64_t images_, channels_;
-  std::vector<T> memory_;
+  std::vector<Tokens> tokens_;
+  std::vector<T> attended_;
 };
 
 }  // namespace
 
 template <class T>
-Norm<T>::Norm(int64_t channels, double eps, gemm::Packer<T>& packer) {
-  call_.channels = channels, call_.eps = eps;
-  call_.weight = packer.vector("norm.weight", channels, 1);
-  call_.bias = packer.vector("norm.bias", channels);
-}
-
-template <class T>
-void Norm<T>::operator()(const T* x, T* out, int64_t begin, int64_t end) const {
+template <class Out>
+void Norm<T>::operator()(const T* x, Out* out, int64_t begin, int64_t end) const {
   add_norm::ForwardCall call = call_;
   call.rows = end - begin;
   call.x = x + begin * call.channels, call.out = out + begin * call.channels;
-  add_norm::chosen(kIndex<T>).forward(call, 0, ceil_div(call.rows, add_norm::kTileRows));
+  const add_norm::Kernels& kernels = add_norm::chosen(kIndex<T>);
+  (std::is_same_v<T, Out> ? kernels.forward : kernels.forward_to_bf16)(call, 0,
+                                                                       ceil_div(call.rows, add_norm::kTileRows));
 }
 
-template <class T>
-void infer_encoder(const Encoder<T>& encoder, int64_t images, int64_t rows, const T* x, T* out) {
-  const Attention<T>& block = encoder.attention;
+template <class T, class Tokens>
+void infer_encoder(const Encoder<T, Tokens>& encoder, int64_t images, int64_t rows, const Tokens* x, Tokens* out) {
+  const Attention<T, Tokens>& block = encoder.attention;
   const leff::Inference<T>& leff = encoder.leff;
   const int64_t channels = leff.channels, elements = rows * channels;
-  const int64_t bytes = (6 * elements + leff.memory()) * int64_t(sizeof(T));
-  gemm::for_images(images, bytes, [&](int64_t image, gemm::Place place, auto run) {
-    const Memory<T> memory(static_cast<T*>(place.memory), elements);
-    const T* in = x + image * elements;
+  gemm::Arena counting;
+  Memory<T, Tokens>(counting, rows, leff);
+  gemm::for_images(images, counting.bytes(), [&](int64_t image, gemm::Place place, auto run) {
+    gemm::Arena arena(place.memory);
+    const Memory<T, Tokens> memory(arena, rows, leff);
+    const Tokens* in = x + image * elements;
     run(rows, [&](int64_t begin, int64_t end) {
       block.norm1(in, memory.normalised, begin, end);
-      gemm::multiply(with_rows<T>(block.qkv, memory.normalised, memory.qkv), begin, end);
+      gemm::multiply(gemm::call_of<T, T>(block.qkv, memory.normalised, memory.qkv), begin, end);
     });
-    attend<T>(block, 1, rows, rows, channels, memory.qkv, memory.attended, run);
+    attend(block, 1, rows, rows, channels, memory.qkv, memory.attended, run);
     run(rows, [&](int64_t begin, int64_t end) {
-      gemm::multiply(with_rows<T>(block.projection, memory.attended, memory.total, in), begin, end);
+      gemm::multiply(gemm::call_of<T, Tokens>(block.projection, memory.attended, memory.total, in), begin, end);
       block.norm2(memory.total, memory.normalised, begin, end);
+      // These pass LeFF as they are.
+      block.norm2(memory.total, memory.prefix, std::min(begin, leff.prefix), std::min(end, leff.prefix));
       leff.expand(memory.normalised, memory.leff, std::max<int64_t>(0, begin - leff.prefix), end - leff.prefix);
     });
     run(leff.height, [&](int64_t begin, int64_t end) {
-      leff.contract(memory.normalised, memory.total, memory.leff, out + image * elements, begin, end);
+      leff.contract(memory.prefix, memory.total, memory.leff, out + image * elements, begin, end);
     });
   });
 }
 
-template <class T>
-void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, int64_t channels, const T* x,
-                       Rows<T> out) {
+template <class T, class Tokens>
+void infer_class_token(const Attention<T, Tokens>& block, int64_t images, int64_t rows, int64_t channels,
+                       const Tokens* x, Rows<Tokens> out) {
   const int64_t elements = rows * channels;
-  ClassTokens<T> tokens(images, channels);
+  ClassTokens<T, Tokens> tokens(images, channels);
   gemm::for_images(images, 4 * elements * int64_t(sizeof(T)), [&](int64_t image, gemm::Place place, auto run) {
     T* memory = static_cast<T*>(place.memory);
-    const T* in = x + image * elements;
+    const Tokens* in = x + image * elements;
     tokens.ask(image, in);
-    const gemm::Call<T> qkv = with_rows<T>(block.qkv, memory, memory + elements);
+    const auto qkv = gemm::call_of<T, T>(block.qkv, memory, memory + elements);
     // Panels with a column of keys or values of all rows, and those of queries, which may share one, of the first.
     const gemm::Range keys_and_values{channels / gemm::kPanelColumns, gemm::panels_of(3 * channels)};
     run(rows, [&](int64_t begin, int64_t end) {
@@ -127,7 +127,7 @@ void infer_class_token(const Attention<T>& block, int64_t images, int64_t rows, 
       gemm::multiply(qkv, gemm::Range{begin, end}, keys_and_values);
       if (begin == 0) gemm::multiply(qkv, gemm::Range{0, 1}, gemm::Range{0, gemm::panels_of(channels)});
     });
-    attend<T>(block, 1, rows, 1, channels, qkv.out, tokens.attended(image), run);
+    attend(block, 1, rows, 1, channels, qkv.out, tokens.attended(image), run);
   });
   tokens.add_attention(block);
   for (int64_t i = 0; i < images * channels; ++i)
@@ -138,7 +138,7 @@ template <class T>
 void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const T* x, T* out) {
   const Attention<T>& block = layer.attention;
   const int64_t channels = layer.channels, rows = images * layers, elements = rows * channels;
-  ClassTokens<T> tokens(images, channels);
+  ClassTokens<T, T> tokens(images, channels);
   const int64_t bytes = (4 * elements + images * layer.expanding.columns) * int64_t(sizeof(T));
   T *memory = static_cast<T*>(gemm::workspace(bytes)), *hidden = memory + 4 * elements;
   for (int64_t image = 0; image < images; ++image) {
@@ -150,20 +150,23 @@ void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const 
     std::copy(in, last, reordered + channels);
   }
   block.norm1(memory + elements, memory, 0, rows);
-  gemm::multiply_few(with_rows<T>(block.qkv, memory, memory + elements), rows);
-  attend<T>(block, images, layers, 1, channels, memory + elements, tokens.attended(0), gemm::Threads());
+  gemm::multiply_few(gemm::call_of<T, T>(block.qkv, memory, memory + elements), rows);
+  attend(block, images, layers, 1, channels, memory + elements, tokens.attended(0), gemm::Threads());
   tokens.add_attention(block);
-  gemm::multiply_few(with_rows<T>(layer.expanding, tokens.normalised(), hidden), images);
-  gemm::multiply_few(with_rows<T>(layer.contracting, hidden, out, tokens.total()), images);
+  gemm::multiply_few(gemm::call_of<T, T>(layer.expanding, tokens.normalised(), hidden), images);
+  gemm::multiply_few(gemm::call_of<T, T>(layer.contracting, hidden, out, tokens.total()), images);
 }
 
-#define CEIT_INSTANTIATE(T)                                                                           \
-  template class Norm<T>;                                                                             \
-  template void infer_encoder(const Encoder<T>&, int64_t, int64_t, const T*, T*);                     \
-  template void infer_class_token(const Attention<T>&, int64_t, int64_t, int64_t, const T*, Rows<T>); \
+#define CEIT_INSTANTIATE(T, Tokens)                                                                 \
+  template void infer_encoder(const Encoder<T, Tokens>&, int64_t, int64_t, const Tokens*, Tokens*); \
+  template void infer_class_token(const Attention<T, Tokens>&, int64_t, int64_t, int64_t, const Tokens*, Rows<Tokens>);
+#define CEIT_INSTANTIATE_ALIKE(T)                                          \
+  CEIT_INSTANTIATE(T, T)                                                   \
+  template void Norm<T>::operator()(const T*, T*, int64_t, int64_t) const; \
   template void infer_layers(const Layers<T>&, int64_t, int64_t, const T*, T*);
-CEIT_INSTANTIATE(float)
-CEIT_INSTANTIATE(Bf16)
-CEIT_INSTANTIATE(double)
+CEIT_INSTANTIATE_ALIKE(float)
+CEIT_INSTANTIATE_ALIKE(Bf16)
+CEIT_INSTANTIATE_ALIKE(double)
+CEIT_INSTANTIATE(Bf16, float)
 
 }  // namespace ceit::block

@@ -31,32 +31,40 @@ Tensor stem_map(const Tensor& image, const Tensor& stem, const Tensor& sign, con
 namespace {
 
 // out (B, N, C) of tokens x, and their first tokens behind every block, class_tokens (B, blocks, C). parameters: of
-// each block norm1, qkv, projection, norm2 (weight and bias each) and what leff::infer takes.
-void infer_encoder_tensors(Tensor x, Parameters parameters, Scalars scalars, Numbers sizes, bool class_token_only,
-                           Tensor out, Tensor class_tokens) {
+// each block norm1, qkv, projection, norm2 (weight and bias each) and what leff::infer takes. Computes in T, whose
+// weights may be Tokens.
+template <class T, class Tokens>
+void infer_blocks(const Tensor& x, const Parameters& parameters, const Scalars& scalars, const Numbers& sizes,
+                  bool class_token_only, const Tensor& out, const Tensor& class_tokens) {
   const EncoderSizes size(sizes);
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) >= size.tokens && x.size(2) == size.channels && x.numel() > 0,
                   "x: expected tokens (B, at least ", size.tokens, ", ", size.channels, ")");
   STD_TORCH_CHECK(parameters.size() == kParameters * size_t(size.blocks), "parameters: expected ", kParameters,
                   " for each of ", size.blocks, " blocks, got ", parameters.size());
   const int64_t images = x.size(0), rows = x.size(1);
-  with_dtype(x, [&](auto type) {
-    using T = decltype(type);
-    const T* from = elements<T>("x", x, x.numel());
-    T* to = elements<T>("out", out, x.numel());
-    T* first = elements<T>("class_tokens", class_tokens, images * size.blocks * size.channels);
-    const Tensor spare = new_empty(x, {size.blocks > 1 ? x.numel() : 0});
-    const auto block = [&](int64_t index, const auto& use) {
-      const auto start = parameters.begin() + int64_t(kParameters) * index;
-      const Parameters own(start, start + kParameters);
-      const auto make = [&](gemm::Packer<T>& packer) {
-        return size.block<T>(rows - size.tokens, scalars, index, packer);
-      };
-      gemm::with_prepacked<T>(own, std::nullopt, make, use);
+  const Tokens* from = elements<Tokens>("x", x, x.numel());
+  Tokens* to = elements<Tokens>("out", out, x.numel());
+  Tokens* first = elements<Tokens>("class_tokens", class_tokens, images * size.blocks * size.channels);
+  const Tensor spare = new_empty(x, {size.blocks > 1 ? x.numel() : 0});
+  const auto block = [&](int64_t index, const auto& use) {
+    const auto start = parameters.begin() + int64_t(kParameters) * index;
+    const Parameters own(start, start + kParameters);
+    const auto make = [&](gemm::Packer<T>& packer) {
+      return size.block<T, Tokens>(rows - size.tokens, scalars, index, packer);
     };
-    run_blocks(images, rows, size.channels, size.blocks, class_token_only, from, static_cast<T*>(spare.data_ptr()), to,
-               first, block);
-  });
+    gemm::with_prepacked<T>(own, std::nullopt, make, use);
+  };
+  run_blocks(images, rows, size.channels, size.blocks, class_token_only, from, static_cast<Tokens*>(spare.data_ptr()),
+             to, first, block);
+}
+
+void infer_encoder_tensors(Tensor x, Parameters parameters, Scalars scalars, Numbers sizes, bool in_bfloat16,
+                           bool class_token_only, Tensor out, Tensor class_tokens) {
+  const auto infer = [&](auto type, auto tokens) {
+    infer_blocks<decltype(type), decltype(tokens)>(x, parameters, scalars, sizes, class_token_only, out, class_tokens);
+  };
+  if (in_bfloat16 && x.scalar_type() == ScalarType::Float) return infer(Bf16(), float());
+  with_dtype(x, [&](auto type) { infer(type, type); });
 }
 
 // out (B, 1, C) of class tokens x (B, L, C). parameters: norm1, qkv, projection, norm2, fc1, fc2, weight and bias each.

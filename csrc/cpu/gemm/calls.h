@@ -13,9 +13,9 @@ namespace ceit::gemm {
 // Columns of a panel, the part of a result that a task has.
 constexpr int kPanelColumns = 64;
 
-// out = activation(A B * scale + shift) + residual or, where out is of the type accumulated in, out += A B.
-template <class T, class Out = T>
-struct Call {
+// A B, and what follows it, but for the result.
+template <class T>
+struct Product {
   using Acc = acc_t<T>;
   const T* a = nullptr;
   int64_t a_stride = 0, depth = 0, columns = 0;
@@ -24,11 +24,25 @@ struct Call {
   int64_t b_stride = 0;                          // 0 where it is prepacked
   const Acc *scale = nullptr, *shift = nullptr;  // (columns,); 1 and 0 where there is none
   Activation activation = Activation::identity;
-  const Out* residual = nullptr;  // with the rows of out
-  Out* out = nullptr;
   int64_t out_stride = 0;
   bool accumulate = false;
 };
+
+// out = activation(A B * scale + shift) + residual or, where out is of the type accumulated in, out += A B.
+template <class T, class Out = T>
+struct Call : Product<T> {
+  const Out* residual = nullptr;  // with the rows of out
+  Out* out = nullptr;
+};
+
+// A call of a product for a result, with a residual if there is one.
+template <class T, class Out>
+Call<T, Out> call_of(const Product<T>& product, const T* a, Out* out, const Out* residual = nullptr) {
+  Call<T, Out> call;
+  static_cast<Product<T>&>(call) = product;
+  call.a = a, call.out = out, call.residual = residual;
+  return call;
+}
 
 // A weight (columns, depth), row by row: B transposed.
 template <class T>

@@ -96,8 +96,8 @@ struct Alone {
 };
 
 // All of a result with so few rows that threads share the panels.
-template <class T>
-void multiply_few(const Call<T>& call, int64_t rows) {
+template <class T, class Out>
+void multiply_few(const Call<T, Out>& call, int64_t rows) {
   torch::stable::parallel_for(0, panels_of(call.columns), 1,
                               [&](int64_t begin, int64_t end) { multiply(call, Range{0, rows}, Range{begin, end}); });
 }

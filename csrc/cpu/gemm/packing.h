@@ -89,11 +89,12 @@ class Packer {
     return call;
   }
 
-  // The contiguous elements of the next parameter, which lives as long as this.
+  // The contiguous elements of the next parameter, rounded if they are not of this type; they live as long as this.
   const T* whole(const char* name, int64_t count) {
     const OptionalTensor tensor = next();
     STD_TORCH_CHECK(tensor.has_value(), name, ": expected a tensor");
-    kept_.push_back(gemm::contiguous(*tensor));
+    const bool rounds = tensor->scalar_type() != kDtype<T>;
+    kept_.push_back(gemm::contiguous(rounds ? torch::stable::to(*tensor, kDtype<T>) : *tensor));
     return elements<T>(name, kept_.back(), count);
   }
   bool fills() const { return parameters_ && !arena_.counts(); }

@@ -53,7 +53,8 @@ void Inference<T>::expand(const T* x, T* memory, int64_t begin, int64_t end) con
 }
 
 template <class T>
-void Inference<T>::contract(const T* x, const T* residual, T* memory, T* out, int64_t begin, int64_t end) const {
+template <class Out>
+void Inference<T>::contract(const Out* x, const Out* residual, T* memory, Out* out, int64_t begin, int64_t end) const {
   const int64_t row_size = int64_t(width) * hidden;
   const int64_t tiles = ceil_div(end - begin, std::max<int64_t>(1, kRowTileBytes / (row_size * int64_t(sizeof(T)))));
   T* activated = memory + tokens() * hidden + begin * row_size;
@@ -63,9 +64,9 @@ void Inference<T>::contract(const T* x, const T* residual, T* memory, T* out, in
   depthwise.in = {memory, tokens()};
   depthwise.first = Activation::identity, depthwise.second = second;
   depthwise.taps = taps, depthwise.bias = shift2;
-  T* rows = memory + tokens() * (2 * hidden + channels) + begin * width * 2 * outputs;
-  gemm::Call<T> matmul = contracting;
-  matmul.a = activated;
+  void* planes = memory + tokens() * (2 * hidden + channels) + begin * width * 2 * outputs;
+  Out* rows = static_cast<Out*>(planes);
+  auto matmul = gemm::call_of<T, Out>(contracting, activated, nullptr);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     depthwise.top = int(begin + (end - begin) * tile / tiles);
     depthwise.bottom = int(begin + (end - begin) * (tile + 1) / tiles);
@@ -76,7 +77,7 @@ void Inference<T>::contract(const T* x, const T* residual, T* memory, T* out, in
     matmul.out = plane ? rows : out + at;
     matmul.residual = residual ? residual + at : nullptr;
     if (plane && residual) {
-      T* added = rows + count * outputs;
+      Out* added = rows + count * outputs;
       gemm::transpose(residual + at, plane, outputs, count, added, outputs);
       matmul.residual = added;
     }
@@ -86,8 +87,14 @@ void Inference<T>::contract(const T* x, const T* residual, T* memory, T* out, in
   for (int64_t i = 0; begin == 0 && i < prefix * outputs; ++i) out[i] = residual ? sum_of(x[i], residual[i]) : x[i];
 }
 
+#define CEIT_INSTANTIATE(T, Out) \
+  template void Inference<T>::contract(const Out*, const Out*, T*, Out*, int64_t, int64_t) const;
 template struct Inference<float>;
 template struct Inference<Bf16>;
 template struct Inference<double>;
+CEIT_INSTANTIATE(float, float)
+CEIT_INSTANTIATE(Bf16, Bf16)
+CEIT_INSTANTIATE(Bf16, float)
+CEIT_INSTANTIATE(double, double)
 
 }  // namespace ceit::leff

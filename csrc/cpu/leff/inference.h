@@ -35,8 +35,10 @@ struct Inference : Sizes {
 
   // The hidden tokens of tokens `begin` to `end`, from x (prefix + tokens, channels).
   void expand(const T* x, T* memory, int64_t begin, int64_t end) const;
-  // out (prefix + tokens, outputs) of the image's rows `begin` to `end`, and of the prefix tokens with the first.
-  void contract(const T* x, const T* residual, T* memory, T* out, int64_t begin, int64_t end) const;
+  // out (prefix + tokens, outputs) of the image's rows `begin` to `end`, and of the prefix tokens of x with the first;
+  // of another type than the hidden tokens only where they are not planes.
+  template <class Out>
+  void contract(const Out* x, const Out* residual, T* memory, Out* out, int64_t begin, int64_t end) const;
 };
 
 }  // namespace ceit::leff

@@ -48,6 +48,20 @@ def test_is_as_accurate_as_plain_pytorch(dtype, batch):
     assert_as_accurate(["tokens"], [run_fused(fuse(plain), x)], [expected], [exact])
 
 
+@pytest.mark.parametrize("class_token_only", [False, True])
+@pytest.mark.parametrize(("batch", "dim", "heads"), [(1, 24, 3), (3, 100, 2)])
+def test_under_autocast_is_as_accurate_as_plain_pytorch_and_of_its_dtype(class_token_only, batch, dim, heads):
+    plain = make_block(dim=dim, heads=heads, qkv_bias=True)
+    x = torch.randn(batch, 21, dim)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(x.double(), (4, 5), class_token_only)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = plain(x, (4, 5), class_token_only)
+            out, class_tokens = encoder_inference(x, [fuse(plain)], parts_of, (4, 5), class_token_only)
+    assert_as_accurate(["tokens", "class token"], [out, out[:, 0]], [expected, expected[:, 0]], [exact, exact[:, 0]])
+    assert torch.equal(class_tokens[:, 0], out[:, 0])
+
+
 @pytest.mark.parametrize(
     ("options", "batch", "grid"),
     [
@@ -152,7 +166,7 @@ def test_declines_where_someone_would_notice():
         assert encoder_inference(x, [block], lambda _: None, (4, 5)) is None  # a block that does more
     with Watching():
         assert run_fused(block, x) is None
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert run_fused(block, x) is None
     for operator in ("add_norm", "linear", "attention", "leff"):
         with use_backend(f"{operator}=reference"):
