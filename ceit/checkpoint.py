@@ -91,16 +91,19 @@ def load_checkpoint(
         OSError: if the file cannot be opened.
         TypeError: if there is no `CeiT` in the model.
         ValueError: if the file is unreadable, holds no such weights, or its names, shapes and kinds of tensors do not
-            match the model's; or the model is on the meta device.
+            match the model's; if neither has what is excluded; or the model is on the meta device.
     """
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     source = _select_weights(read_checkpoint(Path(path)), path, use_ema)
-    targets = {_unwrapped(name): tensor for name, tensor in model.state_dict().items()}
-    targets = {name: tensor for name, tensor in targets.items() if not _matches(name, exclude)}
+    named = {_unwrapped(name): tensor for name, tensor in model.state_dict().items()}
+    targets = {name: tensor for name, tensor in named.items() if not _matches(name, exclude)}
     if any(tensor.is_meta for tensor in targets.values()):
         raise ValueError("model: expected one with memory for its weights, got some on the meta device; call to_empty")
     _check_tensors(source, targets, path)
     weights = _with_counters(checkpoint_filter_fn(source, model), targets)
+    unknown = [name for name in exclude if not any(_matches(found, [name]) for found in {**weights, **named})]
+    if unknown:
+        raise ValueError(f"exclude: neither the model nor checkpoint {path} has {_listed(unknown)}")
     weights = {name: tensor for name, tensor in weights.items() if not _matches(name, exclude)}
     problems = _mismatches(weights, targets)
     if problems:

@@ -1,13 +1,15 @@
-"""Images: scikit-learn's digits or a folder, through timm's transforms and loaders."""
+"""Images: scikit-learn's digits, folders and sets of timm's readers, through timm's transforms and loaders."""
 
 import dataclasses
-from collections.abc import Iterable
+import importlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset, create_loader, create_transform
+from timm.data import IterableImageDataset, create_dataset, create_loader, create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -20,6 +22,7 @@ from .runtime.options import RunOptions, TrainOptions, UsageError, needed, usage
 _Options = TypeVar("_Options", bound=RunOptions)
 _TEST_FOLDERS = ("val", "validation", "test")
 _DIGITS_SPLIT_SEED = 0
+_WITHOUT_SPLITS = ("digits", "torch/cifar10", "torch/cifar100")
 _AUGMENTATION = {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "hflip": 0.5}
 _DIGITS_AUGMENTATION = {"scale": [0.8, 1.0], "ratio": [0.85, 1.18], "hflip": 0.0}
 
@@ -65,39 +68,42 @@ class Digits(Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The images of one split and the names of their classes, in the order of the labels."""
+    """The images of one split and the names of their classes, by label; none where nothing has them."""
 
     images: Any  # a Dataset with a transform
     classes: tuple[str, ...]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the images can only be gone through in turn."""
+        return isinstance(self.images, IterableImageDataset)
 
 
 def open_split(options: RunOptions, training: bool) -> Split:
     """Open the training or the test images of `options.data`, without any transform.
 
     Args:
-        options: `data` is "digits", a folder with one folder of images per class in each split's, torch/NAME or
-            hfds/NAME. Test images may also lie in the class folders of `data` itself, where no split has a folder.
+        options: `data` is "digits", a folder with one folder of images per class in each split's, or READER/NAME. Test
+            images may also lie in the class folders of `data` itself, where no split has a folder.
         training: which of the two.
 
     Raises:
-        UsageError: the folder or the split is missing or has no images.
+        UsageError: the folder or the split is missing or has no images, or a package that reads them is.
     """
     data = options.data
-    if data == "digits":
-        return Split(Digits(training), Digits.classes)
+    if data in _WITHOUT_SPLITS and (options.train_split != "train" or options.test_split not in (None, "test")):
+        raise UsageError(f"--train-split and --test-split do not belong to --data {data}, whose splits have no names")
     reader, _, name = data.partition("/")
     if reader in _READERS and name and not Path(data).is_dir():
-        split = options.train_split if training else options.test_split or "test"
-        with usage_errors(f"--data {data}"), needed(f"--data {data}", "datasets"):
-            return _READERS[reader](name, split, options)
+        with usage_errors(f"--data {data}"):
+            return _open_torchvision(name, options, training) if reader == "torch" else _open_by_timm(options, training)
     if options.data_dir or options.download:
-        raise UsageError(f"--data-dir and --download belong to torch/NAME and hfds/NAME, not to --data {data}")
+        raise UsageError(f"--data-dir and --download belong to --data {_SETS}, not to --data {data}")
+    if data == "digits":
+        return Split(Digits(training), Digits.classes)
     root = Path(data)
     if not root.is_dir():
-        raise UsageError(
-            f"--data {data}: expected 'digits', a folder or {' or '.join(f'{reader}/NAME' for reader in _READERS)}, "
-            "and there is no such folder"
-        )
+        raise UsageError(f"--data {data}: expected 'digits', a folder or {_SETS}, and there is no such folder")
     folder = _split_folder(root, options, training)
     try:
         # search_split=False: timm would take the root itself where the split has no folder.
@@ -118,20 +124,50 @@ def _split_folder(root: Path, options: RunOptions, training: bool) -> Path:
     return folder
 
 
-def _open_torchvision(name: str, split: str, options: RunOptions) -> Split:
+def _split_name(options: RunOptions, training: bool) -> str:
+    return options.train_split if training else options.test_split or "test"
+
+
+def _open_torchvision(name: str, options: RunOptions, training: bool) -> Split:
     sets = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "flowers102": datasets.Flowers102}
     if name not in sets:
         raise UsageError(f"--data torch/{name}: expected one of {', '.join(f'torch/{known}' for known in sets)}")
     if options.data_dir is None:
         raise UsageError(f"--data torch/{name} needs --data-dir, the folder where it is or with --download goes")
-    which = {"train": split == options.train_split} if name.startswith("cifar") else {"split": split}
+    which = {"train": training} if name.startswith("cifar") else {"split": _split_name(options, training)}
     images = sets[name](options.data_dir, download=options.download, **which)
     classes = getattr(images, "classes", range(102))
     return Split(images, tuple(map(str, classes)))
 
 
-def _open_hugging_face(name: str, split: str, options: RunOptions) -> Split:
-    return _named_by_reader(create_dataset(f"hfds/{name}", root=options.data_dir, split=split))
+def _open_by_timm(options: RunOptions, training: bool) -> Split:
+    """A set of Hugging Face, TensorFlow Datasets or WebDataset."""
+    reader = options.data.partition("/")[0]
+    for package in _READERS[reader]:
+        with needed(f"--data {options.data}", package.replace("_", "-")):
+            importlib.import_module(package)
+    if reader == "wds" and options.data_dir is None:
+        raise UsageError(f"--data {options.data} needs --data-dir, the folder or the address of its tar files")
+    images: Any = create_dataset(
+        options.data,
+        root=options.data_dir,
+        split=_split_name(options, training),
+        is_training=training,
+        batch_size=options.batch_size,
+        download=options.download,
+        seed=options.seed if isinstance(options, TrainOptions) else 0,
+    )
+    if reader == "wds":
+        _check_files(images.reader, options.data)
+    return _named_by_reader(images)
+
+
+def _check_files(reader: Any, data: str) -> None:
+    """Name a tar file that is not there, which the reader would leave out."""
+    for name in reader.split_info.filenames:
+        path = Path(reader.root, name)
+        if ":" not in f"{reader.root}{name}" and not path.is_file():
+            raise UsageError(f"--data {data}: there is no file {path}")
 
 
 def _named_by_reader(images: Any) -> Split:
@@ -139,7 +175,14 @@ def _named_by_reader(images: Any) -> Split:
     return Split(images, tuple(images.reader.class_to_idx))
 
 
-_READERS = {"torch": _open_torchvision, "hfds": _open_hugging_face}
+# The readers of sets, and the packages that they need beside the extra.
+_READERS = {
+    "torch": (),
+    "hfds": ("datasets",),
+    "tfds": ("tensorflow", "tensorflow_datasets"),
+    "wds": ("webdataset",),
+}
+_SETS = " or ".join(f"{reader}/NAME" for reader in _READERS)
 
 
 def check_classes(expected: Iterable[str], found: Iterable[str], where: str) -> None:
@@ -158,7 +201,7 @@ def resolve_data_options(options: _Options) -> _Options:
     defaults = {"crop_pct": 1.0 if digits else None}
     if isinstance(options, TrainOptions):
         defaults |= _DIGITS_AUGMENTATION if digits else _AUGMENTATION
-        defaults["warmup_epochs"] = min(5, options.epochs // 4)
+        defaults["warmup_epochs"] = 0 if options.sched == "none" else min(5, options.epochs // 4)
     missing = {name: default for name, default in defaults.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **missing)
 
@@ -170,10 +213,11 @@ def create_train_loader(split: Split, options: TrainOptions, config: dict[str, A
         split: the training images.
         options: training options with the data's defaults filled in.
         config: what `timm.data.resolve_model_data_config` says of the model: input_size, mean, std, interpolation.
-        place: this process's device and rank; where the sampler has `set_epoch`, that reshuffles.
+        place: this process's device and rank.
 
     Raises:
-        UsageError: fewer images than one batch, or an unknown augmentation policy.
+        UsageError: fewer images than one batch, an unknown augmentation policy, or images that can only be gone through
+            in turn where that does not do.
     """
     if options.auto_augment is not None:
         with usage_errors(f"--auto-augment {options.auto_augment}"):
@@ -187,10 +231,16 @@ def create_train_loader(split: Split, options: TrainOptions, config: dict[str, A
         "re_prob": options.random_erasing,
         "re_mode": "pixel",
     }
+    if split.streamed and (options.aug_repeats or options.fsdp):
+        raise UsageError(
+            f"--data {options.data} goes with neither --aug-repeats nor --fsdp: its images have no numbers"
+        )
     loader: Any = create_loader(split.images, is_training=True, **arguments)
+    if split.streamed:  # the reader fills up the last batch
+        return loader
     if options.aug_repeats:
         # Earlier versions of timm round small sets down to nothing.
-        rounded = {} if len(split.images) >= 256 else {"selected_round": 0}
+        rounded: dict[str, Any] = {} if len(split.images) >= 256 else {"selected_round": 0}
         sampler = RepeatAugSampler(
             split.images, place.world_size, place.rank, num_repeats=options.aug_repeats, **rounded
         )
@@ -210,12 +260,37 @@ def _with_sampler(loader: DataLoader, sampler: Sampler) -> DataLoader:
     return DataLoader(loader.dataset, sampler=sampler, **{name: getattr(loader, name) for name in names})
 
 
+def shuffle(loader: Any, seed: int, epoch: int) -> None:
+    """Draw the order of an epoch's images, the same whichever epochs this process has seen before."""
+    if hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(seed + epoch)
+    if isinstance(loader.dataset, IterableImageDataset):
+        loader.dataset.set_epoch(epoch)
+        # Without workers the reader would go on with the generator of the epoch before.
+        reader: Any = loader.dataset.reader
+        reader.ds, reader.worker_seed = None, seed + epoch
+
+
+class _Share:
+    """Of a reader's images every `world_size`-th, the share of a process."""
+
+    def __init__(self, reader: Any, place: Place):
+        # Told of the other processes it would itself give each as many, and leave some out.
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+        self.reader, self.rank, self.world_size = reader, place.rank, place.world_size
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return islice(self.reader, self.rank, None, self.world_size)
+
+
 def create_test_loader(split: Split, options: RunOptions, config: dict[str, Any], place: Place) -> Any:
     """Batches of test images in a fixed order, as `create_train_loader`.
 
     With several processes each gets every `world_size`-th image, some processes one more at the end that is a
     duplicate: `ceit.evaluate.evaluate` leaves it out.
     """
+    if split.streamed:
+        split.images.reader = _Share(split.images.reader, place)
     crop_pct = options.crop_pct or config["crop_pct"]
     return create_loader(
         split.images, is_training=False, crop_pct=crop_pct, **_loader_arguments(options, config, place)

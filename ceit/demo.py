@@ -37,7 +37,7 @@ class DemoOptions:
     epochs: int = option(8, "passes over the training images", group="demo", at_least=2)
     model_kwargs: Mapping[str, Any] = option({"depth": 6}, "arguments of the model", group="demo", key_values=True)
     img_size: int = option(64, "side of the images in pixels", group="demo", at_least=1)
-    seed: int = option(0, "seed of both runs", group="demo", at_least=0)
+    seed: int = option(0, "seed of both runs", group="demo", at_least=0, at_most=2**32 - 1)
     device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one", group="demo")
     minimum_accuracy: float = option(
         98.5, "test accuracy in percent that both runs must reach", group="demo", at_least=0

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import IterableDataset
 
 from .data import check_classes, create_test_loader, open_split, resolve_data_options
-from .runtime.building import input_arguments, number_of_classes, restore_model
+from .runtime.building import input_arguments, number_of_classes, numbered_classes, restore_model
 from .runtime.distributed import Place, processes
 from .runtime.files import claimed, write_csv, write_json
 from .runtime.machine import AMP_DTYPES, autocast, backend, check_graphs, for_inference, fused_operators
@@ -59,10 +61,16 @@ def evaluate(model: nn.Module, loader: Any, place: Place, amp: str = "none") -> 
         The metrics over the images of all processes; with fewer than five classes top5 is 100.
     """
     model.eval()
-    # To give every process as many, the sampler repeats images at the end of some processes' shares.
-    left = len(range(place.rank, len(loader.dataset), place.world_size))
+    # To give every process as many, the sampler repeats images at the end of some processes' shares; of images without
+    # numbers every process has its own, however many.
+    streamed = isinstance(loader.dataset, IterableDataset)
+    left = sys.maxsize if streamed else len(range(place.rank, len(loader.dataset), place.world_size))
     loss, top5, confusion = 0.0, 0, torch.zeros((), dtype=torch.int64, device=place.device)
-    with progress_bar(left, "testing", place.primary) as bar, torch.no_grad(), autocast(place.device, amp):
+    with (
+        progress_bar(None if streamed else left, "testing", place.primary) as bar,
+        torch.no_grad(),
+        autocast(place.device, amp),
+    ):
         for images, targets in loader:
             # All images, of which the repeated ones do not count: with sharded weights processes compute together.
             logits, targets = model(images).float()[:left], targets[:left]
@@ -91,15 +99,16 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
         UsageError: an option, the data or the checkpoint cannot be used.
     """
     check(options)
-    with processes(options.device) as place, backend(options.backend), contextlib.ExitStack() as stack:
+    with processes(options.device) as place, backend(options), contextlib.ExitStack() as stack:
         if options.cuda_graphs:
             check_graphs(place.device)
         model, options, classes = restore_model(options)
         options = resolve_data_options(options)
         split = open_split(options, training=False)
-        if classes is not None:
+        if classes is not None and split.classes:
             check_classes(classes, split.classes, "the checkpoint and the test images")
         number_of_classes(options, split.classes)
+        names = split.classes or classes or numbered_classes(options)
         output = Path(options.output) if options.output is not None and place.primary else None
         if output is not None:
             stack.enter_context(claimed(output))
@@ -111,7 +120,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Metrics:
         parameters = number_of_parameters(model)
         metrics = evaluate(for_inference(model, operators, options.cuda_graphs), loader, place, options.amp)
         if output is not None:
-            _write(metrics, split.classes, {"parameters": parameters, "options": plain(options)}, output)
+            _write(metrics, names, {"parameters": parameters, "options": plain(options)}, output)
         return metrics
 
 

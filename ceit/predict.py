@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from .model import CeiT
-from .runtime.building import input_arguments, restore_model
+from .runtime.building import input_arguments, numbered_classes, restore_model
 from .runtime.distributed import processes
 from .runtime.files import csv_text
 from .runtime.machine import AMP_DTYPES, autocast, backend, check_graphs, for_inference, fused_operators
@@ -38,13 +38,13 @@ def predict(options: PredictOptions) -> list[Prediction]:
     """
     check(options)
     paths = list(_pictures(options.images))
-    with processes(options.device) as place, backend(options.backend):
+    with processes(options.device) as place, backend(options):
         if options.cuda_graphs:
             check_graphs(place.device)
         model, options, classes = restore_model(options)
         if not options.num_classes:
             raise UsageError("--checkpoint: it has no classifier")
-        classes = classes or tuple(str(number) for number in range(options.num_classes or 0))
+        classes = classes or numbered_classes(options)
         config = resolve_model_data_config(model, args=input_arguments(options))
         config |= {} if options.crop_pct is None else {"crop_pct": options.crop_pct}
         transform: Any = create_transform(**config, is_training=False)

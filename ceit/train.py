@@ -18,10 +18,10 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.utils import distribute_bn, random_seed
 
-from .data import check_classes, create_test_loader, create_train_loader, open_split
+from .data import check_classes, create_test_loader, create_train_loader, open_split, shuffle
 from .evaluate import evaluate, number_of_parameters
 from .runtime import checkpoints
-from .runtime.building import input_arguments, number_of_classes
+from .runtime.building import input_arguments, number_of_classes, numbered_classes
 from .runtime.distributed import Place, processes
 from .runtime.files import claimed, write_csv, write_json, write_json_lines
 from .runtime.machine import AMP_DTYPES, backend, fused_operators, peak_memory_mb, versions
@@ -68,13 +68,14 @@ def train(options: TrainOptions) -> Result:
     """
     check(options)
     check_together(options)
-    with processes(options.device) as place, backend(options.backend), contextlib.ExitStack() as stack:
+    with processes(options.device) as place, backend(options), contextlib.ExitStack() as stack:
         checkpoint = checkpoints.find_checkpoint(options)
         state = None if checkpoint is None else checkpoints.load_state_to_resume(checkpoint)
         train_split, test_split = open_split(options, training=True), open_split(options, training=False)
         check_classes(train_split.classes, test_split.classes, "the training and the test images")
         options = resolve(options, place, state)
         options = dataclasses.replace(options, num_classes=number_of_classes(options, train_split.classes))
+        classes = list(train_split.classes) or numbered_classes(options)
         saved_options = {**plain(options), "world_size": place.world_size}
         if checkpoint is not None and state is not None:
             checkpoints.check_same_options(state["options"], saved_options, checkpoint)
@@ -105,10 +106,11 @@ def train(options: TrainOptions) -> Result:
             torch.cuda.reset_peak_memory_stats(place.device)
         take_step = steps(run)
         while run.epoch < options.epochs:
-            _seed_epoch(train_loader, options.seed, run.epoch, place)
+            _seed_epoch(options.seed, run.epoch, place)
+            shuffle(train_loader, options.seed, run.epoch)
             _train_epoch(run, take_step, train_loader)
             _test_epoch(run, test_loader)
-            _save(run, output, {"options": saved_options, "classes": list(train_split.classes)})
+            _save(run, output, {"options": saved_options, "classes": classes})
         result = _summarize(run, operators, parameters)
         if place.primary:
             with _writing(output):
@@ -117,12 +119,9 @@ def train(options: TrainOptions) -> Result:
         return result
 
 
-def _seed_epoch(loader: Any, seed: int, epoch: int, place: Place) -> None:
+def _seed_epoch(seed: int, epoch: int, place: Place) -> None:
     """Seed all that is random in an epoch; the loader's workers are seeded from torch's generator as they start."""
     random_seed(int(np.random.SeedSequence([seed, epoch, place.rank]).generate_state(1)[0]))
-    sampler: Any = getattr(loader, "sampler", None)
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(seed + epoch)
 
 
 def _train_epoch(run: Run, take_step: Step, loader: Any) -> None:
@@ -166,8 +165,7 @@ def _update(run: Run) -> None:
     run.updates += 1
     if run.ema is not None:
         run.ema.update(run.model, step=run.updates)
-    if run.scheduler is not None:
-        run.scheduler.step_update(run.updates)
+    run.scheduler.step_update(run.updates)
 
 
 def _test_epoch(run: Run, loader: Iterable) -> None:
@@ -178,6 +176,7 @@ def _test_epoch(run: Run, loader: Iterable) -> None:
     metrics = evaluate(run.evaluated, loader, run.place, run.options.amp)
     record = run.history[-1]
     record |= {"test_loss": metrics.loss, "test_accuracy": metrics.top1, "test_top5": metrics.top5}
+    run.note_epoch(record)
     _logger.info(
         "epoch %d/%d: train loss %.4f, test loss %.4f, test accuracy %.2f%%, %.0f images/s",
         run.epoch,
@@ -258,6 +257,8 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
             run.scaler.load_state_dict(state["scaler"])
         run.step_losses = state["step_losses"].tolist()
     run.epoch, run.updates, run.history = state["epoch"], state["updates"], state["history"]
+    for record in run.history:
+        run.note_epoch(record)
 
 
 def _best(history: list[dict[str, float]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import nn
 from ..checkpoint import load_checkpoint, number_of_outputs
 from ..registry import create_model, is_model_folder
 from .checkpoints import load_checkpoint_state
-from .options import EvaluateOptions, ExportOptions, ModelOptions, PredictOptions, UsageError, usage_errors
+from .options import EvaluateOptions, ExportOptions, ModelOptions, PredictOptions, UsageError, flag, usage_errors
 
 _Options = TypeVar("_Options", EvaluateOptions, PredictOptions, ExportOptions)
 
@@ -27,9 +27,12 @@ def build_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
     kwargs = {**kwargs, **options.model_kwargs}
     if kwargs.get("in_chans", 3) != 3:
         raise UsageError(f"--model-kwargs in_chans={kwargs['in_chans']}: images are read as RGB, expected 3")
-    for name in ("img_size", "num_classes"):
+    for name in ("img_size", "num_classes", "checkpoint", "fused"):
         if name in kwargs:
-            raise UsageError(f"--model-kwargs {name}={kwargs[name]}: give it as --{name.replace('_', '-')}")
+            raise UsageError(f"--model-kwargs {name}={kwargs[name]}: give it as {flag(name)}")
+    if "features_only" in kwargs or kwargs.get("global_pool") == "":
+        raise UsageError("--model-kwargs features_only and global_pool='': expected a model that classifies images")
+    for name in ("img_size", "num_classes"):
         if getattr(options, name) is not None:
             kwargs[name] = getattr(options, name)
     if "img_size" in kwargs:
@@ -108,8 +111,15 @@ def number_of_classes(options: ModelOptions, classes: tuple[str, ...]) -> int:
     """The size of the model's head: as given, or one output for each of the data's classes.
 
     Raises:
-        UsageError: the data has more classes than outputs were asked for.
+        UsageError: the data has more classes than outputs were asked for, or does not say which it has.
     """
+    if options.num_classes is None and not classes:
+        raise UsageError("--num-classes must be given: the images come without the names of their classes")
     if options.num_classes is not None and options.num_classes < len(classes):
         raise UsageError(f"--num-classes {options.num_classes}: expected at least {len(classes)}, the data's classes")
     return options.num_classes or len(classes)
+
+
+def numbered_classes(options: ModelOptions) -> list[str]:
+    """Names for the outputs of a model whose classes have none."""
+    return [str(number) for number in range(options.num_classes or 0)]

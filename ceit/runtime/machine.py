@@ -12,7 +12,7 @@ from torch import nn
 import ceit_kernels
 from ceit_kernels.operators import OPERATORS
 
-from .options import UsageError, usage_errors
+from .options import PredictOptions, RunOptions, UsageError, usage_errors
 
 AMP_DTYPES = {"none": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,10 +93,13 @@ def peak_memory_mb(device: torch.device) -> float | None:
 
 
 @contextmanager
-def backend(name: str | None) -> Iterator[None]:
-    """Run the fused operators by the backend `name` inside a `with` block; None leaves it to the environment."""
+def backend(options: RunOptions | PredictOptions) -> Iterator[None]:
+    """Run the fused operators by `options.backend` inside a `with` block; None leaves it to the environment."""
+    name = options.backend
     with ExitStack() as stack:
         if name is not None:
+            if options.fused is False:
+                raise UsageError(f"--backend {name} is for fused operators, which --no-fused leaves out")
             with usage_errors("--backend"):
                 stack.enter_context(ceit_kernels.use_backend(name))
         yield

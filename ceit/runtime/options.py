@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from typing import Any
 from timm.utils import ParseKwargs
 
 AMP_TYPES = ("none", "bfloat16", "float16")
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "plateau", "none")
+PLATEAU_METRICS = ("accuracy", "loss")
 FORMATS = ("pt2", "onnx", "openvino", "safetensors", "hub")
 
 _RELATIONS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt, "at most": operator.le}
@@ -114,7 +116,8 @@ _augmentation = partial(option, group="augmentation")
 _output = partial(option, group="output")
 _DIGITS_OR_FOLDER = (
     "'digits' (scikit-learn's 1,797 scanned digits), a folder with train/ and val/ (validation/, test/), each with one "
-    "folder of images per class, torch/NAME for a set of torchvision, or hfds/NAME for one of Hugging Face"
+    "folder of images per class, or a set: torch/NAME of torchvision, hfds/NAME of Hugging Face, tfds/NAME of "
+    "TensorFlow Datasets, wds/NAME of WebDataset"
 )
 _BACKENDS = (
     "auto, reference, native, triton or library, or for some operators only, e.g. lca=triton; unless given, the "
@@ -165,9 +168,11 @@ class RunOptions(MachineOptions, ModelOptions):
     """What training and evaluation have in common: the images too."""
 
     data: str = _data(None, _DIGITS_OR_FOLDER, required=True, metavar="digits|DIR|READER/NAME")
-    data_dir: str | None = _data(None, "folder of the set that torch/NAME or hfds/NAME names", metavar="DIR")
-    download: bool = _data(False, "fetch a set of torchvision into --data-dir")
-    train_split: str = _data("train", "name of the training images' folder or split")
+    data_dir: str | None = _data(None, "folder of the set that READER/NAME names", metavar="DIR")
+    download: bool = _data(False, "fetch a set of torchvision or TensorFlow Datasets into --data-dir")
+    train_split: str = _data(
+        "train", "name of the training images' folder or split; for wds also its files, e.g. '{00..99}.tar|128000'"
+    )
     test_split: str | None = _data(
         None, "name of the test images' folder or split; unless given val, validation or test, what there is"
     )
@@ -177,6 +182,7 @@ class RunOptions(MachineOptions, ModelOptions):
         "share of a test image's side that is kept; unless given the model's own, 1 for digits",
         type=float,
         above=0,
+        at_most=1,
     )
     workers: int = _data(2, "processes that load images; 0 loads in the main process", at_least=0)
 
@@ -225,7 +231,9 @@ class TrainOptions(RunOptions):
     warmup_epochs: int | None = _optimisation(
         None, "epochs of linear warmup; unless given 5, or a quarter of fewer than 20", type=int, at_least=0
     )
-    warmup_lr: float = _optimisation(1e-6, "learning rate at the start of warmup", at_least=0)
+    warmup_lr: float | None = _optimisation(
+        None, "learning rate at the start of warmup; unless given 1e-6 or a hundredth of --lr", type=float, at_least=0
+    )
     min_lr: float | None = _optimisation(
         None, "lowest learning rate; unless given 1e-5, or a hundredth of --lr", type=float, at_least=0
     )
@@ -233,12 +241,18 @@ class TrainOptions(RunOptions):
     decay_milestones: Sequence[int] = _optimisation(
         [90, 180, 270], "epochs of the steps of --sched multistep", type=int, nargs="+", above=0
     )
-    decay_rate: float = _optimisation(0.1, "factor of a step, or the power of --sched poly", above=0)
+    decay_rate: float = _optimisation(0.1, "factor of a step or fall, or the power of --sched poly", above=0)
+    patience_epochs: int = _optimisation(
+        10, "with --sched plateau, epochs that may be no better than the best before the rate falls", at_least=0
+    )
+    plateau_metric: str = _optimisation(
+        "accuracy", "test figure that --sched plateau looks at", choices=PLATEAU_METRICS
+    )
     cooldown_epochs: int = _optimisation(0, "of --epochs, the last ones at --min-lr", at_least=0)
     label_smoothing: float = _optimisation(0.1, "probability spread over all classes", at_least=0, below=1)
     ema: bool = _optimisation(False, "also keep averaged weights; the test figures are then theirs")
     ema_decay: float = _optimisation(0.9999, "decay of the average, reached by degrees", above=0, below=1)
-    seed: int = _optimisation(0, "seed of everything random", at_least=0)
+    seed: int = _optimisation(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
 
     scale: Sequence[float] | None = _augmentation(
         None,
@@ -246,6 +260,7 @@ class TrainOptions(RunOptions):
         type=float,
         nargs=2,
         above=0,
+        at_most=1,
         metavar=("MIN", "MAX"),
     )
     ratio: Sequence[float] | None = _augmentation(
@@ -319,7 +334,7 @@ class PredictOptions(MachineOptions, ModelOptions):
     ema: bool = _ema()
     batch_size: int = _data(16, "images at a time", at_least=1)
     crop_pct: float | None = _data(
-        None, "share of an image's side that is kept; unless given the model's own", type=float, above=0
+        None, "share of an image's side that is kept; unless given the model's own", type=float, above=0, at_most=1
     )
     topk: int = _output(5, "classes per image", at_least=1)
     format: str = _output("table", "how they are printed", choices=("table", "json", "csv"))
@@ -374,6 +389,8 @@ def check(options: Any) -> None:
             for relation, bound in field.metadata["range"].items():
                 if bound is not None and not _RELATIONS[relation](part, bound):
                     raise UsageError(f"{flag(field.name)} must be {relation} {bound}, got {_text(value)}")
+            if isinstance(part, float) and not math.isfinite(part):
+                raise UsageError(f"{flag(field.name)} must be finite, got {_text(value)}")
 
 
 def plain(options: Any) -> dict[str, Any]:

@@ -15,11 +15,11 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on; the message is one line for the user."""
 
 
-def progress_bar(images: int, description: str, visible: bool) -> tqdm:
+def progress_bar(images: int | None, description: str, visible: bool) -> tqdm:
     """A progress bar that counts images and vanishes at its end; into a file it is written rarely.
 
     Args:
-        images: how many make it full.
+        images: how many make it full; None if nobody knows.
         description: what stands before it.
         visible: whether it is shown at all.
     """

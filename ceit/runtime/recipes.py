@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
+from ..registry import is_model_folder
 from .options import TrainOptions, UsageError, flag, usage_errors
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
+_FROM_WEIGHTS = ("ceit-finetune-384", "transfer")
 
 
 def recipes() -> list[str]:
@@ -35,7 +37,7 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
     """Arguments of `train` with the words of --recipe and --config put before them, which they go before.
 
     Raises:
-        UsageError: a file cannot be read, or names an option that does not exist.
+        UsageError: a file cannot be read, names an option that does not exist, or is for a model that was trained.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_recipe_options(parser)
@@ -48,7 +50,23 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
         words += _words(_FOLDER / f"{given.recipe}.yaml", "--recipe")
     if hasattr(given, "config"):
         words += _words(Path(given.config), "--config")
-    return words + rest
+    words += rest
+    if (
+        getattr(given, "recipe", None) in _FROM_WEIGHTS
+        and not _has_weights(words)
+        and not {"-h", "--help"} & set(words)
+    ):
+        raise UsageError(f"--recipe {given.recipe} goes on from a trained model: give --checkpoint")
+    return words
+
+
+def _has_weights(words: Sequence[str]) -> bool:
+    """Whether arguments of `train` name weights to start from."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("checkpoint", "model"):
+        parser.add_argument(flag(name), default="")
+    given = parser.parse_known_args(list(words))[0]
+    return bool(given.checkpoint) or is_model_folder(given.model)
 
 
 def _words(path: Path, source: str) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,12 +23,13 @@ from .building import build_model
 from .distributed import Place, parallel
 from .machine import check_graphs
 from .options import TrainOptions, UsageError, flag, needed, usage_errors
+from .schedules import check_schedule, create_schedule
 from .sharding import shard
 
 _logger = logging.getLogger(__name__)
 
 # Options whose default follows from others: a run that goes on keeps what it had.
-_DERIVED = ("lr", "min_lr", "warmup_epochs", "scale", "ratio", "hflip", "crop_pct")
+_DERIVED = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "scale", "ratio", "hflip", "crop_pct")
 
 
 # Why no CUDA graph holds what some options ask for.
@@ -49,7 +50,7 @@ class Run:
     forward: nn.Module
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
-    scheduler: Any
+    scheduler: Scheduler
     scaler: torch.amp.GradScaler
     mixup: Mixup | None
     loss: nn.Module
@@ -63,6 +64,11 @@ class Run:
         """The model whose test figures count."""
         return self.ema.module if self.ema else self.model
 
+    def note_epoch(self, record: dict[str, float]) -> None:
+        """Tell the schedule an epoch's test figures, by which it may choose the next learning rate."""
+        self.scheduler.step(int(record["epoch"]), record[f"test_{self.options.plateau_metric}"])
+        self.scheduler.step_update(self.updates)
+
 
 def resolve(options: TrainOptions, place: Place, state: dict[str, Any] | None) -> TrainOptions:
     """Fill in what was not given: from the run that goes on, or by the data, the epochs and the images per update."""
@@ -73,20 +79,37 @@ def resolve(options: TrainOptions, place: Place, state: dict[str, Any] | None) -
     images = options.batch_size * options.accumulate * place.world_size
     lr = options.lr or (options.lr_base * images / 512 if options.lr_base else 1e-3)
     min_lr = min(1e-5, lr / 100) if options.min_lr is None else options.min_lr
-    options = dataclasses.replace(options, lr=lr, min_lr=min_lr)
+    warmup_lr = min(1e-6, lr / 100) if options.warmup_lr is None else options.warmup_lr
+    options = dataclasses.replace(options, lr=lr, min_lr=min_lr, warmup_lr=warmup_lr)
     if options.warmup_epochs and options.warmup_epochs >= options.epochs:
         raise UsageError(f"--warmup-epochs must be below --epochs, {options.epochs}, got {options.warmup_epochs}")
-    if min_lr > lr:
-        raise UsageError(f"--min-lr must be at most --lr, {lr}, got {min_lr}")
+    if options.warmup_epochs and options.warmup_epochs + options.cooldown_epochs > options.epochs:
+        raise UsageError(
+            f"--warmup-epochs and --cooldown-epochs must fit in --epochs, {options.epochs}, got "
+            f"{options.warmup_epochs} and {options.cooldown_epochs}"
+        )
+    for name in ("min_lr", "warmup_lr"):
+        if getattr(options, name) > lr:
+            raise UsageError(f"{flag(name)} must be at most --lr, {lr}, got {getattr(options, name)}")
     return options
 
 
 def check_together(options: TrainOptions) -> None:
     """Check what single options cannot show."""
+    check_schedule(options)
     if options.cooldown_epochs >= options.epochs:
         raise UsageError(f"--cooldown-epochs must be below --epochs, {options.epochs}, got {options.cooldown_epochs}")
     if (options.mixup or options.cutmix) and options.batch_size % 2:
         raise UsageError(f"--batch-size must be even with --mixup or --cutmix, got {options.batch_size}")
+    for name in ("lr", "weight_decay", "layer_decay"):
+        if name in options.opt_kwargs:
+            raise UsageError(f"--opt-kwargs {name}={options.opt_kwargs[name]}: give it as {flag(name)}")
+    for name in ("scale", "ratio"):
+        ends = getattr(options, name)
+        if ends is not None and ends[0] > ends[1]:
+            raise UsageError(f"{flag(name)} must be the smaller number and the larger, got {ends[0]:g} {ends[1]:g}")
+    if options.freeze_bn and options.checkpoint is None and not is_model_folder(options.model):
+        raise UsageError("--freeze-bn keeps what --checkpoint has, which is not given")
     if options.exclude and options.checkpoint is None:
         raise UsageError("--exclude says what is not read from --checkpoint, which is not given")
     if options.checkpoint is not None and is_model_folder(options.model):
@@ -178,14 +201,6 @@ def prepare_run(model: nn.Module, options: TrainOptions, place: Place, batches: 
     if options.cuda_graphs and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         for settings in (optimizer.defaults, *optimizer.param_groups):
             settings["capturable"] = True
-    names = ("sched", "decay_epochs", "decay_milestones", "decay_rate", "warmup_epochs", "warmup_lr", "min_lr")
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=options.epochs - options.cooldown_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=-(-batches // options.accumulate),
-        **{name: getattr(options, name) for name in names},
-    )
     mixup = None
     if options.mixup or options.cutmix:
         mixup = Mixup(
@@ -207,7 +222,7 @@ def prepare_run(model: nn.Module, options: TrainOptions, place: Place, batches: 
         forward=forward,
         ema=ema,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=create_schedule(optimizer, options, updates_per_epoch=-(-batches // options.accumulate)),
         scaler=torch.amp.GradScaler(place.device.type, enabled=options.amp == "float16"),
         mixup=mixup,
         loss=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else options.label_smoothing),

@@ -211,6 +211,8 @@ def test_exclude_keeps_the_models_own_values(source, path):
     with torch.no_grad():
         source.norm.bias += 1
     torch.save(source.state_dict(), path)
+    with pytest.raises(ValueError, match=r"exclude: neither the model nor checkpoint .* has heads, norm.b$"):
+        load_checkpoint(model, path, exclude=("heads", "head", "norm.b"))
     load_checkpoint(model, path, exclude=("head", "norm.bias"))
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.norm.bias, bias)

@@ -1,10 +1,11 @@
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from ceit.__main__ import main
-from ceit.demo import EARLY_LIMITS, EPOCH_LIMIT, DemoFailed, DemoOptions, compare, demo, judge
+from ceit.demo import EARLY_LIMITS, EPOCH_LIMIT, DemoFailed, DemoOptions, compare, demo, judge, training_command
 from ceit.runtime.options import UsageError
 from ceit_kernels.operators import OPERATORS
 
@@ -87,6 +88,12 @@ def test_losses_may_drift_as_rounding_makes_them_and_no_further(plain, fused, me
 def test_runs_of_different_length_are_no_comparison():
     with pytest.raises(DemoFailed, match="the plain run has 2 steps, the fused run 1"):
         compare({"plain": result([1.0, 1.0]), "fused": result([1.0])})
+
+
+def test_both_runs_have_the_seed():
+    for kind in ("plain", "fused"):
+        command = " ".join(training_command(DemoOptions(seed=7), kind, Path("runs")))
+        assert "--seed 7 " in command
 
 
 def test_a_run_that_fails_fails_the_demo(tmp_path):

@@ -97,6 +97,17 @@ def test_a_fused_checkpoint_is_evaluated_frozen_and_a_plain_one_plain(trained, e
     assert fused.loss == pytest.approx(plain.loss, rel=1e-4 if amp == "none" else 1e-2)
 
 
+def test_fused_operators_are_run_by_the_backend_that_is_asked_for(trained, caplog):
+    settings, _, path = trained
+    common = {"data": settings.data, "checkpoint": path, "fused": True, "workers": 0, "device": "cpu"}
+    with caplog.at_level("INFO", logger="ceit.evaluate"):
+        evaluate_checkpoint(EvaluateOptions(**common, backend="reference"))
+    assert "'leff': 'reference'" in caplog.text
+    assert "native" not in caplog.text
+    with pytest.raises(UsageError, match="triton"):
+        evaluate_checkpoint(EvaluateOptions(**common, backend="leff=triton"))
+
+
 def test_validation_during_training_sees_live_weights(options, evaluated):
     settings = options(fused=True)
     result = train(settings)

@@ -128,6 +128,8 @@ UNUSABLE = [
     ({"images": [__file__]}, "IMAGE .*cannot identify"),
     ({"checkpoint": None}, "--checkpoint must be given, unless --model is a folder"),
     ({"checkpoint": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+    ({"backend": "triton", "fused": True}, "triton"),
+    ({"crop_pct": 2.0}, "--crop-pct must be at most 1"),
     ({"topk": 0}, "--topk must be at least 1"),
     ({"format": "xml"}, "--format must be one of table, json, csv"),
     ({"explain": "/proc/why"}, "--explain /proc/why: "),

@@ -23,7 +23,7 @@ def test_the_recipes_of_the_issue_are_there():
 
 @pytest.mark.parametrize("name", recipes())
 def test_recipes_are_options_that_can_be_used(name):
-    options = options_of("--recipe", name)
+    options = options_of("--recipe", name, "--checkpoint", "weights.pt")
     check(options)
     check_together(options)
     assert resolve(options, CPU, None).lr > 0
@@ -61,12 +61,29 @@ def test_the_resolved_options_are_saved_and_make_the_same_run(options, arguments
     config = tmp_path / "short.yaml"
     config.write_text("epochs: 1\n")
     words = arguments_of(options(epochs=1))
-    assert main([*words, "--recipe", "transfer", "--config", str(config), "--mixup", "0"]) == 0
+    assert main([*words, "--recipe", "ceit-imagenet", "--config", str(config), "--mixup", "0"]) == 0
     saved = json.loads((tmp_path / "run" / "options.json").read_text())
     again = options_of("--config", str(tmp_path / "run" / "options.json"), "--output", str(tmp_path / "again"), data=())
     assert train(again).epochs == 1
     repeated = json.loads((tmp_path / "again" / "options.json").read_text())
     assert {**repeated, "output": ""} == {**saved, "output": ""}
+
+
+@pytest.mark.parametrize("name", ["ceit-finetune-384", "transfer"])
+def test_recipes_that_go_on_from_a_trained_model_ask_for_it(name, tmp_path, capsys):
+    assert main(["train", "--data", "digits", "--recipe", name, "--model", "ceit_tiny_patch16_384"]) == 2
+    assert f"error: --recipe {name} goes on from a trained model: give --checkpoint" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert options_of("--recipe", name, "--model", str(tmp_path)).model == str(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--recipe", name, "--help"])
+
+
+@pytest.mark.parametrize("batch_size", [8, 64, 4096])
+def test_the_rates_of_fine_tuning_fit_any_batch(batch_size):
+    words = ["--recipe", "ceit-finetune-384", "--checkpoint", "weights.pt", "--batch-size", str(batch_size)]
+    options = resolve(options_of(*words), CPU, None)
+    assert max(options.min_lr, options.warmup_lr) < options.lr == pytest.approx(5e-6 * batch_size / 512)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ceit.runtime.distributed import Place
 from ceit.runtime.files import write_atomically
 from ceit.runtime.options import UsageError
 from ceit.runtime.progress import TrainingFailed
+from ceit.runtime.steps import EagerSteps
 from ceit.train import train
 from ceit_kernels.operators import OPERATORS
 
@@ -77,7 +78,7 @@ def test_the_seed_decides_the_numbers(options, tmp_path):
 def test_every_epoch_and_process_draws_other_numbers():
     draws = set()
     for epoch, rank in [(0, 0), (0, 1), (1, 0), (1, 1)]:
-        training._seed_epoch(None, 3, epoch, Place(torch.device("cpu"), rank))
+        training._seed_epoch(3, epoch, Place(torch.device("cpu"), rank))
         draws |= {torch.rand(()).item(), float(np.random.rand()), random.random()}
     assert len(draws) == 12
 
@@ -195,6 +196,40 @@ def test_batches_are_accumulated_into_updates_and_the_rest_of_an_epoch_too(optio
     assert (len(state["step_losses"]), state["updates"]) == (4, 2)
 
 
+def prepared(settings):
+    place = Place(torch.device("cpu"))
+    settings = training.resolve(settings, place, None)
+    settings.num_classes = 3
+    return training.prepare_run(training.prepare_model(settings, place), settings, place, batches=4)
+
+
+def test_gradients_are_the_mean_of_a_group_also_of_the_last_and_smaller_one(options, monkeypatch):
+    """Of four equal batches, three and one to an update, both means are the gradient of a batch."""
+    run = prepared(options(accumulate=3, drop_path=0.0, fused=True))
+    gradients = []
+    take_step = EagerSteps(run)
+    monkeypatch.setattr(take_step, "_apply_gradients", lambda: gradients.append(run.model.head.weight.grad.clone()))
+    batch = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
+    training._train_epoch(run, take_step, [batch] * 4)
+    torch.testing.assert_close(gradients[1], gradients[0] + gradients[0])
+    assert gradients[0].norm() > 0
+
+
+def test_gradients_are_clipped_as_they_are_without_their_scale(options):
+    run = prepared(options(amp="float16", clip_grad=0.5, opt="momentum", lr=1.0, sched="none"))
+    parameters = [p for p in run.model.parameters() if p.ndim == 1]  # which no weight decay moves
+    before = [p.detach().clone() for p in parameters]
+    scale = float(run.scaler.scale(torch.ones(())))
+    assert scale > 1
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    for p in parameters:
+        p.grad += scale
+    EagerSteps(run)._apply_gradients()
+    moved = torch.cat([b - p.detach() for b, p in zip(before, parameters, strict=True)])
+    assert moved.norm() == pytest.approx(0.5, rel=1e-3)
+
+
 def test_the_learning_rate_warms_up_and_falls(options, tmp_path):
     train(options(epochs=4, warmup_epochs=1, lr=1e-3, min_lr=1e-5))
     history = load_checkpoint_state(tmp_path / "run" / "last.pt")["history"]
@@ -227,6 +262,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint_of_it(o
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"lr": 0.0}, "--lr must be above 0, got 0.0"),
         ({"lr": float("nan")}, "--lr must be above 0, got nan"),
+        ({"clip_grad": float("inf")}, "--clip-grad must be finite, got inf"),
+        ({"seed": 2**32}, "--seed must be at most 4294967295"),
         ({"label_smoothing": 1.0}, "--label-smoothing must be below 1, got 1.0"),
         ({"scale": [0.0, 1.0]}, "--scale must be above 0, got 0 1"),
         ({"amp": "int8"}, "--amp must be one of none, bfloat16, float16, got 'int8'"),
@@ -239,11 +276,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint_of_it(o
         ({"model_kwargs": {"colour": 1}}, "--model ceit_tiny_patch16_224: .*colour"),
         ({"model_kwargs": {"in_chans": 1}}, "in_chans=1: images are read as RGB, expected 3"),
         ({"model_kwargs": {"img_size": 64}}, "give it as --img-size"),
+        ({"model_kwargs": {"fused": True}}, "give it as --fused"),
+        ({"model_kwargs": {"features_only": True}}, "expected a model that classifies images"),
+        ({"model_kwargs": {"global_pool": ""}}, "expected a model that classifies images"),
         ({"num_classes": 2}, "--num-classes 2: expected at least 3"),
         ({"batch_size": 64}, "--batch-size 64: the training split has only 34 images"),
         ({"opt": "adamsky"}, "--opt adamsky: "),
         ({"auto_augment": "magic"}, "--auto-augment magic: "),
-        ({"backend": "magic"}, "--backend: .*'magic'"),
+        ({"backend": "magic", "fused": True}, "--backend: .*'magic'"),
+        ({"backend": "native"}, "--backend native is for fused operators, which --no-fused leaves out"),
         ({"backend": "triton", "fused": True}, "triton"),
         ({"device": "tpu9"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
         ({"device": "meta"}, "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),

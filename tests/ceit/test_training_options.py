@@ -9,9 +9,10 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from ceit.data import create_train_loader, open_split, resolve_data_options
+from ceit.evaluate import evaluate_checkpoint
 from ceit.runtime.checkpoints import check_same_options, load_checkpoint_state
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import UsageError
+from ceit.runtime.options import EvaluateOptions, UsageError
 from ceit.runtime.setup import prepare_model, prepare_run, resolve
 from ceit.train import train
 
@@ -48,12 +49,16 @@ def test_warmup_fits_any_number_of_epochs(options, epochs, warmup):
 
 
 def test_the_optimizer_gets_its_arguments_and_a_rate_for_each_layer(options):
-    run = run_of(options(opt_kwargs={"eps": 1e-6, "betas": [0.8, 0.9]}, layer_decay=0.5))
+    run = run_of(options(opt_kwargs={"eps": 1e-6, "betas": [0.8, 0.9]}, layer_decay=0.5, weight_decay=0.3))
     group = run.optimizer.param_groups[0]
     assert (group["eps"], list(group["betas"])) == (1e-6, [0.8, 0.9])
     scales = {group["lr_scale"] for group in run.optimizer.param_groups}
     assert len(scales) > 2
     assert max(scales) == 1
+    decays = {id(p): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert decays[id(run.model.head.weight)] == decays[id(run.model.blocks[0].attn.qkv.weight)] == 0.3
+    spared = (run.model.head.bias, run.model.norm.weight, run.model.pos_embed, run.model.cls_token)
+    assert [decays[id(parameter)] for parameter in spared] == [0] * 4
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,42 @@ def test_schedules_have_their_settings(options, changes, rates):
         run.scheduler.step_update(epoch * 10)
         found.append(run.optimizer.param_groups[0]["lr"])
     assert found == pytest.approx(rates, abs=1e-6)
+
+
+def test_a_constant_rate_has_warmup_where_asked_and_a_rate_for_each_layer(options):
+    assert resolve(options(epochs=100, warmup_epochs=None, sched="none"), CPU, None).warmup_epochs == 0
+    run = run_of(options(epochs=6, lr=1.0, warmup_epochs=2, warmup_lr=0.2, sched="none", layer_decay=0.5))
+    for update, rate in ((0, 0.2), (10, 0.6), (20, 1.0), (59, 1.0)):
+        run.scheduler.step_update(update)
+        assert [g["lr"] for g in run.optimizer.param_groups] == pytest.approx(
+            [rate * g["lr_scale"] for g in run.optimizer.param_groups]
+        )
+
+
+@pytest.mark.parametrize(
+    ("metric", "figures"),
+    [("accuracy", [50, 10, 20, 15, 20, 5, 30, 1, 2, 3]), ("loss", [0.1, 0.9, 0.8, 0.85, 0.8, 0.95, 0.7, 2, 2, 2])],
+)
+def test_the_rate_falls_where_the_test_figures_do_not_get_better(options, metric, figures):
+    """The epoch of warmup does not count, a fall starts the count anew, and the lowest rate is kept to."""
+    plateau = {"sched": "plateau", "plateau_metric": metric, "patience_epochs": 1, "decay_rate": 0.5, "min_lr": 0.3}
+    run = run_of(options(epochs=10, lr=1.0, warmup_epochs=1, warmup_lr=0.1, layer_decay=0.5, **plateau))
+    rates = []
+    for epoch, figure in enumerate(figures, 1):
+        run.updates = 10 * epoch
+        run.note_epoch({"epoch": epoch, f"test_{metric}": figure})
+        rates.append(max(group["lr"] for group in run.optimizer.param_groups))
+    assert rates == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.3, 0.3])
+
+
+def test_a_run_that_waits_for_the_test_figures_goes_on_exactly(options, tmp_path):
+    plateau = {"sched": "plateau", "patience_epochs": 0, "decay_rate": 0.1, "lr": 1e-3, "min_lr": 0.0}
+    whole = train(options(epochs=4, output=str(tmp_path / "whole"), **plateau))
+    rates = [record["lr"] for record in load_checkpoint_state(tmp_path / "whole" / "last.pt")["history"]]
+    assert rates[-1] < 1e-3, "it is no test where the rate does not fall"
+    for epochs in (2, 3):
+        train(options(epochs=epochs, resume="auto", **plateau))
+    assert train(options(epochs=4, resume="auto", **plateau)).step_losses == whole.step_losses
 
 
 def test_warmup_begins_at_its_own_rate(options):
@@ -193,14 +234,31 @@ def test_metrics_for_tensorboard(options, tmp_path, monkeypatch):
     [
         ({"warmup_epochs": 2}, "--warmup-epochs must be below --epochs, 2, got 2"),
         ({"cooldown_epochs": 2}, "--cooldown-epochs must be below --epochs, 2, got 2"),
+        ({"decay_rate": 0.5}, "--decay-rate is for --sched step or multistep or poly or plateau, not for cosine"),
+        (
+            {"sched": "step", "cooldown_epochs": 1},
+            "--cooldown-epochs is for --sched cosine or tanh or poly, not for step",
+        ),
+        ({"sched": "plateau", "decay_rate": 1.0}, "--decay-rate must be below 1 with --sched plateau, got 1"),
+        ({"sched": "plateau", "plateau_metric": "f1"}, "--plateau-metric must be one of accuracy, loss, got 'f1'"),
+        ({"warmup_epochs": 1, "cooldown_epochs": 1, "epochs": 2, "warmup_lr": 0.1}, "--warmup-lr must be at most --lr"),
+        ({"warmup_epochs": 2, "cooldown_epochs": 2, "epochs": 3}, "must fit in --epochs, 3, got 2 and 2"),
+        ({"scale": [0.9, 0.1]}, "--scale must be the smaller number and the larger, got 0.9 0.1"),
+        ({"scale": [0.9, 1.1]}, "--scale must be at most 1"),
+        ({"crop_pct": 1.1}, "--crop-pct must be at most 1, got 1.1"),
+        ({"freeze_bn": True}, "--freeze-bn keeps what --checkpoint has, which is not given"),
+        ({"data": "digits", "train_split": "a"}, "--train-split and --test-split do not belong to --data digits"),
         ({"exclude": ["head"]}, "--exclude says what is not read from --checkpoint, which is not given"),
-        ({"freeze_bn": True, "sync_bn": True}, "--freeze-bn and --sync-bn"),
+        ({"freeze_bn": True, "sync_bn": True, "checkpoint": "x"}, "--freeze-bn and --sync-bn"),
         ({"fsdp": True}, "--fsdp needs several processes"),
         ({"fsdp": True, "amp": "float16"}, "--fsdp goes with neither --amp float16 nor --compile"),
         ({"mixup_prob": 1.5}, "--mixup-prob must be at most 1, got 1.5"),
         ({"layer_decay": 0.0}, "--layer-decay must be above 0"),
         ({"opt_kwargs": {"colour": 1}}, "--opt adamw: .*colour"),
-        ({"data_dir": "x"}, "--data-dir and --download belong to torch/NAME and hfds/NAME"),
+        ({"opt_kwargs": {"lr": 1}}, "--opt-kwargs lr=1: give it as --lr"),
+        ({"sched": "multistep", "decay_milestones": [3, 2]}, "--decay-milestones must rise, got 3 2"),
+        ({"data": "digits", "download": True}, "--data-dir and --download belong to .*, not to --data digits"),
+        ({"data_dir": "x"}, "--data-dir and --download belong to --data torch/NAME"),
         ({"data": "torch/imagenet"}, "--data torch/imagenet: expected one of torch/cifar10"),
         ({"data": "torch/cifar10"}, "--data torch/cifar10 needs --data-dir"),
         ({"train_split": "training"}, "expected a folder training/ in it"),
@@ -254,4 +312,11 @@ def test_sets_of_torchvision_train_and_evaluate(options, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "CIFAR10", Few)
     train(options(data="torch/cifar10", data_dir=str(tmp_path), download=True, epochs=1))
-    assert load_checkpoint_state(tmp_path / "run" / "last.pt")["classes"] == ["a", "b", "c"]
+    path = tmp_path / "run" / "last.pt"
+    assert load_checkpoint_state(path)["classes"] == ["a", "b", "c"]
+    cifar = {"data": "torch/cifar10", "data_dir": str(tmp_path), "download": True}
+    assert evaluate_checkpoint(EvaluateOptions(checkpoint=str(path), workers=0, device="cpu", **cifar)).images == 24
+    with pytest.raises(
+        UsageError, match="--test-split do not belong to --data torch/cifar10, whose splits have no names"
+    ):
+        open_split(EvaluateOptions(test_split="held-out", **cifar), training=False)
