@@ -1,3 +1,5 @@
+from math import comb
+
 import pytest
 
 from benchmarks.harness.statistics import Ratio, fit_exponent, median_ratio, verdict
@@ -25,6 +27,19 @@ def test_slow_phase_of_the_machine_cancels():
     ratio = median_ratio([1.2 * d for d in drift], drift)
     assert ratio.value == pytest.approx(1.2)
     assert ratio.low == pytest.approx(1.2)
+
+
+def test_the_interval_leaves_out_half_a_percent_at_each_end():
+    """The median of n draws from 1 to n is at most k as often as n // 2 + 1 of them are, a binomial probability."""
+    n = 301
+    found = median_ratio([float(k) for k in range(1, n + 1)], [1.0] * n)
+
+    def at_most(k):
+        return sum(comb(n, i) * (k / n) ** i * (1 - k / n) ** (n - i) for i in range(n // 2 + 1, n + 1))
+
+    low = next(k for k in range(1, n) if at_most(k) >= 0.005)
+    assert abs(found.low - low) <= 1
+    assert abs(found.high - (n + 1 - low)) <= 1
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([0.0], [1.0])])

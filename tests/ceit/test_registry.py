@@ -19,6 +19,13 @@ from ceit_kernels import (
 from ceit_kernels.operators import OPERATORS
 
 NAME = "ceit_tiny_patch16_224"
+CONFIGURATIONS = {
+    "ceit_tiny_patch16_224": (224, 192, 3),
+    "ceit_small_patch16_224": (224, 384, 6),
+    "ceit_base_patch16_224": (224, 768, 12),
+    "ceit_tiny_patch16_384": (384, 192, 3),
+    "ceit_small_patch16_384": (384, 384, 6),
+}
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 PLAIN = {
     "leff": LocallyEnhancedFeedForward,
@@ -163,3 +170,14 @@ def test_models_are_modules_with_the_cfg_of_their_name():
     model = ceit.create_model("ceit_tiny_patch16_384", **SMALL)
     assert isinstance(model, nn.Module)
     assert model.default_cfg["architecture"] == "ceit_tiny_patch16_384"
+
+
+@pytest.mark.parametrize("name", ceit.list_models())
+def test_every_name_has_its_size_width_depth_and_heads(name):
+    size, width, heads = CONFIGURATIONS[name]
+    with torch.device("meta"):
+        model = ceit.create_model(name, fused=False)
+    assert (model.i2t.img_size, model.grid_size) == ((size, size), (size // 16, size // 16))
+    assert (model.embed_dim, len(model.blocks), model.num_classes) == (width, 12, 1000)
+    assert {module.num_heads for module in model.modules() if hasattr(module, "num_heads")} == {heads}
+    assert model.pretrained_cfg["input_size"] == (3, size, size)
