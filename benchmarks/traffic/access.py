@@ -102,7 +102,10 @@ def _leff_layer(i: int) -> str:
     return f" weight{i} bias{i} norm_weight{i} norm_bias{i} running_mean{i} running_var{i} "
 
 
-_RUNNING = "".join(f" running_mean{i} running_var{i} batches{i}" for i in (1, 2, 3))
+def _running(i: int | str) -> str:
+    """The running statistics of a layer."""
+    return f"running_mean{i} running_var{i} batches{i}"
+
 
 KERNELS: dict[str, KernelCost] = {
     "leff_expand_kernel": _cost(
@@ -160,8 +163,15 @@ KERNELS: dict[str, KernelCost] = {
         tokens=image_tokens,
         x=gram_tokens,
     ),
-    "leff_statistics_kernel": _cost("count weight bias", "norm total", partial=sweeps(2)),
-    "leff_running_kernel": _cost("total norm1 norm2 norm3" + _RUNNING, _RUNNING),
+    "leff_statistics_kernel": _cost(
+        f"count weight bias tokens norm1 norm2 {_running('')} {_running(1)} {_running(2)}",
+        f"norm total {_running('')} {_running(1)} {_running(2)}",
+        partial=sweeps(2),
+    ),
+    "leff_running_kernel": _cost(
+        f"total norm1 norm2 norm3 {_running(1)} {_running(2)} {_running(3)}",
+        f"{_running(1)} {_running(2)} {_running(3)}",
+    ),
     "leff_reduce_kernel": _cost(
         "partial norm total partial1 partial2 partial3 partial4",
         "sums gradient dbias dnorm_weight dnorm_bias out1 out2 out3 out4",

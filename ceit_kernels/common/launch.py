@@ -112,8 +112,10 @@ def target_chip(x: Tensor) -> int:
 def has_launch_hooks() -> bool:
     """Whether something, such as Triton's profiler, is told of each launch by Triton's launcher."""
     knobs = sys.modules.get("triton.knobs")
-    hooks = () if knobs is None else (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    if knobs is None:
+        return False
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], known: Mapping[str, Any], num_warps: int, num_stages: int = 2) -> None:

@@ -118,9 +118,11 @@ class Operator:
         _loop_over_batch(name, self.registered_backward)
 
     def __call__(self, *inputs: Any) -> Results:
-        """The results of checked inputs."""
-        if not is_eager(inputs[0]):
-            return self.registered(*inputs)
+        """The results of checked inputs; in eager mode with gradients those alone that have one."""
+        return self.eager(*inputs) if is_eager(inputs[0]) else self.registered(*inputs)
+
+    def eager(self, *inputs: Any) -> Results:
+        """The results in eager mode."""
         if torch.is_grad_enabled() and needs_gradient(*inputs[: self._tensors]):
             return self.function.apply(*inputs)
         return self.run(*inputs)
@@ -133,11 +135,15 @@ class Operator:
             return self.forward(*inputs)
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        """Prepare ``ctx`` of the registered operator for ``input_gradients``."""
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*(x for x in output[self.differentiable :] if x is not None))
+        self.save_inputs(ctx, inputs, output)
+
+    def save_inputs(self, ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         """Prepare ``ctx`` for ``input_gradients``."""
         # Or zeros would be made in the place of gradients that are not there.
         ctx.set_materialize_grads(False)
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*(x for x in output[self.differentiable :] if x is not None))
         self.save(ctx, inputs, output)
 
     def input_gradients(
@@ -223,8 +229,8 @@ def _function(operator: Operator) -> type[torch.autograd.Function]:
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Results:
             results = operator.run(*inputs)
-            operator.setup_context(ctx, inputs, results)
-            return results
+            operator.save_inputs(ctx, inputs, results)
+            return results if isinstance(results, Tensor) else results[: operator.differentiable]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -29,12 +29,15 @@ _Step = tuple[Callable[..., Any], Picker, int]
 _LIMIT = 1024  # plans that are kept, of which each takes some kilobytes
 _LARGE = 2**25  # bytes of a buffer that is no piece of another
 _ALIGNED = 128  # numbers of a piece are a multiple, so that all start as a buffer of their own would
+_ALIGNED_RESULT = 16  # likewise where the piece is a result, so that kernels load and store 16 bytes at a time
+
+_HERE = nullcontext()
 
 # None for a kind of call that cannot be replayed.
 _plans: dict[Hashable, _Plan | None] = {}
 
 
-def planned(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def planned(tensors: int, shaped: Sequence[int] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Let a function's calls run by plans.
 
     It makes tensors by ``compute`` and ``buffer`` alone, launches by ``launch.launch``, and returns tensors that it
@@ -44,7 +47,9 @@ def planned(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     Args:
         tensors: how many of its arguments, from the first, are tensors. It gets them contiguous; all but the first may
             be None. The others must be hashable.
+        shaped: places of those whose shapes, with the other arguments, say the shapes of all; by default all.
     """
+    shaped = tuple(range(tensors) if shaped is None else shaped)
 
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
@@ -53,10 +58,20 @@ def planned(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             settings = arguments[tensors:]
             if is_recording():
                 return run(*inputs, *settings)
-            device = inputs[0].device
-            facts = tuple([None if t is None else (t.shape, t.dtype, t.data_ptr() % 16 == 0) for t in inputs])
-            key = run, settings, device, facts, is_tuning(), torch.backends.cuda.matmul.fp32_precision
-            with torch.cuda.device(device) if inputs[0].is_cuda else nullcontext():
+            dtypes, bits = [], 0
+            for tensor in inputs:
+                if tensor is None:
+                    dtypes.append(None)
+                else:
+                    dtypes.append(tensor.dtype)
+                    bits |= tensor.data_ptr()
+            first = inputs[0]
+            shapes = tuple([None if inputs[i] is None else inputs[i].shape for i in shaped])
+            # Of 16 bytes, which the compiler makes use of.
+            aligned = bits % 16 == 0 or tuple([t is None or t.data_ptr() % 16 == 0 for t in inputs])
+            facts = first.device, shapes, tuple(dtypes), aligned
+            key = run, settings, facts, is_tuning(), torch.backends.cuda.matmul.fp32_precision
+            with _on_device_of(first):
                 plan = _plans.get(key, _UNKNOWN)
                 if plan is _UNKNOWN:
                     return _first_call(key, run, inputs, settings)
@@ -65,6 +80,13 @@ def planned(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return call
 
     return decorate
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A block whose launches go to a tensor's device."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def _first_call(key: Hashable, run: Callable[..., Any], inputs: list[Any], settings: tuple[Any, ...]) -> Any:
@@ -102,18 +124,18 @@ def compute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return result
 
 
-def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that is not filled, as part of the plan likewise."""
+def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device, shares: bool = False) -> Tensor:
+    """A tensor that is not filled, as part of the plan likewise; one that shares may be a piece of a larger one."""
     result = torch.empty(shape, dtype=dtype, device=device)
     if this_thread.tape is not None:
-        this_thread.tape.add_buffer(result)
+        this_thread.tape.add_buffer(result, shares)
     return result
 
 
-def buffers_like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+def buffers_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], shares: bool = False) -> list[Tensor | None]:
     """Buffers of the shapes and dtypes of tensors, such as for their gradients; None for those that are not needed."""
     return [
-        buffer(tensor.shape, tensor.dtype, tensor.device) if need and tensor is not None else None
+        buffer(tensor.shape, tensor.dtype, tensor.device, shares) if need and tensor is not None else None
         for tensor, need in zip(tensors, needs, strict=True)
     ]
 
@@ -132,12 +154,15 @@ class _Tape:
         self._places_of_constants: dict[Hashable, int] = {}
         self._steps: list[_Step] = []
         self._shaped: set[int] = set()  # of what functions take, to which shapes mean something
+        self._sharing: set[int] = set()  # of what may be a piece even if it is a result
         self._complete, self._on_gpu = True, False
 
-    def add_buffer(self, tensor: Tensor) -> None:
+    def add_buffer(self, tensor: Tensor, shares: bool) -> None:
         """Add a tensor that is not filled."""
         self._buffers.append(tensor)
-        self._places[id(tensor)] = self._next()
+        place = self._places[id(tensor)] = self._next()
+        if shares and tensor.dim() == 1 and tensor.numel() % _ALIGNED_RESULT == 0:
+            self._sharing.add(place)
 
     def add(self, function: Callable[..., Any], arguments: Sequence[Any], result: Any = None) -> None:
         """Add a step, whose result is a tensor or None."""
@@ -172,13 +197,18 @@ class _Tape:
             return None
         alone, shared = [], {}
         for tensor in self._buffers:
-            place = self._places[id(tensor)]
-            if place in places or place in self._shaped or tensor.nbytes > _LARGE:
-                alone.append((place, tensor.shape, tensor.dtype, tensor.device))
+            place, numbers = self._places[id(tensor)], tensor.numel()
+            is_result = place in places
+            if place in self._shaped or tensor.nbytes > _LARGE or (is_result and place not in self._sharing):
+                alone.append((place, tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
             else:
-                numbers = -(-tensor.numel() // _ALIGNED) * _ALIGNED
-                shared.setdefault((tensor.dtype, tensor.device), []).append((place, numbers))
-        pools = [(*kind, *map(list, zip(*pieces, strict=True))) for kind, pieces in shared.items()]
+                numbers = numbers if is_result else -(-numbers // _ALIGNED) * _ALIGNED
+                shared.setdefault((tensor.dtype, tensor.device, is_result), []).append((place, numbers))
+        pools = [
+            ((sum(sizes),), dtype, device, places, list(sizes))
+            for (dtype, device, _), pieces in shared.items()
+            for places, sizes in [zip(*pieces, strict=True)]
+        ]
         template = [None] * (self._count - self._stream) + self._constants[::-1]
         return _Plan(alone, pools, self._steps, template, pick, self._on_gpu)
 
@@ -207,9 +237,9 @@ class _Plan:
     """What a call does.
 
     Args:
-        buffers: the place, shape, dtype and device of each tensor that is not filled.
-        pools: dtype and device, and the places and numbers of elements of buffers that are pieces of one: small ones
-            that are not results.
+        buffers: the place, shape, strides, dtype and device of each tensor that is not filled.
+        pools: shape, dtype and device of one, and the places and numbers of elements of the buffers that are pieces of
+            it: small ones that are not results, or results that share.
         steps: each a function, what picks its arguments from the values, and its result's place.
         template: the values behind the inputs as far as they are constants.
         results: picks the call's results.
@@ -231,10 +261,11 @@ class _Plan:
     def __call__(self, inputs: list[Any]) -> Any:
         values = inputs + self._template
         values[len(inputs)] = torch.cuda.current_stream().cuda_stream if self._on_gpu else 0
-        for place, shape, dtype, device in self._buffers:
-            values[place] = torch.empty(shape, dtype=dtype, device=device)
-        for dtype, device, places, sizes in self._pools:
-            pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+        empty = torch.empty_strided  # the quickest
+        for place, shape, stride, dtype, device in self._buffers:
+            values[place] = empty(shape, stride, dtype=dtype, device=device)
+        for shape, dtype, device, places, sizes in self._pools:
+            pieces = empty(shape, (1,), dtype=dtype, device=device).split_with_sizes(sizes)
             for place, piece in zip(places, pieces, strict=True):
                 values[place] = piece
         for function, pick, place in self._steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "PARAMETER_NAMES",
     "PARAMETER_SCHEMA",
     "SAVED_NAMES",
+    "SHAPED",
     "Settings",
     "check",
     "check_call",
@@ -26,6 +27,7 @@ __all__ = [
     "kernel_size_unsupported_reason",
     "out_dtype",
     "parameters_per_layer",
+    "settings_of",
 ]
 
 _KERNEL_SIZES = (3, 5, 7)
@@ -42,6 +44,8 @@ PARAMETER_NAMES = tuple(
 )
 # What forward keeps for backward, behind its result.
 SAVED_NAMES = ("z1", "z2", "z3", "norm1", "norm2", "norm3", "count")
+# Places among x and the parameters of those whose shapes, once they are checked, say those of the others.
+SHAPED = (0, *range(1, 1 + len(PARAMETER_NAMES), parameters_per_layer))
 PARAMETER_SCHEMA = ", ".join(f"Tensor{'' if name.startswith('weight') else '?'} {name}" for name in PARAMETER_NAMES)
 
 
@@ -69,6 +73,12 @@ class Settings(NamedTuple):
     group: str | None
     compute_dtype: torch.dtype | None
     backend: str = ""
+
+
+def settings_of(*fields: Any) -> Settings:
+    """Settings whose fields may be lists; they are hashable."""
+    hashable: list[Any] = [tuple(field) if isinstance(field, list) else field for field in fields]
+    return Settings(*hashable)
 
 
 def check(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings) -> None:
@@ -176,7 +186,8 @@ def _check_parameter(
 def out_dtype(x: Tensor, residual: Tensor | None, settings: Settings) -> torch.dtype:
     """As concatenating the prefix tokens with the convolutions' result, and adding the residual, have it."""
     dtype = settings.compute_dtype or x.dtype
-    dtype = torch.promote_types(x.dtype, dtype) if settings.num_prefix_tokens else dtype
+    if settings.num_prefix_tokens and dtype is not x.dtype:
+        dtype = torch.promote_types(x.dtype, dtype)
     return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
 
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..common.calls import needs_gradient
+from ..common.calls import is_eager, needs_gradient
 from ..common.choice import Run, fastest
 from ..common.launch import compute_capability
 from .activations import ACTIVATIONS
 from .arguments import Settings, out_dtype, parameters_per_layer
-from .norms import BatchNorm, plain_norm
+from .norms import BatchNorm, plain_norm, update_running_statistics
 from .op import leff_inference_operator, leff_operator
 from .reference import leff_reference
 
@@ -88,19 +88,30 @@ def _rule(channels: int, device_index: int | None) -> str:
 
 
 def call_operator(
-    x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None, settings: Settings, training: bool
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    residual: Tensor | None,
+    settings: Settings,
+    training: bool,
+    norms: Sequence[BatchNorm | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """The results of the operator of inference, or of training."""
+    """The results of the operator of inference, or of training, which averages the running statistics of the norms."""
     if not training:
         where = settings.height, settings.width, settings.num_prefix_tokens, settings.activations
         inputs = x, *parameters, residual, settings.eps, *where, settings.compute_dtype
         return (leff_inference_operator(*inputs, settings.backend),)
     # Running statistics that are about to change are no input of the operator.
-    inputs = [
-        None if i % parameters_per_layer > 3 and settings.norms[i // parameters_per_layer] == "batch" else parameter
-        for i, parameter in enumerate(parameters)
-    ]
-    return leff_operator(x, *inputs, residual, *settings)
+    inputs = list(parameters)
+    for first, mode in zip(range(0, len(inputs), parameters_per_layer), settings.norms, strict=True):
+        if mode == "batch":
+            inputs[first + 4 : first + 6] = (None, None)
+    if is_eager(x):
+        return leff_operator.eager(x, *inputs, residual, settings, norms)
+    results = leff_operator.registered(x, *inputs, residual, *settings)
+    if norms is not None:
+        tokens = x.shape[0] * settings.height * settings.width
+        update_running_statistics(norms, results[4:7], results[7], tokens, settings.backend)
+    return results
 
 
 def _plain(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import backends
@@ -23,7 +24,7 @@ from .arguments import (
 )
 from .choice import call_operator, choose
 from .grid import from_tokens, residual_to_tokens, to_tokens
-from .norms import BatchNorm, norm_mode, plain_norm, process_group_of, update_running_statistics
+from .norms import BatchNorm, norm_mode, plain_norm, process_group_of
 from .reference import leff_reference
 
 __all__ = ["leff_block", "leff_fused", "pack"]
@@ -122,15 +123,15 @@ def leff_fused(
     tokens, grid_size = to_tokens(x, weights[0].shape[1], layout, num_prefix_tokens, grid_size)
     if residual is not None:
         residual = residual_to_tokens(residual, tokens, weights[2].shape[0], layout, grid_size)
-    eps = [0.0 if norm is None else norm.eps for norm in norms]
-    modes = [norm_mode(norm) for norm in norms]
+    eps = tuple([0.0 if norm is None else norm.eps for norm in norms])
+    modes = tuple([norm_mode(norm) for norm in norms])
     group, unsupported = process_group_of(norms)
-    where = (*grid_size, num_prefix_tokens, list(activations))
+    where = (*grid_size, num_prefix_tokens, tuple(activations))
     settings = Settings(eps, modes, *where, group, autocast_dtype(tokens), "reference")
     check_call(tokens, parameters, residual, settings, names)
     dtype = settings.compute_dtype or tokens.dtype
     unsupported = unsupported or kernel_size_unsupported_reason(weights[1])
-    if any(tensor is not None and tensor.dtype is not dtype for tensor in parameters):
+    if not _are_all(dtype, parameters):
         for first in range(2, len(parameters), parameters_per_layer):
             # Plain PyTorch says what it lacks.
             name, tensors = names[first].removesuffix(".weight"), parameters[first : first + len(NORM_TENSORS)]
@@ -141,12 +142,12 @@ def leff_fused(
         backend = choose(tokens, parameters, norms, residual, settings, training)
     if backend == "reference":
         return None
-    results = call_operator(tokens, parameters, residual, settings._replace(backend=backend), training)
-    if training:
-        _, _, _, _, *statistics, count = results
-        image_tokens = tokens.shape[0] * settings.height * settings.width
-        update_running_statistics(norms, statistics, count, image_tokens, backend)
-    return from_tokens(results[0], layout, grid_size, x)
+    call = tokens, parameters, residual, Settings(*settings[:-1], backend)
+    return from_tokens(call_operator(*call, training, norms)[0], layout, grid_size, x)
+
+
+def _are_all(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> bool:
+    return not [None for tensor in tensors if tensor is not None and tensor.dtype is not dtype]
 
 
 def pack(

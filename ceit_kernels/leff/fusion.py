@@ -132,10 +132,10 @@ class BlockFusion(Fusion, attributes_of(nn.Module)):
     def _layers_reason(self) -> str | None:
         layers = self._layers()
         weight1, weight2, weight3 = [held(layer, "weight") for layer in layers]
-        hidden, side = weight2.shape[0], weight2.shape[-1]
-        shapes = (hidden, weight1.shape[1]), (hidden, 1, side, side), (weight3.shape[0], hidden)
-        pixels = weight1.shape[2:].numel(), weight3.shape[2:].numel()
-        if (weight1.shape[:2], weight2.shape, weight3.shape[:2]) != shapes or pixels != (1, 1):
+        shape1, shape2, shape3 = weight1.shape, weight2.shape, weight3.shape
+        hidden, side = shape2[0], shape2[-1]
+        follow = shape1[0] == hidden and shape2 == (hidden, 1, side, side) and shape3[1] == hidden
+        if not (follow and weight1.numel() == hidden * shape1[1] and weight3.numel() == hidden * shape3[0]):
             return "the convolutions are not a pointwise, a depthwise and a pointwise one that follow each other"
         pixel, neighbours = ((0, 0), 1), ((side // 2, side // 2), hidden)
         for path, layer, where in zip(self.parts.layers, layers, (pixel, neighbours, pixel), strict=True):

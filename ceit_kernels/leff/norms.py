@@ -20,11 +20,14 @@ from .activations import ACTIVATIONS
 
 __all__ = [
     "BatchNorm",
+    "buffers_for_one_launch",
     "folded",
+    "momenta_of",
     "norm_mode",
     "of_module",
     "plain_norm",
     "process_group_of",
+    "tell_autograd",
     "update_running_statistics",
 ]
 
@@ -117,10 +120,11 @@ def folded(convolution: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
 
 def process_group_of(norms: Sequence[BatchNorm | None]) -> tuple[str | None, str | None]:
     """The name of the group that the batch statistics are taken over, and why the kernels cannot, if they cannot."""
-    names = [None if n.process_group is None else n.process_group.group_name for n in norms if n and n.training]
-    if any(name != names[0] for name in names):
+    groups = [norm.process_group for norm in norms if norm and norm.training]
+    names = {None if group is None else group.group_name for group in groups}
+    if len(names) > 1:
         return None, "the kernels take the statistics of all three norms over the same processes"
-    return (names[0] if names else None), None
+    return (names.pop() if names else None), None
 
 
 @torch.no_grad()
@@ -138,14 +142,12 @@ def update_running_statistics(
         backend: of the call; Triton takes one launch, unless compilers are to see the operators.
     """
     if backend in ("triton", "library") and tokens > 0 and (is_recording() or is_eager(count)):
-        buffers = _buffers_for_one_launch(norms, statistics)
+        buffers = buffers_for_one_launch(norms, count.device)
         if buffers is not None:
             from .triton.launch_running import update_running_statistics_triton
 
-            momenta = [0.0 if norm is None else float(norm.momentum or 0.0) for norm in norms]
-            update_running_statistics_triton(count, *buffers, *momenta)
-            written = [b for i, b in enumerate(buffers) if b is not None and i % 4 and not b.is_inference()]
-            torch.autograd.graph.increment_version(written)
+            update_running_statistics_triton(count, *statistics, *buffers, *momenta_of(norms))
+            tell_autograd(buffers)
             return
     tracked = [(n, s) for n, s in zip(norms, statistics, strict=True) if n is not None and n.training]
     counters = [n.num_batches_tracked for n, _ in tracked if n.num_batches_tracked is not None]
@@ -176,23 +178,32 @@ def update_running_statistics(
         torch._foreach_lerp_(buffers, values, momentum)
 
 
-def _buffers_for_one_launch(
-    norms: Sequence[BatchNorm | None], statistics: Sequence[Tensor]
-) -> list[Tensor | None] | None:
-    """Of each layer in training the statistics, running mean and variance and the counter, of others None.
+def buffers_for_one_launch(norms: Sequence[BatchNorm | None], device: torch.device) -> list[Tensor | None] | None:
+    """Of each layer in training the running mean and variance and the counter, of others None.
 
-    None in all if the kernel cannot write them: averages over all batches, no running statistics, strided ones, or one
+    None in all if kernels cannot write them: averages over all batches, no running statistics, strided ones, or one
     norm in two layers.
     """
     buffers: list[Tensor | None] = []
-    for norm, rows in zip(norms, statistics, strict=True):
+    for norm in norms:
         if norm is None or not norm.training:
-            buffers += [None] * 4
+            buffers += (None, None, None)
         elif norm.momentum is None or norm.running_mean is None or norm.running_var is None:
             return None
         else:
-            buffers += [rows, norm.running_mean, norm.running_var, norm.num_batches_tracked]
-    written = [b for i, b in enumerate(buffers) if b is not None and i % 4]
-    places = {(b.data_ptr() if not is_recording() else id(b)) for b in written}
-    alike = all(b.is_contiguous() and b.device == statistics[0].device for b in written)
-    return buffers if written and alike and len(places) == len(written) else None
+            buffers += (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    written = [b for b in buffers if b is not None]
+    unlike = [b for b in written if not b.is_contiguous() or b.device != device]
+    places = set(map(id if is_recording() else Tensor.data_ptr, written))
+    return buffers if written and not unlike and len(places) == len(written) else None
+
+
+def momenta_of(norms: Sequence[BatchNorm | None]) -> tuple[float, ...]:
+    """The momentum of each norm, 0 where there is none."""
+    return tuple([0.0 if norm is None else float(norm.momentum or 0.0) for norm in norms])
+
+
+def tell_autograd(buffers: Sequence[Tensor | None]) -> None:
+    """Count that a kernel has written buffers."""
+    written = [b for b in buffers if b is not None and not b.is_inference()]
+    torch.autograd.graph.increment_version(written)

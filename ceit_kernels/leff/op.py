@@ -21,8 +21,10 @@ from .arguments import (
     kernel_size_unsupported_reason,
     out_dtype,
     parameters_per_layer,
+    settings_of,
 )
 from .grid import empty_tokens_like, in_memory_order, is_planar
+from .norms import update_running_statistics
 from .pipelines import code
 from .triton import NORM_ROWS
 
@@ -35,6 +37,7 @@ _SETTINGS_SCHEMA = (
 _PARAMETERS, _SAVED = len(PARAMETER_NAMES), len(SAVED_NAMES)
 # Of a layer's parameters those that may have a gradient: all but the running statistics, which come last.
 _DIFFERENTIABLE = tuple(i for i in range(_PARAMETERS) if i % parameters_per_layer < 4)
+_RUNNING = tuple(i for i in range(_PARAMETERS) if i not in _DIFFERENTIABLE)
 
 
 class _LeFFInference(Operator):
@@ -75,10 +78,12 @@ class _LeFFInference(Operator):
         parameters = inputs[:_PARAMETERS]
         residual, eps, height, width, prefix, activations, *rest = inputs[_PARAMETERS:]
         norms = ["none" if mean is None else "frozen" for mean in parameters[4::parameters_per_layer]]
-        return parameters, residual, Settings(eps, norms, height, width, prefix, activations, None, *rest)
+        return parameters, residual, settings_of(eps, norms, height, width, prefix, activations, None, *rest)
 
 
 class _LeFF(Operator):
+    """An eager call passes ``Settings`` in the place of their fields, and the norms, whose statistics it averages."""
+
     name = "leff"
     schema = (
         f"(Tensor x, {PARAMETER_SCHEMA}, Tensor? residual, {_SETTINGS_SCHEMA}) "
@@ -104,12 +109,20 @@ class _LeFF(Operator):
 
     def forward(self, x, *inputs):
         parameters, residual, settings = self._unpack(inputs)
-        if x.shape[0] == 0:
-            return _results(x.new_zeros, x, parameters, residual, settings)
-        run = code("forward", settings.backend)
+        norms = inputs[-1] if isinstance(inputs[-2], Settings) else None
         dtype = out_dtype(x, residual, settings)
         residual = None if residual is None else residual.contiguous()
-        return run(x.contiguous(), parameters, residual, settings, dtype)
+        if x.shape[0] == 0:
+            results = _results(x.new_zeros, x, parameters, residual, settings)
+        elif settings.backend == "native":
+            results = code("forward", "native")(x.contiguous(), parameters, residual, settings, dtype)
+        else:
+            run = code("forward", settings.backend)
+            return run(x.contiguous(), parameters, residual, settings, dtype, norms)  # it averages them by the way
+        if norms is not None:
+            tokens = x.shape[0] * settings.height * settings.width
+            update_running_statistics(norms, results[4:7], results[7], tokens, settings.backend)
+        return results
 
     def fake(self, x, *inputs):
         return _results(x.new_empty, x, *self._unpack(inputs))
@@ -120,19 +133,19 @@ class _LeFF(Operator):
 
     def save(self, ctx, inputs, results):
         x, parameters, residual = inputs[0], list(inputs[1 : 1 + _PARAMETERS]), inputs[1 + _PARAMETERS]
-        for i in range(_PARAMETERS):
-            if i not in _DIFFERENTIABLE:
-                parameters[i] = None
+        for i in _RUNNING:
+            parameters[i] = None
         ctx.save_for_backward(x, *parameters, *results[1:])
         ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.settings = inputs[2 + _PARAMETERS :]
+        ctx.settings = self._unpack(inputs[1:])[2]
 
     def gradients(self, backward, ctx, grad_out, *_):
         need_x, *need_parameters = ctx.needs_input_grad[: 1 + _PARAMETERS]
         needs = [need_parameters[i] for i in _DIFFERENTIABLE]
         found = [None] * (2 + _PARAMETERS)
         if need_x or any(needs):
-            found[0], *grads = backward(grad_out, *ctx.saved_tensors, *ctx.settings, need_x, needs)
+            settings = ctx.settings if backward is self.registered_backward else (ctx.settings,)
+            found[0], *grads = backward(grad_out, *ctx.saved_tensors, *settings, need_x, needs)
             for i, grad in zip(_DIFFERENTIABLE, grads, strict=True):
                 found[1 + i] = grad
         if ctx.residual_dtype is not None:
@@ -155,7 +168,9 @@ class _LeFF(Operator):
         if x.shape[0] == 0:
             return self._gradients_like(x, parameters, need_x, needs, torch.zeros_like)
         run = code("backward", settings.backend)
-        return run(grad_out.contiguous(), x.contiguous(), parameters, saved, settings, need_x, needs)
+        # Results of the registered operator are tensors of their own.
+        shares = {"shares": True} if settings is inputs[_PARAMETERS + _SAVED] and settings.backend != "native" else {}
+        return run(grad_out.contiguous(), x.contiguous(), parameters, saved, settings, need_x, needs, **shares)
 
     def fake_backward(self, grad_out, x, *inputs):
         parameters, _, _, need_x, needs = self._unpack_backward(inputs)
@@ -170,17 +185,22 @@ class _LeFF(Operator):
 
     @staticmethod
     def _unpack(inputs: Sequence[Any]) -> tuple[Sequence[Tensor | None], Tensor | None, Settings]:
-        return inputs[:_PARAMETERS], inputs[_PARAMETERS], Settings(*inputs[_PARAMETERS + 1 :])
+        return inputs[:_PARAMETERS], inputs[_PARAMETERS], _settings(*inputs[_PARAMETERS + 1 :])
 
     @staticmethod
     def _unpack_backward(inputs: Sequence[Any]):
         parameters, saved = inputs[:_PARAMETERS], inputs[_PARAMETERS : _PARAMETERS + _SAVED]
         *settings, need_x, needs = inputs[_PARAMETERS + _SAVED :]
-        return parameters, saved, Settings(*settings), need_x, needs
+        return parameters, saved, _settings(*settings), need_x, needs
 
     @staticmethod
     def _gradients_like(x, parameters, need_x, needs, make):
         return gradients_like((x, *(parameters[i] for i in _DIFFERENTIABLE)), (need_x, *needs), make)
+
+
+def _settings(first: Any, *others: Any) -> Settings:
+    """The settings, which eager calls pass as they are, and the registered operator one by one."""
+    return first if isinstance(first, Settings) else settings_of(first, *others)
 
 
 def _is_planar(x: Tensor, settings: Settings) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ceit_kernels import FusedLeFF, leff_block, use_backend
-from ceit_kernels.leff.arguments import Settings
+from ceit_kernels.leff.arguments import settings_of
 
 from .accuracy import assert_as_accurate_over_draws
 from .where import DEVICE
@@ -162,4 +162,4 @@ def make_shape(shape, dtype, mode, batch=256, kernel_size=3, norm_dtype=None):
         norm = [x.new_empty(size[0], dtype=norm_dtype or dtype) for _ in range(4)] if prefix else [None] * 4
         parameters += [x.new_empty(size), x.new_empty(size[0]), *norm]
     activations = ["gelu" if prefix else "identity", "gelu"]
-    return x, parameters, Settings([1e-5] * 3, [mode] * 3, side, side, prefix, activations, None, dtype, "triton")
+    return x, parameters, settings_of([1e-5] * 3, [mode] * 3, side, side, prefix, activations, None, dtype, "triton")

@@ -16,12 +16,46 @@ __all__ = [
 
 @triton.jit
 def leff_statistics_kernel(
-    p_partial, p_count, p_weight, p_bias, p_norm, p_total, T, EPS: tl.constexpr,
-    E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
+    p_partial, p_count, p_weight, p_bias, p_norm, p_total, T,
+    p_running_mean, p_running_var, p_batches, momentum: tl.float64, p_tokens,
+    p_norm1, p_running_mean1, p_running_var1, p_batches1, momentum1: tl.float64,
+    p_norm2, p_running_mean2, p_running_var2, p_batches2, momentum2: tl.float64,
+    EPS: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """The ``norm`` array (5, E) and the count (1,) from T partial moments (T, 2, E) and their counts (T,)."""
-    o_e = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
-    m_e = o_e < E
+    """The ``norm`` array (5, E) and the count (1,) from T partial moments (T, 2, E) and their counts (T,). Where wanted
+    it is averaged into running statistics, as those (5, HIDDEN) of two layers before, taken of p_tokens (1,) tokens.
+    """
+    i = tl.program_id(0)
+    if i < tl.cdiv(E, TILE_E):
+        o_e = i * TILE_E + tl.arange(0, TILE_E)
+        m_e = o_e < E
+        b_mean, b_variance, n = _statistics(p_partial, p_count, T, o_e, m_e, E, TILE_T, TILE_E, ACC)
+        b_rstd = tl.rsqrt(b_variance + EPS)
+        b_scale, b_shift = b_rstd, tl.zeros((TILE_E,), dtype=ACC)
+        if p_weight is not None:
+            b_scale *= tl.load(p_weight + o_e, mask=m_e, other=0.0).to(ACC)
+        if p_bias is not None:
+            b_shift += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
+        store_rows(p_norm, 0, b_mean, b_variance, o_e, m_e, E)
+        store_rows(p_norm, 1, b_rstd, b_scale, o_e, m_e, E)
+        tl.store(p_norm + 4 * E + o_e, b_shift, mask=m_e)
+        if p_total is not None:
+            if i == 0:
+                tl.store(p_total, n)
+        if p_running_mean is not None:
+            _average(b_mean, b_variance, n, p_running_mean, p_running_var, p_batches, momentum, i, o_e, m_e, ACC)
+    i -= tl.cdiv(E, TILE_E)
+    _average_array(p_norm1, p_tokens, p_running_mean1, p_running_var1, p_batches1, momentum1, i, HIDDEN, TILE_E, ACC)
+    i -= tl.cdiv(HIDDEN, TILE_E)
+    _average_array(p_norm2, p_tokens, p_running_mean2, p_running_var2, p_batches2, momentum2, i, HIDDEN, TILE_E, ACC)
+
+
+@triton.jit
+def _statistics(
+    p_partial, p_count, T, o_e, m_e, E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr
+):
+    """Mean and variance, and of how many tokens."""
     # About the mean of the first part, so that a mean far from zero costs no digits.
     b_first = tl.load(p_partial + o_e, mask=m_e, other=0.0)
     b_means = tl.zeros((TILE_T, TILE_E), dtype=ACC)
@@ -38,19 +72,7 @@ def leff_statistics_kernel(
         b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, TILE_T)
         b_centred = tl.load(p_rows, mask=mask, other=0.0) - b_first[None, :] - b_offset[None, :]
         b_squares += tl.load(p_rows + E, mask=mask, other=0.0) + b_n[:, None] * b_centred * b_centred
-
-    b_variance = tl.sum(b_squares, axis=0) / n
-    b_rstd = tl.rsqrt(b_variance + EPS)
-    b_scale, b_shift = b_rstd, tl.zeros((TILE_E,), dtype=ACC)
-    if p_weight is not None:
-        b_scale *= tl.load(p_weight + o_e, mask=m_e, other=0.0).to(ACC)
-    if p_bias is not None:
-        b_shift += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
-    store_rows(p_norm, 0, b_first + b_offset, b_variance, o_e, m_e, E)
-    store_rows(p_norm, 1, b_rstd, b_scale, o_e, m_e, E)
-    tl.store(p_norm + 4 * E + o_e, b_shift, mask=m_e)
-    if tl.program_id(0) == 0:
-        tl.store(p_total, n)
+    return b_first + b_offset, tl.sum(b_squares, axis=0) / n, n
 
 
 @triton.jit
@@ -73,34 +95,42 @@ def leff_running_kernel(
     """
     i_e = tl.program_id(0)
     i_layer = tl.program_id(1)
-    n = tl.load(p_total)
     if i_layer == 0:
-        _average(p_norm1, p_running_mean1, p_running_var1, p_batches1, momentum1, n, i_e, E, TILE_E, ACC)
+        _average_array(p_norm1, p_total, p_running_mean1, p_running_var1, p_batches1, momentum1, i_e, E, TILE_E, ACC)
     elif i_layer == 1:
-        _average(p_norm2, p_running_mean2, p_running_var2, p_batches2, momentum2, n, i_e, E, TILE_E, ACC)
+        _average_array(p_norm2, p_total, p_running_mean2, p_running_var2, p_batches2, momentum2, i_e, E, TILE_E, ACC)
     else:
-        _average(p_norm3, p_running_mean3, p_running_var3, p_batches3, momentum3, n, i_e, O, TILE_E, ACC)
+        _average_array(p_norm3, p_total, p_running_mean3, p_running_var3, p_batches3, momentum3, i_e, O, TILE_E, ACC)
 
 
 @triton.jit
-def _average(
-    p_norm, p_mean, p_variance, p_batches, momentum, n, i_e, E: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr
-):
-    """Of TILE_E channels of a layer."""
+def _average_array(
+    p_norm, p_total, p_mean, p_variance, p_batches, momentum, i_e,
+    E: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of TILE_E channels of a layer, from its ``norm`` array if there is one, and if there is such a tile."""
     if p_norm is not None:
-        o_e = i_e * TILE_E + tl.arange(0, TILE_E)
-        m_e = o_e < E
-        b_new, b_old = tl.full((TILE_E,), momentum, dtype=ACC), tl.full((TILE_E,), 1.0 - momentum, dtype=ACC)
-        b_mean = b_new * tl.load(p_norm + o_e, mask=m_e, other=0.0)
-        b_mean += b_old * tl.load(p_mean + o_e, mask=m_e, other=0.0).to(ACC)
-        tl.store(p_mean + o_e, b_mean.to(p_mean.dtype.element_ty), mask=m_e)
-        # The variance of a population, from that of this sample of it.
-        b_variance = b_new * tl.load(p_norm + E + o_e, mask=m_e, other=0.0) * (n / (n - 1))
-        b_variance += b_old * tl.load(p_variance + o_e, mask=m_e, other=0.0).to(ACC)
-        tl.store(p_variance + o_e, b_variance.to(p_variance.dtype.element_ty), mask=m_e)
-        if p_batches is not None:
-            if i_e == 0:
-                tl.store(p_batches, tl.load(p_batches) + 1)
+        if (i_e >= 0) & (i_e * TILE_E < E):
+            o_e = i_e * TILE_E + tl.arange(0, TILE_E)
+            m_e = o_e < E
+            b_mean = tl.load(p_norm + o_e, mask=m_e, other=0.0)
+            b_variance = tl.load(p_norm + E + o_e, mask=m_e, other=0.0)
+            n = tl.load(p_total)
+            _average(b_mean, b_variance, n, p_mean, p_variance, p_batches, momentum, i_e, o_e, m_e, ACC)
+
+
+@triton.jit
+def _average(b_mean, b_variance, n, p_mean, p_variance, p_batches, momentum, i_e, o_e, m_e, ACC: tl.constexpr):
+    """Average a batch of n tokens into running statistics."""
+    b_new, b_old = tl.full(b_mean.shape, momentum, dtype=ACC), tl.full(b_mean.shape, 1.0 - momentum, dtype=ACC)
+    b_mean = b_new * b_mean + b_old * tl.load(p_mean + o_e, mask=m_e, other=0.0).to(ACC)
+    tl.store(p_mean + o_e, b_mean.to(p_mean.dtype.element_ty), mask=m_e)
+    # The variance of a population, from that of this sample of it.
+    b_variance = b_new * b_variance * (n / (n - 1)) + b_old * tl.load(p_variance + o_e, mask=m_e, other=0.0).to(ACC)
+    tl.store(p_variance + o_e, b_variance.to(p_variance.dtype.element_ty), mask=m_e)
+    if p_batches is not None:
+        if i_e == 0:
+            tl.store(p_batches, tl.load(p_batches) + 1)
 
 
 @triton.jit

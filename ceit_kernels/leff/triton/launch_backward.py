@@ -13,7 +13,7 @@ from ...common.plan import buffers_like, compute, planned
 from ...common.precision import short_precision
 from ...common.sync_norm import sum_over_processes
 from ...common.tuning import Tiles
-from ..arguments import PARAMETER_NAMES, SAVED_NAMES, Settings
+from ..arguments import PARAMETER_NAMES, SAVED_NAMES, SHAPED, Settings
 from . import GRADIENT_ROWS
 from .kernels_depthwise import leff_depthwise_backward_kernel
 from .kernels_factored import leff_factored_gradient_kernel, leff_factored_product_kernel
@@ -21,7 +21,7 @@ from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_ker
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
 from .kernels_reduce import leff_reduce_kernel
 from .kernels_stream import leff_slope_kernel
-from .launch_common import ROWS, Call, hashable
+from .launch_common import ROWS, Call
 from .launch_forward import contract_grid, depthwise_grid
 from .tiles import (
     PARTS,
@@ -45,6 +45,7 @@ def leff_backward_triton(
     settings: Settings,
     need_x: bool,
     needs: Sequence[bool],
+    shares: bool = False,
 ) -> Sequence[Tensor | None]:
     """At most eight launches that go over the tokens, fewer where not every gradient is wanted.
 
@@ -54,18 +55,19 @@ def leff_backward_triton(
         saved: what it returned behind its result.
         need_x: whether the gradient of x is wanted.
         needs: whether those of weight, bias, norm weight and norm bias of each layer are.
+        shares: whether those of biases and norms may lie in one storage.
 
     Returns:
         These gradients, None where not wanted.
     """
-    return _run(x, *parameters, dout, *saved, hashable(settings), need_x, tuple(needs))
+    return _run(x, *parameters, dout, *saved, settings, need_x, tuple(needs), shares)
 
 
-@planned(tensors=2 + len(PARAMETER_NAMES) + len(SAVED_NAMES))
+@planned(tensors=2 + len(PARAMETER_NAMES) + len(SAVED_NAMES), shaped=SHAPED)
 def _run(x: Tensor, *rest: Any) -> list[Tensor | None]:
-    *tensors, settings, need_x, needs = rest
+    *tensors, settings, need_x, needs, shares = rest
     parameters, (dout, *saved) = tensors[: len(PARAMETER_NAMES)], tensors[len(PARAMETER_NAMES) :]
-    backward = _Backward(Call(x, parameters, settings), saved, dout, need_x, needs)
+    backward = _Backward(Call(x, parameters, settings), saved, dout, need_x, needs, shares)
     dx = backward.run()
     backward.take_sums()
     return [dx, *(gradient for layer in backward.gradients for gradient in layer)]
@@ -77,8 +79,10 @@ def _is_factored(dtype: torch.dtype) -> bool:
 
 
 class _Backward:
-    def __init__(self, call: Call, saved: Sequence[Tensor], dout: Tensor, need_x: bool, needs: Sequence[bool]) -> None:
-        self.call, self.dout, self.need_x = call, dout, need_x
+    def __init__(
+        self, call: Call, saved: Sequence[Tensor], dout: Tensor, need_x: bool, needs: Sequence[bool], shares: bool
+    ) -> None:
+        self.call, self.dout, self.need_x, self.shares = call, dout, need_x, shares
         self.z1, self.z2, self.z3, *norms, self.count = saved
         self.norms = [norm if norm.numel() else None for norm in norms]
         self.needs = [needs[i : i + 4] for i in (0, 4, 8)]
@@ -125,7 +129,8 @@ class _Backward:
 
     def _vectors(self, layer: int) -> dict[str, Tensor | None]:
         """What the gradients of the layer's vectors are taken of and where they go."""
-        vectors = self.gradients[layer][1:] = buffers_like(self.call.layers[layer][1:4], self.needs[layer][1:])
+        needs = self.needs[layer][1:]
+        vectors = self.gradients[layer][1:] = buffers_like(self.call.layers[layer][1:4], needs, self.shares)
         known = dict(zip(("p_dbias", "p_dnorm_weight", "p_dnorm_bias"), vectors, strict=True))
         total = self.count if self.call.settings.norms[layer] == "batch" else None
         return {**known, "p_norm": self.norms[layer], "p_total": total}
@@ -215,7 +220,7 @@ class _Backward:
         if need_weight:
             tokens = {"p_tokens": self.call.x}
             partial, *_ = self._partial(leff_weight_gradient_kernel, self.call.C, **tokens, **operand)
-            self.gradients[0][0] = self._sum(partial, *weight.shape, dtype=weight.dtype)
+            self.gradients[0][0] = partial if partial is None else self._sum(partial, *weight.shape, dtype=weight.dtype)
         return dx
 
     def _layer1_factored(self, g1: Tensor, gradient1: Tensor | None) -> Tensor | None:

@@ -15,16 +15,10 @@ from ...common.precision import precision_arguments
 from ...common.tuning import Tiles, tuned_tiles
 from ..arguments import Settings, parameters_per_layer
 
-__all__ = ["ROWS", "Call", "Layer", "hashable", "linear"]
+__all__ = ["ROWS", "Call", "Layer", "linear"]
 
 Result = TypeVar("Result")
 ROWS = 512  # tokens of which a program instance of a kernel that streams takes sums
-
-
-def hashable(settings: Settings) -> Settings:
-    """Settings that can be the key of a plan."""
-    eps, norms, activations = tuple(settings.eps), tuple(settings.norms), tuple(settings.activations)
-    return settings._replace(eps=eps, norms=norms, activations=activations)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

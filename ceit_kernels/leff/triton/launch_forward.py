@@ -12,18 +12,20 @@ from ...common.launch import cdiv
 from ...common.plan import compute, planned
 from ...common.sync_norm import gather_moments
 from ...common.tuning import Tiles
-from ..arguments import PARAMETER_NAMES, Settings
+from ..arguments import PARAMETER_NAMES, SHAPED, Settings
+from ..norms import BatchNorm, buffers_for_one_launch, momenta_of, tell_autograd, update_running_statistics
 from . import NORM_ROWS
 from .kernels_depthwise import leff_depthwise_kernel
 from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kernel
 from .kernels_norm import leff_norm_kernel
 from .kernels_reduce import leff_statistics_kernel
 from .kernels_stream import leff_moments_kernel
-from .launch_common import ROWS, Call, hashable, linear
+from .launch_common import ROWS, Call, linear
 from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, row_tiles, stream_tiles
 
 __all__ = ["contract_grid", "depthwise_grid", "leff_forward_triton"]
 
+_NO_BUFFERS = (None,) * 9
 _PROGRAMS = 4096  # enough one-warp program instances for the largest chip, few enough for their partial results
 
 
@@ -33,6 +35,7 @@ def leff_forward_triton(
     residual: Tensor | None,
     settings: Settings,
     out_dtype: torch.dtype,
+    norms: Sequence[BatchNorm | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """The results of ``ceit::leff``, by at most four passes over the tokens.
 
@@ -40,32 +43,44 @@ def leff_forward_triton(
         x, residual: tokens, B at least 1.
         parameters, settings: of the call.
         out_dtype: of the first result.
+        norms: of the layers, whose running statistics the call averages; none are if None.
     """
-    return _run(x, *parameters, residual, hashable(settings), out_dtype)
+    running, momenta = _NO_BUFFERS, ()
+    if norms is not None and settings.group is None:
+        found = buffers_for_one_launch(norms, x.device)
+        running, momenta = (running, momenta) if found is None else (found, momenta_of(norms))
+    results = _run(x, *parameters, residual, *running, settings, out_dtype, momenta)
+    if momenta:
+        tell_autograd(running)
+    elif norms is not None:
+        tokens = x.shape[0] * settings.height * settings.width
+        update_running_statistics(norms, results[4:7], results[7], tokens, "triton")
+    return results
 
 
-@planned(tensors=2 + len(PARAMETER_NAMES))
+@planned(tensors=2 + len(PARAMETER_NAMES) + len(_NO_BUFFERS), shaped=SHAPED)
 def _run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *parameters, residual, settings, out_dtype = rest
+    *parameters, residual = rest[: len(PARAMETER_NAMES) + 1]
+    *running, settings, out_dtype, momenta = rest[len(PARAMETER_NAMES) + 1 :]
     call = Call(x, parameters, settings)
-    count = call.empty(1 if "batch" in settings.norms else 0)
+    norms = _Norms(call, running, momenta)
     expand = _expand_by_library if settings.backend == "library" else _expand
-    z1, norm1 = expand(call, count)
-    z2, norm2 = _depthwise(call, z1, norm1, count)
+    z1, norm1 = expand(call, norms)
+    z2, norm2 = _depthwise(call, z1, norm1, norms)
     if settings.norms[2] == "none":
-        z3, norm3 = call.empty(0, dtype=call.dtype), None
-        out, _ = _contract(call, z2, norm2, count, residual, (*x.shape[:2], call.O), out_dtype)
+        z3 = call.empty(0, dtype=call.dtype)
+        out, _ = _contract(call, z2, norm2, norms, residual, (*x.shape[:2], call.O), out_dtype)
     else:
-        z3, norm3 = _contract(call, z2, norm2, count, None, (call.M, call.O), call.dtype)
+        z3, norm3 = _contract(call, z2, norm2, norms, None, (call.M, call.O), call.dtype)
         out, tiles = call.empty(*x.shape[:2], call.O, dtype=out_dtype), row_tiles(call.O)
         rows = tiles.sizes["TILE_M"]
         grid = (cdiv(call.M, rows) + call.prefix_tiles(rows), cdiv(call.O, tiles.sizes["TILE_O"]))
         call.launch(leff_norm_kernel, grid, tiles, p_z3=z3, p_norm3=norm3, p_x=x, p_residual=residual, p_out=out)
-    norms = (call.empty(0) if norm is None else norm for norm in (norm1, norm2, norm3))
-    return out, z1, z2, z3, *norms, count
+    arrays = (call.empty(0) if norm is None else norm for norm in norms.arrays)
+    return out, z1, z2, z3, *arrays, norms.count
 
 
-def _expand_by_library(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None]:
+def _expand_by_library(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:
     """As ``_expand``, by PyTorch's GEMM: of all tokens, since leaving out the prefix would copy the others."""
     z1 = compute(_linear_of_rows, call.x, call.layers[0].weight, call.layers[0].bias, call.dtype)
     moments = _moments(call, 0, cdiv(call.M, ROWS), call.E)
@@ -73,14 +88,14 @@ def _expand_by_library(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None
         tiles = stream_tiles(call.E)
         grid = cdiv(call.M, ROWS), cdiv(call.E, tiles.sizes["TILE_E"])
         call.launch(leff_moments_kernel, grid, tiles, **moments, p_z=z1, ROWS=ROWS)
-    return z1, _norm(call, 0, count, **moments)
+    return z1, norms.take(0, **moments)
 
 
 def _linear_of_rows(*arguments: Any) -> Tensor:
     return linear(*arguments).flatten(0, 1)
 
 
-def _expand(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None]:
+def _expand(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:
     arguments = {"p_x": call.x, "p_weight": call.weight(0), "p_bias": call.layers[0].bias}
 
     def run(tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,7 +108,7 @@ def _expand(call: Call, count: Tensor) -> tuple[Tensor, Tensor | None]:
     table = expand_tiles(call.C, call.E, call.dtype, call.chip)
     shape = {"C": call.C, "E": call.E, "norm": call.settings.norms[0]}
     z1, moments = call.tuned(leff_expand_moments_kernel, table, shape, run)
-    return z1, _norm(call, 0, count, **moments)
+    return z1, norms.take(0, **moments)
 
 
 def depthwise_grid(call: Call, tiles: Tiles) -> tuple[int, int, tuple[int]]:
@@ -105,21 +120,21 @@ def depthwise_grid(call: Call, tiles: Tiles) -> tuple[int, int, tuple[int]]:
     return images, parts, (parts * channels,)
 
 
-def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor | None]:
+def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, norms: _Norms) -> tuple[Tensor, Tensor | None]:
     tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
     images, parts, grid = depthwise_grid(call, tiles)
     z2, moments = call.empty(call.M, call.E, dtype=call.dtype), _moments(call, 1, parts, call.E)
     arguments = {"p_z1": z1, "p_norm1": norm1, "p_bias": call.layers[1].bias, "p_z2": z2}
     arguments |= {"IMAGES": images, "ACTIVATION": call.settings.activations[0], **moments}
     call.launch(leff_depthwise_kernel, grid, tiles, **arguments)
-    return z2, _norm(call, 1, count, **moments)
+    return z2, norms.take(1, **moments)
 
 
 def _contract(
     call: Call,
     z2: Tensor,
     norm2: Tensor | None,
-    count: Tensor,
+    norms: _Norms,
     residual: Tensor | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -139,7 +154,7 @@ def _contract(
     table = contract_tiles(call.O, call.dtype, call.chip)
     key = {"E": call.E, "O": call.O, "operand": activation, "norm": call.settings.norms[2]}
     out, moments = call.tuned(leff_contract_operand_kernel, table, key, run)
-    return out, _norm(call, 2, count, **moments)
+    return out, norms.take(2, **moments)
 
 
 def contract_grid(call: Call, tiles: Tiles, channels: int, has_prefix: bool = True) -> tuple[int]:
@@ -156,27 +171,61 @@ def _moments(call: Call, layer: int, parts: int, channels: int) -> dict[str, Ten
     return {"p_partial": call.empty(parts, 2, channels), "p_count": call.empty(parts)}
 
 
-def _norm(
-    call: Call, layer: int, count: Tensor, p_partial: Tensor | None = None, p_count: Tensor | None = None
-) -> Tensor | None:
-    """A layer's norm array; ``count`` receives the tokens that batch statistics were taken of."""
-    _, _, weight, bias, running_mean, running_var = call.layers[layer]
-    if call.settings.norms[layer] == "none":
-        return None
-    if p_partial is None:
-        eps = call.settings.eps[layer]
-        return compute(_frozen_norm, weight, bias, running_mean, running_var, eps, call.acc_dtype)
-    channels = p_partial.shape[2]
-    arguments = {"p_weight": weight, "p_bias": bias, "p_total": count, "EPS": call.settings.eps[layer], "E": channels}
+class _Norms:
+    """The norm arrays of a call's layers.
 
-    def merge(partial: Tensor, counts: Tensor) -> Tensor:
-        norm, grid = call.empty(NORM_ROWS, channels), (cdiv(channels, PARTS.sizes["TILE_E"]),)
-        arguments.update(p_partial=partial, p_count=counts, T=partial.shape[0], p_norm=norm)
-        call.launch(leff_statistics_kernel, grid, PARTS, **arguments)
+    Args:
+        running: of each layer the running mean, running variance and counter that the call averages; none if empty.
+        momenta: of each layer.
+
+    Attributes:
+        arrays: what was taken so far.
+        count: receives the tokens that batch statistics were taken of.
+    """
+
+    def __init__(self, call: Call, running: Sequence[Tensor | None], momenta: Sequence[float]) -> None:
+        self.call, self.running, self.momenta = call, running, momenta
+        self.batch = [i for i, mode in enumerate(call.settings.norms) if mode == "batch"]
+        self.arrays: list[Tensor | None] = [None] * 3
+        self.count = call.empty(1 if self.batch else 0)
+
+    def take(self, layer: int, p_partial: Tensor | None = None, p_count: Tensor | None = None) -> Tensor | None:
+        """A layer's array, of partial moments if its norm takes batch statistics; those of layers before are taken."""
+        call, settings = self.call, self.call.settings
+        _, _, weight, bias, running_mean, running_var = call.layers[layer]
+        if settings.norms[layer] == "none":
+            return None
+        if p_partial is None or p_count is None:
+            frozen = weight, bias, running_mean, running_var, settings.eps[layer], call.acc_dtype
+            self.arrays[layer] = compute(_frozen_norm, *frozen)
+        elif settings.group is None:
+            self.arrays[layer] = self._merge(layer, p_partial, p_count)
+        else:
+            mine = self._merge(layer, p_partial, p_count)
+            self.arrays[layer] = self._merge(layer, *gather_moments(mine, self.count, settings.group))
+        return self.arrays[layer]
+
+    def _merge(self, layer: int, partial: Tensor, counts: Tensor) -> Tensor:
+        call, settings, channels = self.call, self.call.settings, partial.shape[2]
+        norm, tile = call.empty(NORM_ROWS, channels), PARTS.sizes["TILE_E"]
+        arguments = {"p_weight": call.layers[layer].norm_weight, "p_bias": call.layers[layer].norm_bias, "p_norm": norm}
+        arguments |= {"p_partial": partial, "p_count": counts, "T": partial.shape[0], "EPS": settings.eps[layer]}
+        # Later launches read it.
+        if settings.group is not None or layer == self.batch[0]:
+            arguments["p_total"] = self.count
+        arguments |= {"E": channels, "HIDDEN": call.E, "momentum": 0.0, "momentum1": 0.0, "momentum2": 0.0}
+        programs = cdiv(channels, tile)
+        if self.momenta and layer == self.batch[-1]:
+            before = self.batch[:-1]
+            for suffix, i in zip(("", "1", "2"), (layer, *before), strict=False):
+                buffers = self.running[3 * i : 3 * i + 3]
+                names = [f"{name}{suffix}" for name in ("p_running_mean", "p_running_var", "p_batches")]
+                arguments |= {**dict(zip(names, buffers, strict=True)), f"momentum{suffix}": self.momenta[i]}
+                if suffix:
+                    arguments |= {f"p_norm{suffix}": self.arrays[i], "p_tokens": self.count}
+            programs += len(before) * cdiv(call.E, tile)
+        call.launch(leff_statistics_kernel, (programs,), PARTS, **arguments)
         return norm
-
-    norm, group = merge(p_partial, p_count), call.settings.group
-    return norm if group is None else merge(*gather_moments(norm, count, group))
 
 
 def _frozen_norm(

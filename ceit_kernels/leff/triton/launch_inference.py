@@ -11,9 +11,9 @@ from torch import Tensor
 from ...common.launch import cdiv
 from ...common.plan import planned
 from ...common.tuning import Tiles
-from ..arguments import PARAMETER_NAMES, Settings
+from ..arguments import PARAMETER_NAMES, SHAPED, Settings
 from .kernels_inference import leff_contract_kernel, leff_expand_kernel
-from .launch_common import Call, hashable
+from .launch_common import Call
 from .tiles import inference_contract_tiles, inference_expand_tiles
 
 __all__ = ["leff_inference_triton"]
@@ -38,10 +38,10 @@ def leff_inference_triton(
     Returns:
         Tokens (B, P + H * W, O).
     """
-    return _run(x, *parameters, residual, hashable(settings), out_dtype)
+    return _run(x, *parameters, residual, settings, out_dtype)
 
 
-@planned(tensors=2 + len(PARAMETER_NAMES))
+@planned(tensors=2 + len(PARAMETER_NAMES), shaped=SHAPED)
 def _run(x: Tensor, *rest: Any) -> Tensor:
     *parameters, residual, settings, out_dtype = rest
     call = Call(x, parameters, settings)

@@ -14,7 +14,7 @@ from ..arguments import PARAMETER_NAMES, Settings
 from . import NORM_ROWS
 from .kernels_library import leff_depthwise_inference_kernel
 from .kernels_norm import leff_norm_kernel
-from .launch_common import Call, hashable, linear
+from .launch_common import Call, linear
 from .tiles import depthwise_tiles, row_tiles
 
 __all__ = ["leff_inference_library"]
@@ -31,7 +31,7 @@ def leff_inference_library(
 
     Arguments and result as of ``leff_inference_triton``.
     """
-    return _infer(x, *parameters, residual, hashable(settings), out_dtype)
+    return _infer(x, *parameters, residual, settings, out_dtype)
 
 
 @planned(tensors=2 + len(PARAMETER_NAMES))

@@ -140,6 +140,33 @@ def test_several_results_and_missing_ones_are_replayed():
     assert kernel.ready == 3
 
 
+@planned(tensors=2, shaped=(0,))
+def copies(a, b, shares):
+    """Twice a, by tensors that may share a storage or not."""
+    out = [buffer(a.shape, a.dtype, a.device, shares) for _ in range(2)]
+    for each in out:
+        launch(kernel, (1,), {"p_a": a, "p_b": b, "p_out": each, "SCALE": 1, "N": a.numel()}, 4)
+    return out
+
+
+@pytest.mark.parametrize(("numbers", "shares"), [(32, True), (32, False), (33, True)])
+def test_results_share_a_storage_where_they_may_and_stay_aligned(numbers, shares):
+    for _ in range(2):
+        a, b = torch.randn(2, numbers)[0], torch.randn(numbers)
+        first, second = copies(a, b, shares)
+        assert torch.equal(first, a + b)
+        assert torch.equal(second, a + b)
+    shared = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    assert shared == (shares and numbers % 16 == 0)
+    assert kernel.ready == 2
+
+
+def test_shapes_that_say_those_of_the_others_are_asked_alone():
+    for a, b in [(4, 4), (4, 6), (6, 6)]:
+        copies(torch.randn(a), torch.randn(b), False)
+    assert kernel.ready == 2
+
+
 def test_a_strided_tensor_counts_as_its_copy():
     for _ in range(2):
         check(torch.randn(4, 4).t(), torch.randn(4, 8)[:, ::2], 2.0)

@@ -55,7 +55,7 @@ def test_what_many_program_instances_leave_behind_is_merged(poisoned_memory, mon
     the first layer's gradients: so many that the merging kernels take several steps.
     """
     monkeypatch.setattr(launch_forward, "_PROGRAMS", 4)
-    monkeypatch.setattr(launch_backward, "_ROWS", 32)
+    monkeypatch.setattr(launch_backward, "ROWS", 32)
     sizes = {"TILE_T": 2, "TILE_E": 16, "TILE_S": 2, "TILE_N": 64}
     for module in (launch_forward, launch_backward):
         monkeypatch.setattr(module, "PARTS", Tiles(sizes, num_warps=4))
