@@ -3,8 +3,10 @@ import json
 import pytest
 
 from ceit.__main__ import build_parser, main
+from ceit.evaluate import evaluate_checkpoint
+from ceit.runtime.checkpoints import load_checkpoint_state
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import TrainOptions, UsageError, check
+from ceit.runtime.options import EvaluateOptions, TrainOptions, UsageError, check
 from ceit.runtime.recipes import recipes, with_recipe
 from ceit.runtime.setup import check_together, resolve
 from ceit.train import train
@@ -84,6 +86,28 @@ def test_the_rates_of_fine_tuning_fit_any_batch(batch_size):
     words = ["--recipe", "ceit-finetune-384", "--checkpoint", "weights.pt", "--batch-size", str(batch_size)]
     options = resolve(options_of(*words), CPU, None)
     assert max(options.min_lr, options.warmup_lr) < options.lr == pytest.approx(5e-6 * batch_size / 512)
+
+
+def test_the_published_training_is_alike_plain_and_fused_and_fine_tuning_starts_where_it_ended(image_folder, tmp_path):
+    common = ["--data", str(image_folder), "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2", "--workers", "0"]
+    common += ["--batch-size", "8", "--device", "cpu"]
+
+    def run(name, *words):
+        assert main(["train", *common, *words, "--output", str(tmp_path / name)]) == 0
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        return result, load_checkpoint_state(tmp_path / name / "last.pt")["history"]
+
+    recipe = ("--recipe", "ceit-imagenet", "--epochs", "2", "--img-size", "32")
+    plain, _ = run("plain", *recipe, "--no-fused")
+    fused, _ = run("fused", *recipe, "--fused")
+    assert fused["step_losses"] == pytest.approx(plain["step_losses"], rel=1e-4)
+    # At a rate this small, and with norms that stay, an epoch changes next to nothing.
+    path = str(tmp_path / "fused" / "last.pt")
+    larger = ("--recipe", "ceit-finetune-384", "--checkpoint", path, "--img-size", "48", "--epochs", "1", "--freeze-bn")
+    _, history = run("tuned", *larger, "--fused")
+    start = {"img_size": 48, "crop_pct": 1.0, "workers": 0, "device": "cpu"}
+    before = evaluate_checkpoint(EvaluateOptions(data=str(image_folder), checkpoint=path, **start))
+    assert history[0]["test_loss"] == pytest.approx(before.loss, rel=1e-3)
 
 
 @pytest.mark.parametrize(
