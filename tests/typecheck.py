@@ -20,7 +20,7 @@ PUBLIC = (
     *("ceit/freezing.py", "ceit/layers.py", "ceit/model.py", "ceit/registry.py", "ceit/shortcuts.py"),
 )
 # Errors elsewhere. It only ever falls: lower it with them.
-BASELINE = 103
+BASELINE = 101
 
 
 def errors() -> list[tuple[str, str]]:

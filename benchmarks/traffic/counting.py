@@ -146,6 +146,13 @@ def fake_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> Iterator[nn
         yield module.to_empty(device="cpu")
 
 
+@contextmanager
+def counted_operators() -> Iterator[list[Kernel]]:
+    """A block of which PyTorch's operators are counted, each as one kernel."""
+    with _Counter(90) as counter:
+        yield counter.kernels
+
+
 def count_call(
     make: Callable[[], nn.Module],
     shape: Sequence[int],

@@ -8,25 +8,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmarks.cycles.sass import source
 from ceit_kernels.common.launch import Launch, nvidia_options
 
 # Shared memory that one program instance may use, in bytes, by compute capability.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 CHIPS = tuple(SHARED_MEMORY)
 
-_POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
 _TENSOR_CORE = re.compile(r"\b(?:HMMA|DMMA|HGMMA|UTCHMMA|UTCQMMA|OMMA)\b")
 _WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\S*\.128\b|\bUTMALDG\b")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -53,29 +44,9 @@ class MachineCode:
     wide_loads: int
 
 
-def _source(launch: Launch) -> ASTSource:
-    """Types and known divisors of the arguments, as Triton's launcher would specialise them."""
-    constant_names = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if name in constant_names or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], divisible = _POINTERS[value.dtype], True
-        elif isinstance(value, float):
-            signature[name], divisible = launch.kernel.params[i].annotation_type or "fp32", False
-        else:
-            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
 def _compile(launch: Launch, target: GPUTarget, **options):
     options |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(_source(launch), target=target, options=options)
+    return triton.compile(source(launch), target=target, options=options)
 
 
 def compile_for_nvidia(launch: Launch, compute_capability: int) -> MachineCode:

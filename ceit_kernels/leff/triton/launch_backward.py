@@ -166,7 +166,7 @@ class _Backward:
 
     def _g2_by_library(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """As ``_g2``, by PyTorch's GEMM, whose result becomes that of the norm's output where it lies."""
-        call, tiles = self.call, stream_tiles(self.call.E)
+        call, tiles = self.call, stream_tiles(self.call.E, 8)  # with registers for four program instances an SM
         dh2 = compute(_times_weight, dz3, call.layers[2].weight, call.dtype)
         g2 = call.like(self.z2) if prefix else dh2
         partial = call.empty(cdiv(call.M, ROWS), 2, call.E)
@@ -296,13 +296,14 @@ class _Backward:
             count = tiles.sizes["NUM_C"]
             programs = product * cdiv(call.E, tile_e) * cdiv(channels, tile_c * count)
             of_moments = moments * cdiv(call.C, tile_e) * cdiv(call.C, tile_c)  # which take one tile each
-            rows, splits = _split(call.M, max(programs + cdiv(of_moments, count), 1), tile_m)
-            partial = call.empty(splits, call.E * channels) if product else None
-            gram, sums = (call.empty(splits, call.C**n) if moments else None for n in (2, 1))
-            programs = (programs + of_moments) * splits
+            folds = 0
             if "p_folded" in arguments:
                 columns = cdiv(call.C, tiles.sizes["FOLD_C"])
-                programs += columns if arguments["p_tail"] is None else columns**2
+                folds = columns if arguments["p_tail"] is None else columns**2
+            rows, splits = _split(call.M, max(programs + cdiv(of_moments, count), 1), tile_m, folds)
+            partial = call.empty(splits, call.E * channels) if product else None
+            gram, sums = (call.empty(splits, call.C**n) if moments else None for n in (2, 1))
+            programs = (programs + of_moments) * splits + folds
             results = {"p_partial": partial, "p_gram": gram, "p_sums": sums, "ROWS": rows}
             if programs:
                 call.launch(kernel, (programs,), tiles, **{**arguments, **results})
@@ -348,8 +349,10 @@ def _image_rows(z: Tensor, images: int, prefix: int) -> Tensor:
     return z.unflatten(0, (images, -1))[:, prefix:].flatten(0, 1).contiguous()
 
 
-def _split(tokens: int, programs: int, step: int) -> tuple[int, int]:
-    """Tokens of a partial GEMM, and how many of these: enough for every SM of an H100, each of several steps."""
-    wanted = max(1, min(132 // programs, cdiv(tokens, 8 * step)))
+def _split(tokens: int, programs: int, step: int, others: int) -> tuple[int, int]:
+    """Tokens of a partial GEMM, and how many of these: enough for every SM of an H100 but for those that others keep
+    busy, each of several steps.
+    """
+    wanted = max(1, min((132 - others) // programs, cdiv(tokens, 8 * step)))
     rows = cdiv(cdiv(tokens, wanted), step) * step
     return rows, cdiv(tokens, rows)

@@ -117,6 +117,6 @@ def row_tiles(channels: int) -> Tiles:
     return Tiles({"TILE_M": 16, "TILE_O": _fit(128, channels), "TILE_T": 16}, 4)
 
 
-def stream_tiles(channels: int) -> Tiles:
+def stream_tiles(channels: int, tokens: int = 16) -> Tiles:
     """Kernels that take hidden channels as they come: loads of 16 bytes a thread."""
-    return Tiles({"TILE_M": 16, "TILE_E": _fit(128, channels)}, 4)
+    return Tiles({"TILE_M": tokens, "TILE_E": _fit(128, channels)}, 4)
