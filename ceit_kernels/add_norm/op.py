@@ -36,7 +36,7 @@ class _AddNorm(Operator):
         "Tensor mean, Tensor rstd, bool need_input, bool need_weight, bool need_bias, str backend) "
         "-> (Tensor, Tensor, Tensor)"
     )
-    differentiable = 3
+    differentiable = returned = 3
     public_name = "ceit_kernels.add_layer_norm"
 
     def check(self, x, branch, weight, bias, eps, num_prefix_tokens, need_statistics, out_dtype):

@@ -39,6 +39,7 @@ class Operator:
         schema: for ``torch.library.define``, with the tensors first and ``str backend`` last.
         backward_schema: likewise of the gradient; empty where there is none.
         differentiable: how many of the results, from the first, have a gradient.
+        returned: how many of them, from the first, an eager call with gradients returns; all if None.
         public_name: what users call, for the error of a second derivative.
         twice: where second derivatives are to be had.
         forward, backward: the results, and those of the gradient's operator.
@@ -54,6 +55,7 @@ class Operator:
     schema: ClassVar[str]
     backward_schema: ClassVar[str] = ""
     differentiable: ClassVar[int] = 1
+    returned: ClassVar[int | None] = None
     public_name: ClassVar[str]
     twice: ClassVar[str] = 'ceit_kernels.use_backend("reference")'
     forward: ClassVar[Callable[..., Results]]
@@ -118,7 +120,7 @@ class Operator:
         _loop_over_batch(name, self.registered_backward)
 
     def __call__(self, *inputs: Any) -> Results:
-        """The results of checked inputs; in eager mode with gradients those alone that have one."""
+        """The results of checked inputs, in eager mode with gradients the first of them (``returned``)."""
         return self.eager(*inputs) if is_eager(inputs[0]) else self.registered(*inputs)
 
     def eager(self, *inputs: Any) -> Results:
@@ -134,16 +136,12 @@ class Operator:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return self.forward(*inputs)
 
-    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-        """Prepare ``ctx`` of the registered operator for ``input_gradients``."""
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*(x for x in output[self.differentiable :] if x is not None))
-        self.save_inputs(ctx, inputs, output)
-
-    def save_inputs(self, ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Results, returned: int | None = None) -> None:
         """Prepare ``ctx`` for ``input_gradients``."""
         # Or zeros would be made in the place of gradients that are not there.
         ctx.set_materialize_grads(False)
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*(x for x in output[self.differentiable : returned] if x is not None))
         self.save(ctx, inputs, output)
 
     def input_gradients(
@@ -229,8 +227,8 @@ def _function(operator: Operator) -> type[torch.autograd.Function]:
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Results:
             results = operator.run(*inputs)
-            operator.save_inputs(ctx, inputs, results)
-            return results if isinstance(results, Tensor) else results[: operator.differentiable]
+            operator.setup_context(ctx, inputs, results, operator.returned)
+            return results if isinstance(results, Tensor) else results[: operator.returned]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -84,7 +84,7 @@ class _LeFFInference(Operator):
 class _LeFF(Operator):
     """An eager call passes ``Settings`` in the place of their fields, and the norms, whose statistics it averages."""
 
-    name = "leff"
+    name, returned = "leff", 1
     schema = (
         f"(Tensor x, {PARAMETER_SCHEMA}, Tensor? residual, {_SETTINGS_SCHEMA}) "
         f"-> (Tensor out, {', '.join(f'Tensor {name}' for name in SAVED_NAMES)})"

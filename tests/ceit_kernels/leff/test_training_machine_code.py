@@ -14,6 +14,7 @@ from support.machine_code import (
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
+from ceit_kernels.leff.norms import BatchNorm
 from ceit_kernels.leff.triton.launch_backward import leff_backward_triton
 from ceit_kernels.leff.triton.launch_forward import leff_forward_triton
 from ceit_kernels.leff.triton.launch_running import update_running_statistics_triton
@@ -24,10 +25,21 @@ def record(shape, dtype, chip, *, backend="triton", **options):
     with FakeTensorMode(), record_launches(chip) as launches:
         x, parameters, settings = make_shape(shape, dtype, "batch", **options)
         settings = settings._replace(backend=backend)
-        out, *saved = leff_forward_triton(x, parameters, None, settings, dtype)
+        out, *saved = leff_forward_triton(x, parameters, None, settings, dtype, norms_of(parameters))
         needs = [parameter is not None for i, parameter in enumerate(parameters) if i % 6 < 4]
         leff_backward_triton(torch.empty_like(out), x, parameters, saved, settings, True, needs)
     return launches
+
+
+def norms_of(parameters):
+    """The norms of layers whose tensors are in the order of the registered operators."""
+    norms = []
+    for i in range(0, len(parameters), 6):
+        weight, bias, mean, variance = parameters[i + 2 : i + 6]
+        count = None if mean is None else mean.new_empty((), dtype=torch.int64)
+        norm = BatchNorm(mean, variance, weight, bias, training=True, num_batches_tracked=count)
+        norms.append(None if mean is None else norm)
+    return norms
 
 
 def check(launch, chip):
