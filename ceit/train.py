@@ -24,7 +24,7 @@ from .runtime import checkpoints
 from .runtime.building import input_arguments, number_of_classes, numbered_classes
 from .runtime.distributed import Place, processes
 from .runtime.files import claimed, write_csv, write_json, write_json_lines
-from .runtime.machine import AMP_DTYPES, backend, fused_operators, peak_memory_mb, versions
+from .runtime.machine import AMP_DTYPES, backend, compile_kernels, fused_operators, peak_memory_mb, versions
 from .runtime.options import TrainOptions, UsageError, check, plain, usage_errors
 from .runtime.progress import EpochProgress, TrainingFailed, progress_bar
 from .runtime.setup import Run, batch_norms, check_together, prepare_model, prepare_run, resolve
@@ -84,6 +84,8 @@ def train(options: TrainOptions) -> Result:
         model = prepare_model(options, place)
         operators = fused_operators(model, place.device, AMP_DTYPES[options.amp])
         config = resolve_model_data_config(model, args=input_arguments(options))
+        if place.device.type == "cuda" and any(by["backend"] == "triton" for by in operators.values()):
+            compile_kernels(model, (options.batch_size, *config["input_size"]), options.amp, place.primary)
         train_loader = create_train_loader(train_split, options, config, place)
         test_loader = create_test_loader(test_split, options, config, place)
         run = prepare_run(model, options, place, len(train_loader))

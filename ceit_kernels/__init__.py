@@ -17,6 +17,7 @@ from .i2t import FusedImage2Tokens
 from .lca import FusedLCAAttention, lca_attention
 from .leff import BatchNorm, FusedLeFF, leff_block
 from .linear import FusedLinear, FusedPatchProjection
+from .warm_up import warm_up
 
 __all__ = [
     "BackendError",
@@ -45,5 +46,6 @@ __all__ = [
     "status",
     "unfuse",
     "use_backend",
+    "warm_up",
 ]
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # What users import: files, and the modules of every operator.
 PUBLIC = (
     *("ceit_kernels/__init__.py", "ceit_kernels/backends.py", "ceit_kernels/explain.py"),
-    *("ceit_kernels/freeze.py", "ceit_kernels/fuse.py", "ceit_kernels/graphs.py"),
+    *("ceit_kernels/freeze.py", "ceit_kernels/fuse.py", "ceit_kernels/graphs.py", "ceit_kernels/warm_up.py"),
     *("ceit_kernels/*/__init__.py", "ceit_kernels/*/functional.py", "ceit_kernels/*/module.py"),
     *("ceit_kernels/linear/patches.py", "ceit_kernels/operators.py"),
     *("ceit/__init__.py", "ceit/blocks.py", "ceit/checkpoint.py", "ceit/embed.py", "ceit/encode.py"),

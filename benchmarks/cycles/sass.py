@@ -98,8 +98,8 @@ def source(launch: Launch) -> ASTSource:
     constant_names = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if name in constant_names or value is None or (isinstance(value, int) and value == 1):
+        value, specialized = launch.arguments[name], not launch.kernel.params[i].do_not_specialize
+        if name in constant_names or value is None or (isinstance(value, int) and value == 1 and specialized):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -107,7 +107,8 @@ def source(launch: Launch) -> ASTSource:
         elif isinstance(value, float):
             signature[name], divisible = launch.kernel.params[i].annotation_type or "fp32", False
         else:
-            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = specialized and value % 16 == 0
         if divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)

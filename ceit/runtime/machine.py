@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import timm
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import ceit_kernels
 from ceit_kernels.operators import OPERATORS
@@ -75,6 +76,27 @@ def for_inference(model: nn.Module, operators: dict[str, dict[str, str]], cuda_g
     if operators:
         return ceit_kernels.freeze(model, cuda_graphs=cuda_graphs)
     return ceit_kernels.graphed(model) if cuda_graphs else model
+
+
+def compile_kernels(model: nn.Module, shape: tuple[int, ...], amp: str, visible: bool) -> None:
+    """Compile what a model's steps will launch on a GPU, training and evaluation, and show how far it is.
+
+    Args:
+        model: where it runs.
+        shape: of a batch.
+        amp: type of mixed precision.
+        visible: whether it is shown.
+    """
+    with tqdm(desc="compiling kernels", unit=" kernels", disable=not visible, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        for training in (True, False):
+            with autocast(torch.device("cuda"), amp):
+                ceit_kernels.warm_up(model, shape, training=training, progress=show)
+            bar.reset()
 
 
 def peak_memory_mb(device: torch.device) -> float | None:

@@ -15,6 +15,8 @@ rows of tokens (B, N, C) follow one another; the first P of every N are the pref
 import triton
 import triton.language as tl
 
+from ...common.kernel import kernel
+
 __all__ = ["add_norm_backward_kernel", "add_norm_forward_kernel", "add_norm_parameters_kernel"]
 
 
@@ -34,7 +36,7 @@ def _prefix_rows(m, N, P, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.cons
     return offsets[:, None] + tl.arange(0, TILE_C)[None, :], (o_t < P)[:, None]
 
 
-@triton.jit
+@kernel
 def add_norm_forward_kernel(
     p_x, p_branch, p_weight, p_bias, p_total, p_out, p_prefix, p_mean, p_rstd, M, N, P, EPS: tl.constexpr,
     C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
@@ -70,7 +72,7 @@ def add_norm_forward_kernel(
     tl.store(p_rstd + o_m, b_rstd, mask=o_m < M)
 
 
-@triton.jit
+@kernel
 def add_norm_backward_kernel(
     p_dout, p_dtotal, p_dprefix, p_total, p_weight, p_mean, p_rstd, p_dx, p_partial, M, N, P, ROWS,
     C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
@@ -113,7 +115,7 @@ def add_norm_backward_kernel(
         tl.store(p_row + C, tl.sum(b_dbias, axis=0), mask=o_c < C)
 
 
-@triton.jit
+@kernel
 def add_norm_parameters_kernel(
     p_partial, p_dweight, p_dbias, T, C: tl.constexpr, TILE_T: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr
 ):

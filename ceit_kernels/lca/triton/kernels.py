@@ -16,6 +16,8 @@ ACC. SCALE and KEEP_SCALE are constants because a float argument reaches a kerne
 import triton
 import triton.language as tl
 
+from ...common.kernel import kernel
+
 __all__ = [
     "lca_backward_input_kernel",
     "lca_backward_scores_kernel",
@@ -149,7 +151,7 @@ def _dropout_factor(
     return (bits >= drop_below).to(ACC) * KEEP_SCALE  # [TILE_B, LP]
 
 
-@triton.jit
+@kernel
 def lca_forward_kernel(
     p_x, p_weight, p_bias, p_seed, p_out, B, L, drop_below,
     C: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -187,7 +189,7 @@ def lca_forward_kernel(
     _store_head(p_out, o_b, i_h, o_d, b_out, B, C, D)
 
 
-@triton.jit
+@kernel
 def lca_backward_scores_kernel(
     p_grad, p_x, p_weight, p_bias, p_seed, p_q, p_dq, p_p, p_ds, B, L, drop_below,
     C: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -247,7 +249,7 @@ def lca_backward_scores_kernel(
     tl.store(p_ds + offsets, b_ds, mask=m_layers)
 
 
-@triton.jit
+@kernel
 def lca_backward_input_kernel(
     p_grad, p_weight, p_q, p_dq, p_p, p_ds, p_dx, B, L, H,
     C: tl.constexpr, D: tl.constexpr,
@@ -286,7 +288,7 @@ def lca_backward_input_kernel(
     tl.store(p_dx + offsets, b_dx.to(p_dx.dtype.element_ty), mask=m_layers[:, :, None] & (o_c < C)[None, None, :])
 
 
-@triton.jit
+@kernel
 def lca_backward_weight_kernel(
     p_grad, p_x, p_q, p_dq, p_p, p_ds, p_dweight, p_dbias, B, L,
     C: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr,

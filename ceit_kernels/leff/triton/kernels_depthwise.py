@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 
 from ...common.activations import activate, activate_with_slope
+from ...common.kernel import kernel
 from .kernels_common import gradient_rows, norm_gradient, norm_rows, normalize, store_rows
 
 __all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel"]
 
 
-@triton.jit
+@kernel
 def leff_depthwise_kernel(
     p_z1, p_norm1, p_weight2, p_bias, p_z2, p_partial, p_count, B, H, P1, IMAGES,
     W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -92,7 +93,7 @@ def leff_depthwise_kernel(
             tl.store(p_count + i_t, count)
 
 
-@triton.jit
+@kernel
 def leff_depthwise_backward_kernel(
     p_g2, p_z2, p_z1, p_gradient2, p_norm1, p_weight2, p_g1, p_taps_gradient, p_partial, B, H, P1, IMAGES,
     W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,

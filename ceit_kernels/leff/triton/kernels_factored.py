@@ -11,13 +11,14 @@ in which nothing has the hidden width but g1: z1 is not read again, and both GEM
 import triton
 import triton.language as tl
 
+from ...common.kernel import kernel
 from .kernels_common import ONE, PLAIN, compute_once, gradient_rows
 from .kernels_gemm import contract_operand, partial_product
 
 __all__ = ["leff_factored_gradient_kernel", "leff_factored_product_kernel"]
 
 
-@triton.jit
+@kernel
 def leff_factored_product_kernel(
     p_a, p_tokens, p_partial, p_weight, p_gradient, p_folded, p_tail, p_bias, M, HW, P, ROWS,
     C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
@@ -43,7 +44,7 @@ def leff_factored_product_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def leff_factored_gradient_kernel(
     p_a, p_folded, p_tail, p_bias, p_tokens, p_all_sums, p_total, p_out, p_prefix,
     p_partial, p_weight, p_gradient, p_gram, p_sums, p_dweight, B, M, HW, P, S,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ...common.activations import activate_with_slope
+from ...common.kernel import kernel
 from .kernels_common import (
     ONE,
     PLAIN,
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 
-@triton.jit
+@kernel
 def leff_expand_moments_kernel(
     p_x, p_weight, p_bias, p_z1, p_partial, p_count, M, HW, P,
     C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
@@ -59,7 +60,7 @@ def leff_expand_moments_kernel(
         store_moments(p_partial, p_count, i_m, b_out.to(ACC), m_m, o_e, m_e, i_e == 0, E, ACC)
 
 
-@triton.jit
+@kernel
 def leff_contract_operand_kernel(
     p_a, p_z, p_rows, p_weight, p_bias, p_operand, p_out, p_prefix, p_residual, p_partial, p_count, B, M, HW, P,
     E: tl.constexpr, O: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_E: tl.constexpr,
@@ -160,7 +161,7 @@ def _accumulate(
     return b_sums
 
 
-@triton.jit
+@kernel
 def leff_hidden_gradient_kernel(
     p_dz3, p_weight, p_z2, p_norm2, p_g2, p_partial, M, HW, P,
     O: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -198,7 +199,7 @@ def leff_hidden_gradient_kernel(
     store_rows(p_partial, i_m, tl.sum(b_g2, axis=0), tl.sum(b_g2 * (b_z2 - b_norm[0]), axis=0), o_e, m_e, E)
 
 
-@triton.jit
+@kernel
 def leff_weight_gradient_kernel(
     p_a, p_z, p_rows, p_tokens, p_partial, p_x, p_gram, p_sums, M, HW, P, PX, ROWS,
     E: tl.constexpr, C: tl.constexpr, CX: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr,

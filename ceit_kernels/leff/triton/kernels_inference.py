@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 
 from ...common.activations import activate
+from ...common.kernel import kernel
 from .kernels_common import pass_prefix, scale_and_shift, zeros
 
 __all__ = ["leff_contract_kernel", "leff_expand_kernel"]
 
 
-@triton.jit
+@kernel
 def leff_expand_kernel(
     p_x, p_weight1, p_bias1, p_norm_weight1, p_norm_bias1, p_running_mean1, p_running_var1, p_h,
     p_weight2, p_bias2, p_norm_weight2, p_norm_bias2, p_running_mean2, p_running_var2, p_rows2,
@@ -56,7 +57,7 @@ def leff_expand_kernel(
         tl.store(p_h + o_m.to(tl.int64)[:, None] * E + o_e[None, :], b_h.to(COMPUTE), mask=m_m[:, None] & m_e[None, :])
 
 
-@triton.jit
+@kernel
 def leff_contract_kernel(
     p_h, p_rows2, p_weight3, p_bias3, p_norm_weight3, p_norm_bias3, p_running_mean3, p_running_var3,
     p_x, p_residual, p_out, B, H, W, P, eps3: tl.float64,

@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 
 from ...common.activations import activate
+from ...common.kernel import kernel
 from .kernels_common import scale_and_shift, store_rows
 from .kernels_depthwise import load_taps, outside
 
 __all__ = ["leff_depthwise_inference_kernel"]
 
 
-@triton.jit
+@kernel
 def leff_depthwise_inference_kernel(
     p_z1, p_norm_weight1, p_norm_bias1, p_running_mean1, p_running_var1,
     p_weight2, p_bias2, p_norm_weight2, p_norm_bias2, p_running_mean2, p_running_var2, p_h2,

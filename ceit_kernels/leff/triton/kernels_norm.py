@@ -1,15 +1,15 @@
 """The last norm in training, forward and backward: the kernels that take one pass over tokens and compute little."""
 
-import triton
 import triton.language as tl
 
+from ...common.kernel import kernel
 from .kernels_common import norm_gradient, norm_rows, normalize, pass_prefix, store_rows, token_rows
 from .kernels_reduce import gradient_of_sums, sum_pairs
 
 __all__ = ["leff_norm_gradient_kernel", "leff_norm_kernel", "leff_norm_sums_kernel"]
 
 
-@triton.jit
+@kernel
 def leff_norm_kernel(
     p_z3, p_norm3, p_x, p_residual, p_out, M, B, HW, P, O: tl.constexpr,
     TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
@@ -35,7 +35,7 @@ def leff_norm_kernel(
         tl.store(p_out + offsets, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def leff_norm_sums_kernel(
     p_dout, p_z3, p_norm3, p_partial, M, HW, P, ROWS, O: tl.constexpr,
     TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr,
@@ -62,7 +62,7 @@ def leff_norm_sums_kernel(
     store_rows(p_partial, i_t, tl.sum(b_sum, axis=0), tl.sum(b_moment, axis=0), o_o, m_o, O)
 
 
-@triton.jit
+@kernel
 def leff_norm_gradient_kernel(
     p_dout, p_z3, p_norm3, p_partial, p_total, p_dz3, p_dbias, p_dnorm_weight, p_dnorm_bias, M, HW, P, T, ROWS,
     O: tl.constexpr, TILE_M: tl.constexpr, TILE_O: tl.constexpr, TILE_T: tl.constexpr,

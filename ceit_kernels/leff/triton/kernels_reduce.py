@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ...common.kernel import kernel
 from .kernels_common import ONE, store_rows
 
 __all__ = [
@@ -14,7 +15,7 @@ __all__ = [
 ]
 
 
-@triton.jit
+@kernel
 def leff_statistics_kernel(
     p_partial, p_count, p_weight, p_bias, p_norm, p_total, T,
     p_running_mean, p_running_var, p_batches, momentum: tl.float64, p_tokens,
@@ -83,7 +84,7 @@ def _part(p_partial, p_count, t, o_e, m_e, T, E: tl.constexpr, TILE_T: tl.conste
     return tl.load(p_count + o_t, mask=o_t < T, other=0.0), p_rows, (o_t < T)[:, None] & m_e[None, :]
 
 
-@triton.jit
+@kernel
 def leff_running_kernel(
     p_norm1, p_running_mean1, p_running_var1, p_batches1, momentum1: tl.float64,
     p_norm2, p_running_mean2, p_running_var2, p_batches2, momentum2: tl.float64,
@@ -133,7 +134,7 @@ def _average(b_mean, b_variance, n, p_mean, p_variance, p_batches, momentum, i_e
             tl.store(p_batches, tl.load(p_batches) + 1)
 
 
-@triton.jit
+@kernel
 def leff_reduce_kernel(
     p_partial, p_norm, p_total, p_sums, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias, T,
     p_partial1, p_out1, S1, N1, p_partial2, p_out2, S2, N2, p_partial3, p_out3, S3, N3, p_partial4, p_out4, S4, N4,

@@ -1,15 +1,15 @@
 """What stands between a library's GEMMs in training beside the depthwise convolution: one pass over hidden channels."""
 
-import triton
 import triton.language as tl
 
 from ...common.activations import activate_with_slope
+from ...common.kernel import kernel
 from .kernels_common import norm_rows, normalize, store_rows, token_rows
 
 __all__ = ["leff_moments_kernel", "leff_slope_kernel"]
 
 
-@triton.jit
+@kernel
 def leff_moments_kernel(
     p_z, p_partial, p_count, M, HW, P, ROWS, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr,
     ACC: tl.constexpr,
@@ -42,7 +42,7 @@ def leff_moments_kernel(
         tl.store(p_count + i_t, n)
 
 
-@triton.jit
+@kernel
 def leff_slope_kernel(
     p_dh2, p_z2, p_norm2, p_g2, p_partial, M, HW, P, ROWS, E: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,

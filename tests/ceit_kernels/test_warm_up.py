@@ -1,0 +1,129 @@
+"""Compiling ahead of the first step, for a GPU that is not there, and on one."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ceit import CeiT
+from ceit_kernels import add_norm, fuse, warm_up
+from ceit_kernels.common import compile_ahead
+from ceit_kernels.common.compile_ahead import compile_launches
+from ceit_kernels.warm_up import launches_of
+
+triton = pytest.importorskip("triton")
+SIZES = {"img_size": 48, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+
+
+@pytest.fixture
+def chip(monkeypatch, tmp_path):
+    """A compiler for a GPU that is not there, with a cache of its own."""
+    from triton.backends.compiler import GPUTarget
+
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+
+
+def keys(launches, monkeypatch):
+    """What Triton would compile for launches: for each key it compiles once."""
+    found = set()
+
+    def hook(*, key, fn, **others):
+        found.add((fn.name, key))
+        return True  # which compiles nothing
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+    compile_launches(launches, 1, lambda done, total: None)
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_kernels_do_not_depend_on_the_number_of_images(chip, monkeypatch, training):
+    model = fuse(CeiT(**SIZES))
+    first, *others = (
+        keys(launches_of(model, (images, 3, 48, 48), torch.float32, training, 90), monkeypatch)
+        for images in (1, 2, 7, 64, 100, 256)
+    )
+    assert len(first) > (12 if training else 2)
+    assert others == [first] * 5
+
+
+def test_kernels_are_compiled_once_and_it_is_told_how_far_it_is(chip, tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_norm, self.norm = fuse(add_norm.AddNorm()), nn.LayerNorm(32)
+
+        def forward(self, x):
+            return self.add_norm(x, x, self.norm)
+
+    launches, told = [*launches_of(Model(), (2, 5, 32), torch.float16, True, 90)] * 2, []
+    for launch in launches:
+        launch.kernel.device_caches.clear()
+    assert compile_launches(launches, 2, lambda *numbers: told.append(numbers)) == 3
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert len(list((tmp_path / "cache").rglob("*.cubin"))) == 3
+    assert compile_launches(launches, 2, lambda *numbers: None) == 0
+    for launch in launches:
+        launch.kernel.device_caches.clear()
+
+
+def test_recording_leaves_a_model_alone():
+    model = fuse(CeiT(**SIZES, drop_path_rate=0.5)).eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    model.blocks[0].register_forward_hook(lambda *_: pytest.fail("it was called"))
+    assert launches_of(model, (2, 3, 48, 48), torch.float32, True, 90)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(type(p) is nn.Parameter and p.grad is None for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_autocast_decides_what_is_recorded():
+    model = fuse(CeiT(**SIZES))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = launches_of(model, (2, 3, 48, 48), torch.float32, True, 90)
+    plain = launches_of(model, (2, 3, 48, 48), torch.float32, True, 90)
+    found = [{str(launch.arguments.get("COMPUTE")) for launch in launches} for launches in (cast, plain)]
+    assert "bf16" in found[0]
+    assert "bf16" not in found[1]
+
+
+def test_one_process_compiles_at_a_time(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+
+    def lock():
+        with open(tmp_path / "new" / "ceit_kernels.lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    with compile_ahead._alone(Path(tmp_path / "new")), pytest.raises(BlockingIOError):
+        lock()
+    lock()
+
+
+def test_on_a_cpu_there_is_nothing_to_compile():
+    assert warm_up(fuse(CeiT(**SIZES)), (2, 3, 48, 48)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False])
+def test_on_a_gpu_the_first_steps_compile_nothing(monkeypatch, training):
+    monkeypatch.setenv("CEIT_KERNELS_MEASURE", "0")
+    model = fuse(CeiT(**SIZES)).cuda().train(training)
+    with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(training):
+        warm_up(model, (64, 3, 48, 48), training=training)
+        missed = []
+        monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **_: missed.append(fn.name))
+        for images in (64, 7):
+            out = model(torch.randn(images, 3, 48, 48, device="cuda"))
+            if training:
+                out.sum().backward()
+    assert missed == []
