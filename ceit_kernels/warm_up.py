@@ -20,6 +20,7 @@ from .backends import BackendError, current_backend, use_backend
 from .common.arguments import names_its_arguments
 from .common.compile_ahead import compile_launches
 from .common.launch import Launch, compute_capability, record_launches
+from .common.sync_norm import SyncBatchNorm2d
 
 __all__ = ["warm_up"]
 
@@ -41,7 +42,7 @@ def warm_up(
     Nothing is computed and no memory of the GPU is taken: a copy of the model without data records what it would
     launch, with hooks taken away. Kernels do not depend on the number of images. What is compiled stays in Triton's
     cache; processes that share it compile one after another, so that the others find it there. On a CPU there is
-    nothing to do.
+    nothing to do, and where norms span processes nothing is done.
 
     Args:
         model: on a GPU, fused. Inside ``torch.autocast`` what its steps compute under it counts.
@@ -57,6 +58,9 @@ def warm_up(
     device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     if device is None or device.type != "cuda":
         return 0
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and any(isinstance(module, (nn.SyncBatchNorm, SyncBatchNorm2d)) for module in model.modules()):
+        return 0  # a record would wait for the statistics of other processes
     with torch.cuda.device(device):
         chip = compute_capability(device.index)
         launches = launches_of(model, shape, dtype, training, chip)
@@ -82,8 +86,9 @@ def launches_of(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, trai
     cast = torch.autocast("cpu", torch.get_autocast_dtype(autocast)) if autocast else nullcontext()
     with mode, record_launches(chip) as launches, _Launching(), torch.set_grad_enabled(training), cast:
         results = twin(torch.empty(tuple(shape), dtype=dtype))
-        if training:
-            sum(x.float().sum() for x in tree_leaves(results) if isinstance(x, Tensor)).backward()
+        sums = [x.float().sum() for x in tree_leaves(results) if isinstance(x, Tensor) and x.requires_grad]
+        if sums:
+            torch.stack(sums).sum().backward()
     return launches
 
 

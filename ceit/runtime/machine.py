@@ -1,5 +1,6 @@
 """What a run runs on and by: versions, devices, memory, and the implementation behind every fused operator."""
 
+import logging
 import platform
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import ceit_kernels
 from ceit_kernels.operators import OPERATORS
 
 from .options import PredictOptions, RunOptions, UsageError, usage_errors
+
+_logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"none": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,8 +97,11 @@ def compile_kernels(model: nn.Module, shape: tuple[int, ...], amp: str, visible:
             bar.update(done - bar.n)
 
         for training in (True, False):
-            with autocast(torch.device("cuda"), amp):
-                ceit_kernels.warm_up(model, shape, training=training, progress=show)
+            try:
+                with autocast(torch.device("cuda"), amp):
+                    ceit_kernels.warm_up(model, shape, training=training, progress=show)
+            except Exception as error:  # the steps will show whether anything is wrong
+                _logger.warning("kernels are compiled at their first launch: %s", error)
             bar.reset()
 
 

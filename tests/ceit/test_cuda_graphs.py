@@ -9,7 +9,7 @@ from support.fake_graphs import FakeGraphs
 from ceit import train as training
 from ceit.evaluate import evaluate_checkpoint
 from ceit.predict import predict
-from ceit.runtime import steps
+from ceit.runtime import machine, steps
 from ceit.runtime.checkpoints import load_checkpoint_state
 from ceit.runtime.options import EvaluateOptions, PredictOptions, UsageError
 from ceit.train import train
@@ -78,7 +78,7 @@ def test_evaluation_and_prediction_replay_graphs(fake, options, tmp_path):
     train(trained)
     checkpoint = str(tmp_path / "run" / "last.pt")
     for fused in (False, True):
-        about = {"checkpoint": checkpoint, "fused": fused, "device": "cpu", "backend": "reference", "batch_size": 3}
+        about = {"checkpoint": checkpoint, "fused": fused, "device": "cpu", "batch_size": 3}
         found, expected = (
             evaluate_checkpoint(EvaluateOptions(data=trained.data, workers=0, cuda_graphs=graphs, **about))
             for graphs in (True, False)
@@ -114,6 +114,21 @@ def test_a_compiled_model_captures_graphs_by_itself(fake, options, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **chosen: modes.append(chosen) or model)
     train(options(epochs=1, compile=True, cuda_graphs=True))
     assert (modes, fake.captured) == ([{"mode": "reduce-overhead"}], 0)
+
+
+def test_kernels_are_compiled_ahead_for_training_and_evaluation(monkeypatch, caplog):
+    calls = []
+
+    def warm_up(model, shape, training, progress):
+        calls.append((shape, training))
+        progress(1, 2)
+        if training:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("ceit_kernels.warm_up", warm_up)
+    machine.compile_kernels(torch.nn.Identity(), (8, 3, 32, 32), "none", visible=False)
+    assert calls == [((8, 3, 32, 32), True), ((8, 3, 32, 32), False)]
+    assert caplog.messages == ["kernels are compiled at their first launch: no compiler"]
 
 
 @pytest.mark.gpu
