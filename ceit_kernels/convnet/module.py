@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from operator import eq
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ torch.library.define("ceit::_convnet_prepack", "(Tensor like, Tensor?[] paramete
 torch.library.define("ceit::_convnet_infer", "(Tensor x, Tensor prepacked, int[] sizes, bool planar) -> Tensor")
 
 
-class _Prepacked(NamedTuple):
+@dataclass(eq=False)
+class _Prepacked:
     """What calls read: layers as the kernels take them, and the state in which the modules compute these.
 
     Attributes:

@@ -53,6 +53,12 @@ class BlockParts:
     wrappers: Mapping[str, Classes] = field(default_factory=dict)
     pointwise: Classes = (nn.Conv2d,)
 
+    def __post_init__(self) -> None:
+        _ = (
+            self.tensor_names,
+            self.children,
+        )  # compilers do not see through a cached property that is yet to be computed
+
     @cached_property
     def tensor_names(self) -> tuple[str, ...]:
         """What messages call the tensors, in the order of ``arguments.PARAMETER_NAMES``."""

@@ -217,3 +217,14 @@ def test_calls_that_the_kernels_do_not_serve_are_the_modules():
 def test_copies_compute_the_same(copied):
     frozen, x = freeze(make("shortcuts in a row")), images(1, 12, 9, 7)
     assert torch.equal(run(copied(frozen), x), frozen(x))
+
+
+def test_compilers_see_the_modules():
+    frozen, x = freeze(make("MobileNetV2, shortcut")), images(1, 12, 9, 7)
+    with torch.no_grad():
+        expected = frozen(x)
+        compiled = torch.compile(frozen, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-10, atol=1e-10)
+        exported = torch.export.export(frozen, (x,)).module()
+        torch.testing.assert_close(exported(x), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(torch.func.vmap(frozen)(x[None])[0], expected, rtol=1e-10, atol=1e-10)
