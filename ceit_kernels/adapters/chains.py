@@ -22,6 +22,7 @@ class Chain(NamedTuple):
         drop_child: the child that the result passes before the input is added to it.
         behind: the children that are called after that.
         method: that does it; of a whole model not all children belong to it.
+        ahead: the children that are called before all others, whatever they compute.
     """
 
     children: tuple[str, ...]
@@ -29,6 +30,7 @@ class Chain(NamedTuple):
     drop_child: str | None = None
     behind: tuple[str, ...] = ()
     method: str = "forward"
+    ahead: tuple[str, ...] = ()
 
 
 _EFFICIENTNET = "timm.models._efficientnet_blocks"
@@ -37,6 +39,7 @@ _WHOLE = Chain(("conv_stem", "bn1", "blocks", "conv_head", "bn2"), method="forwa
 
 # By the qualified name of a class.
 _CHAINS: dict[str, Chain] = {
+    "timm.layers.mlp.Mlp": Chain(("fc1", "act", "drop1", "norm", "fc2", "drop2")),
     "timm.layers.conv_bn_act.ConvNormAct": Chain(("conv", "bn", "aa")),
     f"{_EFFICIENTNET}.ConvBnAct": Chain(("conv", "bn1", "aa"), *_SKIP),
     f"{_EFFICIENTNET}.DepthwiseSeparableConv": Chain(("conv_dw", "bn1", "aa", "se", "conv_pw", "bn2"), *_SKIP),
@@ -60,6 +63,7 @@ _CHAINS: dict[str, Chain] = {
     "timm.models.mobilenetv3.MobileNetV3": Chain(_WHOLE.children[:3], method="forward_features"),
     "timm.models.tiny_vit.ConvLayer": Chain(("blocks",)),
     "timm.models.tiny_vit.MBConv": Chain(("conv1", "act1", "conv2", "act2", "conv3"), True, "drop_path", ("act3",)),
+    "timm.models.tiny_vit.NormMlp": Chain(("fc1", "act", "drop1", "fc2", "drop2"), ahead=("norm",)),
     "timm.models.tiny_vit.PatchEmbed": Chain(("conv1", "act", "conv2")),
     "timm.models.tiny_vit.PatchMerging": Chain(("conv1", "act1", "conv2", "act2", "conv3")),
     "torchvision.models.mobilenetv2.InvertedResidual": Chain(("conv",), "use_res_connect"),

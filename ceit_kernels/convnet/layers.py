@@ -13,11 +13,12 @@ from ..adapters.chains import chain_of
 from ..common.children import child_reason, held, qualified_name
 from ..leff.activations import MODULES, activation_name
 from ..leff.norms import of_module
+from ..linear.module import LINEAR
 
 __all__ = ["ConvLayer", "NotConvolutions", "Unit", "layers_of", "units_of"]
 
 _BATCH_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
-_LAYER_SCALE = "timm.layers.layer_scale.LayerScale2d"
+_LAYER_SCALES = "timm.layers.layer_scale.LayerScale2d", "timm.layers.layer_scale.LayerScale"  # images', tokens'
 # Which do nothing in evaluation mode.
 _IDLE = (
     nn.Identity,
@@ -78,15 +79,18 @@ class ConvLayer:
         return (self.side, self.stride, self.padding) == (1, 1, 0)
 
 
-def layers_of(module: nn.Module) -> list[ConvLayer]:
-    """The layers of a module in evaluation mode.
+def layers_of(module: nn.Module) -> tuple[list[ConvLayer], bool]:
+    """The layers of a module in evaluation mode, behind the children that it calls ahead of them.
+
+    Returns:
+        The layers, and whether channels are the last dimension (linear layers of tokens), not the second (images).
 
     Raises:
         NotConvolutions: it has others, or something was done to it that calls of its parts would show.
     """
     found = _Layers()
     found.call("the module", module)
-    return found.layers
+    return found.layers, bool(found.of_tokens)
 
 
 class _Layers:
@@ -94,6 +98,7 @@ class _Layers:
 
     def __init__(self) -> None:
         self.layers: list[ConvLayer] = []
+        self.of_tokens: bool | None = None  # whether channels are the last dimension
         self.read = 0  # results of layers before this one are read by others than the next layer
 
     def call(self, name: str, module: nn.Module) -> None:
@@ -101,24 +106,27 @@ class _Layers:
         reason = child_reason(name, module, (kind,))
         if reason is not None:
             raise NotConvolutions(reason)
-        if kind is nn.Conv2d:
-            layer = _convolution(name, module)
-            if self.layers and self.layers[-1].weight.shape[0] != layer.inputs:
-                raise NotConvolutions(f"{name} takes {layer.inputs} channels, which it does not get")
-            self.layers.append(layer)
+        if kind is nn.Conv2d or kind in LINEAR:
+            self._append(name, _convolution(name, module) if kind is nn.Conv2d else _linear(module), kind in LINEAR)
         elif child_reason(name, module, _IDLE) is None:
             pass
-        elif kind is nn.BatchNorm2d or qualified_name(kind) == _BATCH_NORM_ACT:
+        elif not self.of_tokens and (kind is nn.BatchNorm2d or qualified_name(kind) == _BATCH_NORM_ACT):
             self._norm(name, module)
             for child in module._modules:
                 self.call(f"{name}.{child}", module._modules[child] or nn.Identity())
-        elif qualified_name(kind) == _LAYER_SCALE:
+        elif qualified_name(kind) == _LAYER_SCALES[bool(self.of_tokens)]:
             gamma = _exact(held(module, "gamma"))
             self._multiply_add(name, gamma, torch.zeros_like(gamma))
         elif child_reason(name, module, MODULES) is None and activation_name(module) is not None:
             self._activate(name, str(activation_name(module)))
         else:
             self._chain(name, module)
+
+    def _append(self, name: str, layer: ConvLayer, of_tokens: bool) -> None:
+        if self.layers and (self.layers[-1].weight.shape[0], self.of_tokens) != (layer.inputs, of_tokens):
+            raise NotConvolutions(f"{name} takes {layer.inputs} channels of other tensors than it gets")
+        self.layers.append(layer)
+        self.of_tokens = of_tokens
 
     def _chain(self, name: str, module: nn.Module) -> None:
         chain = chain_of(module)
@@ -127,7 +135,12 @@ class _Layers:
         state: dict[str, Any] = module._modules
         adds = chain.adds_input
         adds = getattr(module, adds) not in (None, False) if isinstance(adds, str) else adds
-        called = (*chain.children, *(() if chain.drop_child is None else (chain.drop_child,)), *chain.behind)
+        called = (
+            *chain.ahead,
+            *chain.children,
+            *(() if chain.drop_child is None else (chain.drop_child,)),
+            *chain.behind,
+        )
         for child, other in state.items():
             reason = chain.method == "forward" and other is not None and child not in called
             if reason and child_reason(child, other, _IDLE) is not None:
@@ -135,6 +148,8 @@ class _Layers:
         own = [*module._parameters, *module._buffers]
         if own:
             raise NotConvolutions(f"{name} has {own[0]} of its own")
+        if self.layers and any(state.get(child) is not None for child in chain.ahead):
+            raise NotConvolutions(f"{name} begins with {chain.ahead[0]}")
         first = len(self.layers)
         self.read = first if adds else self.read
         for children in (chain.children, chain.behind):
@@ -190,6 +205,12 @@ def _exact(tensor: Any) -> Tensor:
     return tensor.detach().double()
 
 
+def _linear(module: Any) -> ConvLayer:
+    weight, bias = held(module, "weight").detach(), held(module, "bias")
+    shift = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else _exact(bias)
+    return ConvLayer(weight[:, :, None, None], torch.ones_like(shift), shift, 1, 0, False)
+
+
 def _convolution(name: str, module: Any) -> ConvLayer:
     weight, bias = held(module, "weight"), held(module, "bias")
     outputs, (side, other_side) = weight.shape[0], weight.shape[2:]
@@ -201,8 +222,6 @@ def _convolution(name: str, module: Any) -> ConvLayer:
         raise NotConvolutions(f"{name} is not the same in both directions")
     if tuple(module.dilation) != (1, 1) or module.padding_mode != "zeros":
         raise NotConvolutions(f"{name} has dilation={module.dilation}, padding_mode={module.padding_mode}")
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise NotConvolutions(f"{name} is on {weight.device} in {weight.dtype}")
     shift = torch.zeros(outputs, dtype=torch.float64) if bias is None else _exact(bias)
     return ConvLayer(weight.detach(), torch.ones_like(shift), shift, stride, padding[0], depthwise)
 
@@ -253,7 +272,7 @@ def _groups(layers: list[ConvLayer]) -> Iterator[tuple[int, ConvLayer | None, Co
         start = at
         roles: list[ConvLayer | None] = [None, None, None]
         mixes = [not layer.is_pointwise for layer in layers[at : min(end, at + 3)]]
-        if mixes[:2] == [False, True] and layers[at + 1].is_depthwise:
+        if (mixes[:2] == [False, True] and layers[at + 1].is_depthwise) or mixes in ([False, False], [False] * 3):
             roles[0], at = layers[at], at + 1
         if not layers[at].is_pointwise:
             roles[1], at = layers[at], at + 1

@@ -30,7 +30,8 @@ class _Prepacked:
 
     Attributes:
         tensor, sizes: of the kernels.
-        channels, dtype: of images.
+        of_tokens: whether channels are the last dimension, not the second of images.
+        channels, dtype: of the input.
         modules, classes: the modules within, and their classes then.
         states, attributes: what all modules have, and how much then.
         hooks: of all modules.
@@ -39,6 +40,7 @@ class _Prepacked:
 
     tensor: Tensor
     sizes: list[int]
+    of_tokens: bool
     channels: int
     dtype: torch.dtype
     modules: list[nn.Module]
@@ -61,8 +63,8 @@ class _Prepacked:
     def serves(self, x: Tensor) -> bool:
         """Whether a call may read it: eager inference on images of the dtype."""
         return (
-            x.dim() == 4
-            and x.shape[1] == self.channels
+            (x.dim() > 1 if self.of_tokens else x.dim() == 4)
+            and x.shape[-1 if self.of_tokens else 1] == self.channels
             and x.dtype == self.dtype
             and x.device.type == "cpu"
             and x.numel() > 0
@@ -77,6 +79,10 @@ class _Prepacked:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result, in memory as x is."""
+        if self.of_tokens:
+            rows = x.shape[1:-1].numel() if x.dim() > 2 else x.shape[0]
+            tokens = x.contiguous().view(-1, rows, 1, self.channels)
+            return torch.ops.ceit._convnet_infer(tokens, self.tensor, self.sizes, False).view(*x.shape[:-1], -1)
         planar = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
         images = x.contiguous() if planar else x.permute(0, 2, 3, 1)
         out = torch.ops.ceit._convnet_infer(images, self.tensor, self.sizes, planar)
@@ -109,22 +115,26 @@ class FrozenConvnet:
             The names of the children that are not called any more; None where the module is something else.
         """
         try:
-            layers = layers_of(module)
+            layers, of_tokens = layers_of(module)
             units = units_of(layers)
         except NotConvolutions:
             return None
         weights = [layer.weight for layer in layers]
-        if not weights or any(weight.dtype != weights[0].dtype for weight in weights):
-            return None
+        if len(weights) < 1 + of_tokens or any(weight.dtype != weights[0].dtype for weight in weights):
+            return None  # a linear layer by itself is frozen as such
         if backends.current_backend("leff") not in ("auto", "native"):
             return None
         if backends.choose("leff", weights[0], weights[0].dtype).backend != "native":
             return None
         chain = chain_of(module) or Chain(())
-        called = [name for name in module._modules if chain.method == "forward" or name in chain.children]
+        called = [
+            name
+            for name in module._modules
+            if (chain.method == "forward" or name in chain.children) and name not in chain.ahead
+        ]
         within = [part for name in called for part in (module._modules[name] or nn.Identity()).modules()]
-        module.__dict__["_prepacked"] = _prepack(units, layers[0], [module, *within])
-        module.__class__ = _frozen_class(type(module), chain.method)
+        module.__dict__["_prepacked"] = _prepack(units, layers[0], of_tokens, [module, *within])
+        module.__class__ = _frozen_class(type(module), chain)
         return called
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -138,23 +148,25 @@ def _made(make: Callable, *arguments: Any) -> nn.Module:
     return make(*arguments)
 
 
-def _frozen_class(found: type[nn.Module], method: str) -> type:
-    plain: Callable = getattr(found, method)
+def _frozen_class(found: type[nn.Module], chain: Chain) -> type:
+    plain: Callable = getattr(found, chain.method)
 
     def forward(self: Any, x: Any, *arguments: Any, **options: Any) -> Any:
         prepacked = self._prepacked
         if not (arguments or options) and isinstance(x, Tensor) and prepacked.serves(x):
+            for name in chain.ahead:
+                x = self._modules[name](x)
             return prepacked(x)
         return plain(self, x, *arguments, **options)
 
     return type(
         f"Frozen{found.__name__.removeprefix('Fused')}",
         (FrozenConvnet, found),
-        {"__module__": found.__module__, method: forward},
+        {"__module__": found.__module__, chain.method: forward},
     )
 
 
-def _prepack(units: list[Unit], first: ConvLayer, modules: list[nn.Module]) -> _Prepacked:
+def _prepack(units: list[Unit], first: ConvLayer, of_tokens: bool, modules: list[nn.Module]) -> _Prepacked:
     parameters: list[Tensor] = []
     sizes: list[int] = []
     for unit in units:
@@ -177,6 +189,7 @@ def _prepack(units: list[Unit], first: ConvLayer, modules: list[nn.Module]) -> _
     return _Prepacked(
         torch.ops.ceit._convnet_prepack(weight, parameters, sizes),
         sizes,
+        of_tokens,
         first.inputs,
         weight.dtype,
         modules[1:],

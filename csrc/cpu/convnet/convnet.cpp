@@ -11,6 +11,8 @@ namespace {
 // Of a thread: hidden pixels that are kept for the convolution behind them, and its results or patches for the GEMM
 // behind those. Together with weights they stay in the second level of cache.
 constexpr int64_t kHiddenBytes = 224 << 10, kTileBytes = 128 << 10;
+// Of a thread: hidden pixels between two GEMMs, so many that weights are read for enough of them.
+constexpr int64_t kPairBytes = 384 << 10;
 // Pixels of an image in planes that are transposed at a time.
 constexpr int64_t kPlanePixels = 96;
 
@@ -62,17 +64,15 @@ class UnitRun {
 
   template <class Run>
   void operator()(T* memory, int64_t threads, const Run& run) const {
-    if (unit_.expanding && hidden_.elements() * int64_t(sizeof(T)) > threads * kHiddenBytes)
+    const bool streams = unit_.expanding && unit_.mixing;
+    if (streams && hidden_.elements() * int64_t(sizeof(T)) > threads * kHiddenBytes)
       return run(result_.height, [&](int64_t begin, int64_t end) { stream(begin, end); });
-    const T* hidden = x_;
-    if (unit_.expanding) {
-      run(hidden_.pixels(), [&](int64_t begin, int64_t end) { expand(begin, end, memory); });
-      hidden = memory;
-    }
-    const Rows<const T> rows{hidden, hidden_, hidden_.height};
+    if (streams) run(hidden_.pixels(), [&](int64_t begin, int64_t end) { expand(begin, end, memory); });
+    const Rows<const T> rows{streams ? memory : x_, hidden_, hidden_.height};
     run(result_.pixels(), [&](int64_t begin, int64_t end) {
-      const int64_t step = unit_.mixing ? tile_pixels() : end - begin;
-      T* tile = unit_.mixing ? scratch(step * tile_channels()) : nullptr;
+      const bool tiled = unit_.expanding || unit_.mixing;
+      const int64_t tiles = tiled ? ceil_div(end - begin, tile_pixels()) : 1, step = ceil_div(end - begin, tiles);
+      T* tile = tiled ? scratch(step * tile_channels()) : nullptr;
       for (int64_t pixel = begin; pixel < end; pixel += step) finish(rows, pixel, std::min(end, pixel + step), tile);
     });
   }
@@ -119,6 +119,9 @@ class UnitRun {
       else
         convolve(hidden, begin, end, mixed, unit_.contracting ? tile + count * mixed_.channels : tile);
       a = mixed;
+    } else if (unit_.expanding) {
+      expand(begin, end, tile - begin * hidden_.channels);
+      a = tile;
     }
     if (unit_.contracting) {
       gemm::Call<T> call = unit_.contracting->gemm;
@@ -161,12 +164,15 @@ class UnitRun {
     }
   }
 
-  // Elements of a tile for each pixel: results of the convolution and patches.
+  // Elements of a tile for each pixel: hidden channels, or results of the convolution and patches.
   int64_t tile_channels() const {
+    if (!unit_.mixing) return hidden_.channels;
     const Layer<T>& layer = *unit_.mixing;
     return (unit_.contracting ? mixed_.channels : 0) + (layer.depthwise ? 0 : layer.depth());
   }
-  int64_t tile_pixels() const { return fitting<T>(kTileBytes, std::max(tile_channels(), mixed_.channels)); }
+  int64_t tile_pixels() const {
+    return fitting<T>(unit_.mixing ? kTileBytes : kPairBytes, std::max(tile_channels(), mixed_.channels));
+  }
   static T* scratch(int64_t elements) {
     return static_cast<T*>(gemm::packing_workspace(elements * int64_t(sizeof(T))));
   }

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate_over_draws
 from support.adapters import grown
+from timm.layers import Mlp
 from timm.models import efficientformer_v2, efficientvit_mit, tiny_vit
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
@@ -136,6 +137,25 @@ def test_the_convolutions_of_a_whole_model_are_one_call():
     assert [(row.name, row.backend) for row in explain(frozen)] == [("model", "native"), ("model.classifier", "native")]
 
 
+@pytest.mark.parametrize(
+    "make_mlp",
+    [
+        lambda: nn.Sequential(nn.Linear(12, 40), nn.GELU(), nn.Dropout(0.5), nn.Linear(40, 9, bias=False)),
+        lambda: nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 30), nn.SiLU(), nn.Linear(30, 5)),
+        lambda: Mlp(12, 48),
+        lambda: tiny_vit.NormMlp(12, 1100, norm_layer=nn.LayerNorm),
+    ],
+)
+def test_linear_layers_one_after_another_are_one_call(make_mlp):
+    mlp = grown(make_mlp()).eval()
+    frozen = freeze(mlp)
+    for size in ((1, 12), (5, 12), (2, 150, 12), (2, 3, 4, 12), (2, 1, 3, 2, 12)):
+        x = images(*size)
+        torch.testing.assert_close(run(frozen, x), mlp(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(run(frozen, x.transpose(0, -2)), mlp(x.transpose(0, -2)), rtol=1e-10, atol=1e-10)
+    assert [row.backend for row in explain(frozen) if row.operator == "leff"] == ["native"]
+
+
 def with_a_hook(block):
     block.bn2.act.register_forward_hook(lambda module, inputs, out: 2 * out)
 
@@ -190,6 +210,9 @@ def with_a_shortcut_of_another_shape():
         lambda: nn.Sequential(nn.Conv2d(12, 12, 3, dilation=2), nn.ReLU()),
         lambda: nn.Sequential(nn.Conv2d(12, 12, 1), nn.ReLU(), nn.BatchNorm2d(12)),
         lambda: nn.Sequential(nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12, track_running_stats=False)),
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Conv2d(12, 12, 3)),
+        lambda: nn.Sequential(nn.Conv2d(12, 8, 1), nn.Linear(8, 5)),
+        lambda: nn.Sequential(nn.Linear(8, 5), nn.ReLU()),
         lambda: nn.Sequential(nn.BatchNorm2d(12), nn.Conv2d(12, 12, (1, 3))),
     ],
 )
