@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .adapters.attention_bias import prepare_attention_bias
 from .adapters.folding import fold_norms
 from .common.arguments import names_its_arguments
 from .common.graphs import Graphs
@@ -75,7 +76,9 @@ class Frozen(nn.Module):
         super().__init__()
         self.training = False
         self.cuda_graphs = cuda_graphs
-        self.model = fuse(_copy_of(model).eval())
+        self.model = _copy_of(model)
+        self.model.eval()  # whose result is nothing where a class overrides it
+        fuse(self.model)
         for module in self.model.modules():
             _parameters_to_buffers(module)
         self._prepare()
@@ -159,6 +162,7 @@ def _copy_of(model: nn.Module) -> nn.Module:
 
 def _freeze_parts(module: nn.Module) -> None:
     """Freeze the largest modules that are convolutions one after another, and of the others those that are fused."""
+    prepare_attention_bias(module)
     called = FrozenConvnet.freeze(module)
     if called is None:
         for frozen_class in _FROZEN:
