@@ -10,9 +10,11 @@ namespace {
 
 // Of a thread: hidden pixels that are kept for the convolution behind them, and its results or patches for the GEMM
 // behind those. Together with weights they stay in the second level of cache.
-constexpr int64_t kHiddenBytes = 224 << 10, kTileBytes = 128 << 10;
-// Of a thread: hidden pixels between two GEMMs, so many that weights are read for enough of them.
+constexpr int64_t kHiddenBytes = 256 << 10, kTileBytes = 128 << 10;
+// Of a thread: hidden pixels between two GEMMs.
 constexpr int64_t kPairBytes = 384 << 10;
+// Pixels for which weights are read, at least, and the hidden pixels that may be kept for as many.
+constexpr int64_t kLeastPixels = 64, kMostHiddenBytes = 448 << 10;
 // Pixels of an image in planes that are transposed at a time.
 constexpr int64_t kPlanePixels = 96;
 
@@ -64,11 +66,11 @@ class UnitRun {
 
   template <class Run>
   void operator()(T* memory, int64_t threads, const Run& run) const {
-    const bool streams = unit_.expanding && unit_.mixing;
-    if (streams && hidden_.elements() * int64_t(sizeof(T)) > threads * kHiddenBytes)
+    const bool both = unit_.expanding && unit_.mixing;
+    if (both && bytes(hidden_.height) > threads * kHiddenBytes && bytes(kept_rows(step_rows())) <= kMostHiddenBytes)
       return run(result_.height, [&](int64_t begin, int64_t end) { stream(begin, end); });
-    if (streams) run(hidden_.pixels(), [&](int64_t begin, int64_t end) { expand(begin, end, memory); });
-    const Rows<const T> rows{streams ? memory : x_, hidden_, hidden_.height};
+    if (both) run(hidden_.pixels(), [&](int64_t begin, int64_t end) { expand(begin, end, memory); });
+    const Rows<const T> rows{both ? memory : x_, hidden_, hidden_.height};
     run(result_.pixels(), [&](int64_t begin, int64_t end) {
       const bool tiled = unit_.expanding || unit_.mixing;
       const int64_t tiles = tiled ? ceil_div(end - begin, tile_pixels()) : 1, step = ceil_div(end - begin, tiles);
@@ -81,10 +83,7 @@ class UnitRun {
   // Rows `begin` to `end` of the result, by a few of them and the hidden rows that they need.
   void stream(int64_t begin, int64_t end) const {
     const Layer<T>& layer = *unit_.mixing;
-    const int64_t row = hidden_.width * hidden_.channels, overlap = layer.side - layer.stride;
-    const int64_t fit = (fitting<T>(kHiddenBytes, row) - overlap) / layer.stride;
-    const int64_t step = std::max<int64_t>(1, std::min(fit, tile_pixels() / mixed_.width));
-    const int64_t kept = step * layer.stride + std::max<int64_t>(0, overlap);
+    const int64_t row = hidden_.width * hidden_.channels, step = step_rows(), kept = kept_rows(step);
     T* memory = scratch(kept * row + step * mixed_.width * tile_channels());
     const Rows<T> rows{memory, hidden_, kept};
     int64_t next = std::max<int64_t>(0, begin * layer.stride - layer.padding);
@@ -164,6 +163,19 @@ class UnitRun {
     }
   }
 
+  // Rows of the result at a time, and the hidden rows that these need.
+  int64_t step_rows() const {
+    const Layer<T>& layer = *unit_.mixing;
+    const int64_t fit = fitting<T>(kHiddenBytes, hidden_.width * hidden_.channels) - layer.side + layer.stride;
+    const int64_t rows = std::min(fit / layer.stride, tile_pixels() / mixed_.width);
+    return std::max({int64_t(1), rows, ceil_div(kLeastPixels, mixed_.width)});
+  }
+  int64_t kept_rows(int64_t rows) const {
+    return rows * unit_.mixing->stride + std::max(0, unit_.mixing->side - unit_.mixing->stride);
+  }
+  int64_t bytes(int64_t hidden_rows) const {
+    return hidden_rows * hidden_.width * hidden_.channels * int64_t(sizeof(T));
+  }
   // Elements of a tile for each pixel: hidden channels, or results of the convolution and patches.
   int64_t tile_channels() const {
     if (!unit_.mixing) return hidden_.channels;
@@ -171,11 +183,10 @@ class UnitRun {
     return (unit_.contracting ? mixed_.channels : 0) + (layer.depthwise ? 0 : layer.depth());
   }
   int64_t tile_pixels() const {
-    return fitting<T>(unit_.mixing ? kTileBytes : kPairBytes, std::max(tile_channels(), mixed_.channels));
+    const int64_t fit = fitting<T>(unit_.mixing ? kTileBytes : kPairBytes, std::max(tile_channels(), mixed_.channels));
+    return std::max(kLeastPixels, fit);
   }
-  static T* scratch(int64_t elements) {
-    return static_cast<T*>(gemm::packing_workspace(elements * int64_t(sizeof(T))));
-  }
+  static T* scratch(int64_t elements) { return static_cast<T*>(gemm::task_workspace(elements * int64_t(sizeof(T)))); }
 
   const Unit<T>& unit_;
   Map in_, hidden_, mixed_, result_;
@@ -184,6 +195,52 @@ class UnitRun {
 };
 
 }  // namespace
+
+template <class T, class Run>
+void from_planes(const T* planes, const Map& map, T* pixels, const Run& run) {
+  run(ceil_div(map.pixels(), kPlanePixels), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPlanePixels, count = std::min(map.pixels(), end * kPlanePixels) - first;
+    gemm::transpose(planes + first, map.pixels(), map.channels, count, pixels + first * map.channels, map.channels);
+  });
+}
+
+template <class T, class Run>
+void to_planes(const T* pixels, const Map& map, T* planes, const Run& run) {
+  run(ceil_div(map.pixels(), kPlanePixels), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPlanePixels, count = std::min(map.pixels(), end * kPlanePixels) - first;
+    gemm::transpose(pixels + first * map.channels, map.channels, count, map.channels, planes + first, map.pixels());
+  });
+}
+
+template <class T>
+Layer<T>::Layer(const gemm::Call<T>& call)
+    : depthwise(false),
+      in(call.depth),
+      out(call.columns),
+      side(1),
+      stride(1),
+      padding(0),
+      activation(call.activation),
+      gemm(call) {}
+
+template <class T>
+Layer<T>::Layer(int64_t channels, int side, Activation activation, const acc_t<T>* taps, const acc_t<T>* shift)
+    : depthwise(true),
+      in(channels),
+      out(channels),
+      side(side),
+      stride(1),
+      padding(side / 2),
+      activation(activation),
+      taps(taps),
+      shift(shift) {}
+
+template <class T>
+template <class Run>
+void Unit<T>::infer(const Map& in, const T* x, const T* residual, T* memory, T* out, const Run& run) const {
+  const int64_t threads = std::is_same_v<Run, gemm::Alone> ? 1 : torch::stable::get_num_threads();
+  UnitRun<T>(*this, in, x, residual, out)(memory, threads, run);
+}
 
 template <class T>
 Layer<T>::Layer(Numbers& numbers, gemm::Packer<T>& packer)
@@ -243,7 +300,7 @@ int64_t Net<T>::memory(const Map& in) const {
   int64_t hidden = 0;
   Map map = in;
   for (const Unit<T>& unit : units) {
-    if (unit.expanding) hidden = std::max(hidden, unit.hidden(map).elements());
+    hidden = std::max(hidden, unit.memory(map));
     map = unit.map(map);
   }
   return 3 * largest(in) + hidden;
@@ -252,37 +309,36 @@ int64_t Net<T>::memory(const Map& in) const {
 template <class T>
 template <class Run>
 void Net<T>::infer(const Map& in, bool planar, const T* x, T* memory, T* out, const Run& run) const {
-  const int64_t size = largest(in), threads = std::is_same_v<Run, gemm::Alone> ? 1 : torch::stable::get_num_threads();
+  const int64_t size = largest(in);
   T* maps[3] = {memory, memory + size, memory + 2 * size};
   Map map = in;
   const T *from = x, *before = nullptr;
   if (planar) {
-    T* to = maps[0];
-    run(ceil_div(map.pixels(), kPlanePixels), [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kPlanePixels, count = std::min(map.pixels(), end * kPlanePixels) - first;
-      gemm::transpose(x + first, map.pixels(), map.channels, count, to + first * map.channels, map.channels);
-    });
-    from = to;
+    from_planes(x, map, maps[0], run);
+    from = maps[0];
   }
   for (size_t i = 0; i < units.size(); ++i) {
     const Unit<T>& unit = units[i];
     T* to = i + 1 == units.size() && !planar ? out : maps[(i + 1) % 3];
     const T* residual = unit.added == 0 ? nullptr : unit.added == 1 ? from : before;
-    UnitRun<T>(unit, map, from, residual, to)(memory + 3 * size, threads, run);
+    unit.infer(map, from, residual, memory + 3 * size, to, run);
     map = unit.map(map);
     before = from, from = to;
   }
-  if (planar)
-    run(ceil_div(map.pixels(), kPlanePixels), [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kPlanePixels, count = std::min(map.pixels(), end * kPlanePixels) - first;
-      gemm::transpose(from + first * map.channels, map.channels, count, map.channels, out + first, map.pixels());
-    });
+  if (planar) to_planes(from, map, out, run);
 }
 
-#define CEIT_INSTANTIATE(T)                                                                  \
-  template struct Net<T>;                                                                    \
-  template void Net<T>::infer(const Map&, bool, const T*, T*, T*, const gemm::Alone&) const; \
-  template void Net<T>::infer(const Map&, bool, const T*, T*, T*, const gemm::Threads&) const;
+#define CEIT_INSTANTIATE_RUN(T, Run)                                                      \
+  template void from_planes(const T*, const Map&, T*, const Run&);                        \
+  template void to_planes(const T*, const Map&, T*, const Run&);                          \
+  template void Unit<T>::infer(const Map&, const T*, const T*, T*, T*, const Run&) const; \
+  template void Net<T>::infer(const Map&, bool, const T*, T*, T*, const Run&) const;
+#define CEIT_INSTANTIATE(T)            \
+  template struct Layer<T>;            \
+  template struct Unit<T>;             \
+  template struct Net<T>;              \
+  CEIT_INSTANTIATE_RUN(T, gemm::Alone) \
+  CEIT_INSTANTIATE_RUN(T, gemm::Threads)
 CEIT_INSTANTIATE(float)
 CEIT_INSTANTIATE(Bf16)
 CEIT_INSTANTIATE(double)

@@ -43,6 +43,10 @@ struct Layer {
   gemm::Call<T> gemm;  // but for the rows
   const acc_t<T>*taps = nullptr, *shift = nullptr;
   Layer(Numbers& numbers, gemm::Packer<T>& packer);
+  // A pointwise layer.
+  explicit Layer(const gemm::Call<T>& call);
+  // A depthwise one that keeps the size.
+  Layer(int64_t channels, int side, Activation activation, const acc_t<T>* taps, const acc_t<T>* shift);
   int64_t depth() const { return side * side * in; }
   Map map(const Map& of) const { return {size(of.height), size(of.width), out}; }
 
@@ -59,10 +63,23 @@ struct Unit {
   int64_t added;
   Activation after;
   Unit(Numbers& numbers, gemm::Packer<T>& packer);
+  Unit(const Layer<T>& expanding, const Layer<T>& mixing, const Layer<T>& contracting)
+      : expanding(expanding), mixing(mixing), contracting(contracting), added(0), after(Activation::identity) {}
   Map hidden(const Map& in) const { return expanding ? expanding->map(in) : in; }
   Map mixed(const Map& in) const { return mixing ? mixing->map(hidden(in)) : hidden(in); }
   Map map(const Map& in) const { return contracting ? contracting->map(mixed(in)) : mixed(in); }
+  // Elements of an image's memory.
+  int64_t memory(const Map& in) const { return expanding ? hidden(in).elements() : 0; }
+  // out = the layers of x (pixels, channels), plus the residual if there is one.
+  template <class Run>
+  void infer(const Map& in, const T* x, const T* residual, T* memory, T* out, const Run& run) const;
 };
+
+// Between planes (channels, pixels) and (pixels, channels).
+template <class T, class Run>
+void from_planes(const T* planes, const Map& map, T* pixels, const Run& run);
+template <class T, class Run>
+void to_planes(const T* pixels, const Map& map, T* planes, const Run& run);
 
 template <class T>
 struct Net {

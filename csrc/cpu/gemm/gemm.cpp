@@ -122,4 +122,9 @@ void* packing_workspace(int64_t bytes) {
   return memory.get(bytes);
 }
 
+void* task_workspace(int64_t bytes) {
+  static thread_local Workspace memory;
+  return memory.get(bytes);
+}
+
 }  // namespace ceit::gemm

@@ -78,6 +78,8 @@ class Arena {
 void* workspace(int64_t bytes);
 // Another one, for what is prepacked for a call.
 void* packing_workspace(int64_t bytes);
+// Another one, for a task of a call on whichever thread has it.
+void* task_workspace(int64_t bytes);
 
 // Calls body(begin, end) for ranges of tasks, on all threads.
 struct Threads {

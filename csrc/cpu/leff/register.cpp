@@ -1,6 +1,6 @@
-// LeFF's inference image by image, by bands of rows, and its registration. The schemas are in ceit_kernels/leff.
-#include <utility>
-
+// LeFF's inference image by image, and its registration. The schemas are in ceit_kernels/leff.
+#include "../convnet/convnet.h"
+#include "../scalar.h"
 #include "inference.h"
 
 namespace ceit::leff {
@@ -16,32 +16,24 @@ Sizes sizes_of(const std::vector<double>& eps, const std::vector<int64_t>& numbe
   return sizes;
 }
 
-// Bytes of the hidden tokens of a band: a large image's do not stay in cache.
-constexpr int64_t kBandBytes = 8 << 20;
-
-// The rows of the image of which a band is made.
+// The layers for one image.
 template <class T>
-int band_of(const Inference<T>& leff) {
-  const int64_t fitting = kBandBytes / (2 * leff.width * leff.hidden * int64_t(sizeof(T)));
-  return int(std::min<int64_t>(leff.height, std::max<int64_t>(fitting, 8 * leff.side)));
+convnet::Unit<T> unit_of(const Inference<T>& leff) {
+  using Layer = convnet::Layer<T>;
+  const Layer depthwise(leff.hidden, leff.side, leff.second, leff.taps, leff.shift2);
+  return {Layer(leff.expanding), depthwise, Layer(leff.contracting)};
 }
 
-// An image by bands of rows, each with those that the convolution reads above and below.
+// An image in planes, all of its tokens.
 template <class T, class Run>
-void infer_image(const Inference<T>& leff, int rows, const T* x, const T* residual, T* memory, T* out, const Run& run) {
-  for (int top = 0; top < leff.height; top += rows) {
-    const int bottom = std::min(leff.height, top + rows), halo = leff.side / 2;
-    const int first = std::max(0, top - halo), last = std::min(leff.height, bottom + halo);
-    Inference<T> band = leff;
-    band.height = last - first;
-    const int64_t prefix = first ? std::exchange(band.prefix, 0) : 0;
-    const T* in = x + prefix * leff.channels + leff.row(first, leff.channels);
-    const int64_t at = prefix * leff.outputs + leff.row(first, leff.outputs);
-    run(band.tokens(), [&](int64_t begin, int64_t end) { band.expand(in, memory, begin, end); });
-    run(bottom - top, [&](int64_t begin, int64_t end) {
-      band.contract(in, residual ? residual + at : nullptr, memory, out + at, top - first + begin, top - first + end);
-    });
-  }
+void infer_planes(const convnet::Unit<T>& unit, const convnet::Map& in, const T* x, const T* residual, T* memory,
+                  T* out, const Run& run) {
+  const convnet::Map map = unit.map(in);
+  T *tokens = memory + unit.memory(in), *result = tokens + in.elements(), *added = result + map.elements();
+  convnet::from_planes(x, in, tokens, run);
+  if (residual) convnet::from_planes(residual, map, added, run);
+  unit.infer(in, tokens, residual ? added : nullptr, memory, result, run);
+  convnet::to_planes(result, map, out, run);
 }
 
 // out (B, rows, O) of tokens x (B, rows, C), of the type that is computed in; all are contiguous or, without prefix
@@ -67,13 +59,18 @@ void infer(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor prep
     const T* rest = elements<T>("residual", residual, out.numel());
     const auto make = [&](gemm::Packer<T>& packer) { return Inference<T>(sizes, packer); };
     gemm::with_prepacked<T>(parameters, prepacked, make, [&](const Inference<T>& leff) {
-      const int band = band_of(leff);
-      Inference<T> largest = leff;
-      largest.height = std::min(leff.height, band + leff.side - 1);
-      gemm::for_images(batch, largest.memory() * int64_t(sizeof(T)), [&](int64_t image, gemm::Place place, auto run) {
-        const int64_t start = image * rows * sizes.outputs;
-        infer_image(leff, band, from + image * rows * sizes.channels, rest ? rest + start : nullptr,
-                    static_cast<T*>(place.memory), to + start, run);
+      const convnet::Unit<T> unit = unit_of(leff);
+      const convnet::Map in{sizes.height, sizes.width, sizes.channels}, map = unit.map(in);
+      const int64_t planes = sizes.plane ? in.elements() + 2 * map.elements() : 0;
+      const int64_t bytes = (unit.memory(in) + planes) * int64_t(sizeof(T));
+      gemm::for_images(batch, bytes, [&](int64_t image, gemm::Place place, auto run) {
+        const T* tokens = from + image * rows * sizes.channels;
+        T *memory = static_cast<T*>(place.memory), *result = to + image * rows * sizes.outputs;
+        const T* added = rest ? rest + image * rows * sizes.outputs : nullptr;
+        if (sizes.plane) return infer_planes(unit, in, tokens, added, memory, result, run);
+        const int64_t prefix = sizes.prefix * sizes.channels;
+        for (int64_t i = 0; i < prefix; ++i) result[i] = added ? sum_of(tokens[i], added[i]) : tokens[i];
+        unit.infer(in, tokens + prefix, added ? added + prefix : nullptr, memory, result + prefix, run);
       });
     });
   });

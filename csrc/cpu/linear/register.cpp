@@ -16,9 +16,10 @@ float* matrix(const char* name, const Tensor& tensor) {
   return elements<float>(name, tensor, tensor.numel());
 }
 
-// All of a result, tiles of rows on all threads.
+// All of a result, tiles of rows on all threads; or panels, where the rows are few.
 template <class T>
 void multiply(const gemm::Call<T>& call, int64_t rows) {
+  if (rows <= kTileRows / 4) return gemm::multiply_few(call, rows);
   torch::stable::parallel_for(0, rows, kTileRows / 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += kTileRows) gemm::multiply(call, row, std::min(end, row + kTileRows));
   });
