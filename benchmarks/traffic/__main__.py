@@ -11,6 +11,7 @@ import torch
 
 from ..tables import format_table
 from ..workloads import PHASES, SIZES, Workload
+from .blocks import BLOCKS, count_block
 from .compiled import STORED, STORED_FOR, STORED_WITH, CompiledTrafficError
 from .counting import Call, Kernel
 from .workloads import ASSUMPTIONS, GPU_OPERATORS, assumed, count_workload, modelled_seconds
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.batch < 1:
         parser.error(f"--batch: expected at least 1, got {options.batch}")
     try:
-        tables = times_table(options) if options.times else traffic_tables(options)
+        table = blocks_table if options.blocks else times_table if options.times else traffic_tables
+        tables = table(options)
     except CompiledTrafficError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -88,6 +90,21 @@ def times_table(options: argparse.Namespace) -> dict[str, list[list[str]]]:
                     compiled = [f"{1e6 * seconds:,.0f}", f"{seconds / fused:.1f}"]
                 rows.append([size, str(batch), phase, f"{1e6 * fused:,.0f}", *compiled])
     return {f"Modelled for an H100, not measured: each kernel {assumed(ASSUMPTIONS)}.": rows}
+
+
+def blocks_table(options: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """Launches and megabytes of the feed-forward blocks of other libraries' models, at sizes that these have."""
+    implementations = ("fused", "compile", "plain") if options.compiled else ("fused", "plain")
+    rows = [["block", "phase", *(f"{by} {it}" for by in implementations for it in ("launches", "MB"))]]
+    for block in BLOCKS:
+        counted = [
+            figures(*(count_block(block, by, options.batch, options.dtype, training) for training in (False, True)))
+            for by in implementations
+        ]
+        for phase in counted[0]:
+            cells = [cell for found in counted for cell in _cells(found[phase], 1)[:2]]
+            rows.append([block.name, phase, *cells])
+    return {f"Blocks of other libraries' models, {options.batch} images, {options.dtype}": rows}
 
 
 def phases(inference: Call, training: Call) -> dict[str, list[Kernel]]:
@@ -150,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="in place of the traffic, the time that LeFF would take on an H100 in CeiT-T, S and B at batch 1, 64 and "
         "256: modelled from bytes, FLOPs and launches, not measured; with --compiled beside torch.compile's",
+    )
+    add(
+        "--blocks",
+        action="store_true",
+        help="in place of the operators, the feed-forward blocks of SegFormer, PVTv2, EfficientFormerV2, TinyViT and "
+        "MobileNetV2; with --compiled beside torch.compile's",
     )
     add("--markdown", action="store_true", help="print Markdown")
     return parser

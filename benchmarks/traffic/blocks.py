@@ -6,9 +6,15 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["BLOCKS", "Block"]
+from ceit_kernels import fuse
+
+from .compiled import count_compiled
+from .counting import Call, count_call
+
+__all__ = ["BLOCKS", "Block", "count_block"]
 
 
 class Block(NamedTuple):
@@ -80,3 +86,12 @@ BLOCKS = (
         act_layer=nn.ReLU6,
     ),
 )
+
+
+def count_block(block: Block, implementation: str, batch: int, dtype: str, training: bool) -> Call:
+    """The kernels of a call by "plain", "fused" or "compile", on an H100."""
+    shape, arguments = (batch, *block.shape), {"training": training, "input_gradient": training}
+    if implementation == "compile":
+        return count_compiled(block.make, shape, getattr(torch, dtype), **arguments)
+    make = (lambda: fuse(block.make())) if implementation == "fused" else block.make
+    return count_call(make, shape, getattr(torch, dtype), **arguments, chip=90)

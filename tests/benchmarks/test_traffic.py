@@ -13,6 +13,7 @@ from benchmarks.traffic import CompiledTrafficError, Kernel, compiled, count_cal
 from benchmarks.traffic import __main__ as command
 from benchmarks.traffic.__main__ import figures, main
 from benchmarks.traffic.access import KERNELS, launch_bytes
+from benchmarks.traffic.blocks import BLOCKS, count_block
 from benchmarks.workloads import PHASES, Workload
 from ceit_kernels import FusedLCAAttention, FusedLeFF, backends, use_backend
 from ceit_kernels.common.launch import Launch, record_launches
@@ -82,6 +83,15 @@ def test_leff_keeps_its_budgets_in_training():
     assert moved(call.forward) <= 21 * UNIT
     assert moved(call.backward) <= 54 * UNIT
     assert call.saved_bytes <= 10.2 * UNIT
+
+
+@pytest.mark.parametrize("block", BLOCKS[3::2], ids=lambda block: block.name)
+def test_the_blocks_of_other_libraries_move_less(block):
+    fused, plain = (
+        sum(kernel.bytes for kernel in count_block(block, by, 8, "bfloat16", training=False).kernels)
+        for by in ("fused", "plain")
+    )
+    assert fused < 0.45 * plain
 
 
 def test_a_launch_counts_what_it_reads_of_a_tensor_and_what_it_writes():
