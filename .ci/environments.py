@@ -55,6 +55,11 @@ QUICK = (
 )
 
 
+# The oldest Triton that the project promises to work with. A bare copy of it compiles for GPUs beside any PyTorch.
+TRITON = "3.6.0"
+MACHINE_CODE = tuple(f"tests/ceit_kernels/{operator}/test_machine_code.py" for operator in ("leff", "lca", "add_norm"))
+
+
 def find_python(version: str) -> str | None:
     """An interpreter of a version, on PATH or of pyenv."""
     root = os.environ.get("PYENV_ROOT", str(Path.home() / ".pyenv"))
@@ -107,9 +112,18 @@ def prepare(name: str, python: str, constraints: Path | None) -> str:
     return inside
 
 
+def older_triton() -> Part:
+    """The quick tests of machine code with the oldest Triton, which it installs beside the present one."""
+    folder = FOLDER / f"triton-{TRITON}"
+    options = ["--quiet", "--disable-pip-version-check", "--upgrade", "--no-deps", "--target", str(folder)]
+    if not (folder / "triton").exists():
+        subprocess.run([sys.executable, "-m", "pip", "install", *options, f"triton=={TRITON}"], check=True)
+    return Part(f"machine code, Triton {TRITON}", (*PYTEST, *MACHINE_CODE), {"PYTHONPATH": str(folder)})
+
+
 def main(arguments: Sequence[str]) -> int:
     """Prepare the environments one after the other, then run all parts side by side; returns the exit status."""
-    parts = []
+    parts = [older_triton()]
     for name, (versions, constraints) in ENVIRONMENTS.items():
         python = prepare(name, choose_python(name, versions), constraints)
         parts.append(Part(f"quick, {name} versions", (*PYTEST, *QUICK), program=python))

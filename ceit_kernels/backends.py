@@ -22,6 +22,7 @@ from .operators import OPERATORS
 
 __all__ = [
     "BACKENDS",
+    "PROVEN_AMD_CHIPS",
     "BackendError",
     "Choice",
     "OperatorStatus",
@@ -41,7 +42,7 @@ BACKENDS = ("auto", "reference", "native", "triton", "library")
 _BY_TRITON = ("triton", "library")  # the latter with GEMMs of PyTorch
 
 # For which the machine code of every kernel is looked at.
-_PROVEN_AMD_CHIPS = ("gfx942",)
+PROVEN_AMD_CHIPS = ("gfx942", "gfx90a")
 _DEVICE_NAMES = {"cpu": "the CPU", "cuda": "a CUDA GPU"}
 _ENVIRONMENT_VARIABLE = "CEIT_KERNELS_BACKEND"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -125,8 +126,8 @@ def _unproven_gpu(device_index: int | None) -> str | None:
     if torch.version.hip is None or is_recording():
         return None
     chip = torch.cuda.get_device_properties(device_index).gcnArchName.partition(":")[0]
-    proven = ", ".join(_PROVEN_AMD_CHIPS)
-    return None if chip in _PROVEN_AMD_CHIPS else f"the kernels are proven for AMD's {proven}, and the GPU is {chip}"
+    proven = " and ".join(PROVEN_AMD_CHIPS)
+    return None if chip in PROVEN_AMD_CHIPS else f"the kernels are proven for AMD's {proven}, and the GPU is {chip}"
 
 
 def _refusal(

@@ -8,15 +8,19 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.cycles.sass import source
+from ceit_kernels.backends import PROVEN_AMD_CHIPS
 from ceit_kernels.common.launch import Launch, nvidia_options
 
 # Shared memory that one program instance may use, in bytes, by compute capability.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 CHIPS = tuple(SHARED_MEMORY)
+# For `parametrize`; the first in the quick tests too.
+AMD_CHIPS = [pytest.param(chip, marks=[pytest.mark.prove] * (i > 0)) for i, chip in enumerate(PROVEN_AMD_CHIPS)]
 
 _TENSOR_CORE = re.compile(r"\b(?:HMMA|DMMA|HGMMA|UTCHMMA|UTCQMMA|OMMA)\b")
 _WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\S*\.128\b|\bUTMALDG\b")
@@ -84,6 +88,6 @@ def assert_unspilled(launch: Launch, chip: int) -> None:
     assert code.shared_bytes <= SHARED_MEMORY[chip]
 
 
-def compile_for_amd(launch: Launch, architecture: str = "gfx942") -> str:
+def compile_for_amd(launch: Launch, architecture: str) -> str:
     """The assembler text for an AMD chip."""
     return _compile(launch, GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)).asm["amdgcn"]

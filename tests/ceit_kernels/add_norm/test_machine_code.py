@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.machine_code import CHIPS, SHARED_MEMORY, compile_for_amd, compile_for_nvidia
+from support.machine_code import AMD_CHIPS, CHIPS, SHARED_MEMORY, compile_for_amd, compile_for_nvidia
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.add_norm.triton.launch import add_norm_backward_triton, add_norm_forward_triton
@@ -106,10 +106,11 @@ def test_any_width_streams_without_spills(channels, dtype, chip):
     assert_all_stream(chip, channels, dtype, prefix=1, wide_loads=channels % 8 == 0)
 
 
-def test_compiles_for_amd():
+@pytest.mark.parametrize("chip", AMD_CHIPS)
+def test_compiles_for_amd(chip):
     forward, backward = record(384, torch.bfloat16, prefix=1)
     for launch in forward + backward:
-        assert ".vgpr_spill_count: 0" in compile_for_amd(launch)
+        assert ".vgpr_spill_count: 0" in compile_for_amd(launch, chip)
 
 
 def test_a_call_makes_one_launch_forward_and_at_most_two_backward():

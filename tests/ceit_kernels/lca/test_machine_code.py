@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from support.machine_code import CHIPS, SHARED_MEMORY, assert_efficient, compile_for_amd, compile_for_nvidia
+from support.machine_code import AMD_CHIPS, CHIPS, SHARED_MEMORY, assert_efficient, compile_for_amd, compile_for_nvidia
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
@@ -103,9 +103,10 @@ def test_the_extremes_of_the_wide_types_fit_the_shared_memory_of_every_chip(dtyp
             assert compile_for_nvidia(launch, chip).shared_bytes <= limit
 
 
-def test_compiles_for_amd_with_matrix_instructions():
+@pytest.mark.parametrize("chip", AMD_CHIPS)
+def test_compiles_for_amd_with_matrix_instructions(chip):
     for launch in record_all(*MODELS["small"], torch.bfloat16):
-        assembler = compile_for_amd(launch)
+        assembler = compile_for_amd(launch, chip)
         assert "v_mfma" in assembler
         assert ".vgpr_spill_count: 0" in assembler
 

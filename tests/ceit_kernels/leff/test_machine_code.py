@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.leff import SHAPES, make_shape
 from support.machine_code import (
+    AMD_CHIPS,
     CHIPS,
     SHARED_MEMORY,
     assert_efficient,
@@ -76,9 +77,10 @@ def test_what_stands_between_a_librarys_gemms_does_not_spill(chip, kernel_size):
         assert_unspilled(launch, chip)
 
 
-def test_compiles_for_amd_with_matrix_instructions():
+@pytest.mark.parametrize("chip", AMD_CHIPS)
+def test_compiles_for_amd_with_matrix_instructions(chip):
     for launch in record("small", torch.bfloat16, 90):
-        assert "v_mfma" in compile_for_amd(launch)
+        assert "v_mfma" in compile_for_amd(launch, chip)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "small", "base"])

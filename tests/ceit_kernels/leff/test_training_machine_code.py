@@ -13,6 +13,7 @@ from support.machine_code import (
 )
 from torch._subclasses import FakeTensorMode
 
+from ceit_kernels.backends import PROVEN_AMD_CHIPS
 from ceit_kernels.common.launch import record_launches
 from ceit_kernels.leff.norms import BatchNorm
 from ceit_kernels.leff.triton.launch_backward import leff_backward_triton
@@ -109,9 +110,10 @@ def test_what_streams_between_a_librarys_gemms_does_not_spill(chip):
 
 
 @pytest.mark.prove
-def test_compiles_for_amd_with_matrix_instructions(monkeypatch):
+@pytest.mark.parametrize("chip", PROVEN_AMD_CHIPS)
+def test_compiles_for_amd_with_matrix_instructions(monkeypatch, chip):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     for launch in record("tiny", torch.bfloat16, 90):
-        code = compile_for_amd(launch)
+        code = compile_for_amd(launch, chip)
         if any(part in launch.kernel.__name__ for part in ("operand", "weight", "hidden", "factored", "expand")):
             assert "v_mfma" in code
