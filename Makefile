@@ -12,7 +12,7 @@ TTSEM := ttsem==0.1.0
 # What else runs models on a CPU: the extra `bench` of pyproject.toml, without building the project again.
 RUNTIMES := openvino onnx onnxruntime
 
-.PHONY: demo test lint prove bench gpu wheel clean
+.PHONY: demo test lint prove bench gpu wheel arm arm-wheel clean
 
 demo: $(READY)
 	$(RUN) -m ceit demo
@@ -51,6 +51,12 @@ gpu:
 wheel: export TORCH_CUDA_ARCH_LIST ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 wheel: $(READY)
 	$(RUN) -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation -v -w dist .
+
+# The code for the CPU as a 64-bit Arm runs it, emulated; ARGS are of pytest. And its wheel, cross-compiled. On Debian, x86.
+arm: $(READY)
+	$(RUN) .ci/arm.py test $(ARGS)
+arm-wheel: $(READY)
+	$(RUN) .ci/arm.py wheel
 
 $(READY): csrc/native_build.py pyproject.toml setup.py constraints.txt Makefile
 	@echo "Setting up $(VENV); the first time this downloads PyTorch, which takes a few minutes."
