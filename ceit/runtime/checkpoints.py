@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checkpoint import read_checkpoint
 from .files import write_atomically
-from .options import TrainOptions, UsageError, flag
+from .options import TrainOptions, UsageError, flag, plain
 
 FORMAT = 1
 LAST, BEST, OPTIONS, RESULT = "last.pt", "best.pt", "options.json", "result.json"
@@ -114,9 +114,10 @@ def check_same_options(saved: dict[str, Any], options: dict[str, Any], path: Pat
         free.add("epochs")
     if options["world_size"] != saved.get("world_size") and _images_per_update(options) == _images_per_update(saved):
         free |= {"world_size", *_PER_UPDATE}
-    names = [name for name in {**saved, **options} if name not in free and saved.get(name) != options.get(name)]
+    before = {**plain(TrainOptions()), **saved}  # a run of an earlier version did without what is new
+    names = [name for name in {**saved, **options} if name not in free and before.get(name) != options.get(name)]
     if names:
-        differences = "; ".join(f"{flag(name)} was {saved.get(name)}, is {options.get(name)}" for name in names)
+        differences = "; ".join(f"{flag(name)} was {before.get(name)}, is {options.get(name)}" for name in names)
         raise UsageError(
             f"cannot resume from {path} with other options: {differences} (what may change: more --epochs, "
             "--workers, --device, --fused, --backend, --compile, --cuda-graphs, and processes with as many images per "

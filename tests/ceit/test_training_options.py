@@ -12,7 +12,7 @@ from ceit.data import create_train_loader, open_split, resolve_data_options
 from ceit.evaluate import evaluate_checkpoint
 from ceit.runtime.checkpoints import check_same_options, load_checkpoint_state
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import EvaluateOptions, UsageError
+from ceit.runtime.options import EvaluateOptions, TrainOptions, UsageError
 from ceit.runtime.setup import prepare_model, prepare_run, resolve
 from ceit.train import train
 
@@ -297,6 +297,13 @@ def test_processes_may_change_where_an_update_sees_as_many_images(
     else:
         with pytest.raises(UsageError, match=r"--batch-size was 8|--world-size was 1"):
             check_same_options(saved, now, tmp_path)
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_an_option_did_not_exist(tmp_path):
+    saved = {"epochs": 2, "sched": "cosine", "batch_size": 8, "accumulate": 1, "world_size": 1}
+    check_same_options(saved, {**saved, "patience_epochs": TrainOptions().patience_epochs}, tmp_path)
+    with pytest.raises(UsageError, match="--patience-epochs was 10, is 3"):
+        check_same_options(saved, {**saved, "patience_epochs": 3}, tmp_path)
 
 
 def test_sets_of_torchvision_train_and_evaluate(options, tmp_path, monkeypatch):
