@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from support import where
 from support.changes import CHANGES, Inapplicable, Live
 from support.fake_graphs import FakeGraphs
 from torch import nn
@@ -70,6 +71,22 @@ def test_training_has_the_numbers_that_it_has_without_graphs(fake, accumulate):
     assert torch.equal(found, train(twin, twin, batches, accumulate=accumulate))
     for name, tensor in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not where.UNDER_TTSEM, reason="the interpreter pretends no GPU, and on one there are graphs")
+def test_the_triton_kernels_are_captured_and_replayed(monkeypatch):
+    """As registered operators, which here are what is taken down in a capture."""
+    leff = fuse(layers.LocallyEnhancedFeedForward(16, 32))
+    twin, x = copy.deepcopy(leff), torch.randn(2, 10, 16)
+    fake, call = FakeGraphs(monkeypatch), graphed(leff)
+    with use_backend("leff=triton"):
+        for number in range(5):
+            found, expected = ([module(number + x), *module.buffers()] for module in (call, twin))
+            for results, module in ((found, leff), (expected, twin)):
+                results += torch.autograd.grad(results[0].sin().sum(), list(module.parameters()))
+            torch.testing.assert_close(found, expected)
+    assert (fake.captured, fake.replayed) == (2, 4)
 
 
 @pytest.mark.gpu
