@@ -43,11 +43,11 @@ def wide(policy: Policy) -> Policy:
     return lambda i, n: policy(i, n) if i.width == 16 else Served(64, 0, 1)
 
 
-def patches(width: int, shared: float) -> Policy:
-    """Places that several loads of a program instance read, predicated and of a width; weights and taps from L2."""
+def patches(widest: int, shared: float) -> Policy:
+    """Places by predicated loads of no more bytes, so many of which read each; weights and taps from L2."""
 
     def policy(i: Instruction, n: int) -> Served:
-        if i.predicated and i.width == width:
+        if i.predicated and i.width <= widest:
             return Served(i.width * 32 * 0.6, i.width * 32 / shared, 2)
         return Served(16 if i.width == 8 else i.width * 32, 0, 1)
 
@@ -84,7 +84,7 @@ def _products(a: Arguments) -> int:
 
 KERNELS = {
     "leff_expand_kernel": Kernel(by_unit(l2, shared_by(24))),
-    "leff_contract_kernel": Kernel(patches(4, 4), _steps("E", "TILE_E")),
+    "leff_contract_kernel": Kernel(patches(8, 4), _steps("E", "TILE_E")),
     "leff_depthwise_inference_kernel": Kernel(device, lambda a: [a["H"]]),
     "leff_expand_moments_kernel": Kernel(by_unit(l2, shared_by(24))),
     "leff_moments_kernel": Kernel(device, _steps("ROWS", "TILE_M")),

@@ -184,5 +184,5 @@ def measured_launches(channels: int, batch: int = 256) -> list[tuple[Launch, Ker
     grid = cdiv(batch * side // 2 * side, 64) + cdiv(batch, 128), 1
     contract = launch(leff_contract_kernel, grid, 1, **tiles)
     # 12 loads of a place serve two outputs, and each row of places is read by two program instances.
-    steps = Kernel(patches(columns // 2 if columns == 16 else 16, 6), lambda a: [hidden // columns])
+    steps = Kernel(patches(8 if columns == 16 else 16, 6), lambda a: [hidden // columns])
     return [(expand, Kernel(by_unit(l2, shared_by(hidden // 128)))), (contract, steps)]

@@ -295,12 +295,13 @@ class _Backward:
             tile_m, tile_e, tile_c = (tiles.sizes[name] for name in ("TILE_M", "TILE_E", "TILE_C"))
             count = tiles.sizes["NUM_C"]
             programs = product * cdiv(call.E, tile_e) * cdiv(channels, tile_c * count)
-            of_moments = moments * cdiv(call.C, tile_e) * cdiv(call.C, tile_c)  # which take one tile each
+            # Which take one tile each, and about half as long.
+            of_moments = moments * cdiv(call.C, tile_e) * cdiv(call.C, tile_c)
             folds = 0
             if "p_folded" in arguments:
                 columns = cdiv(call.C, tiles.sizes["FOLD_C"])
                 folds = columns if arguments["p_tail"] is None else columns**2
-            rows, splits = _split(call.M, max(programs + cdiv(of_moments, count), 1), tile_m, folds)
+            rows, splits = _split(call.M, max(programs + of_moments // 2, 1), tile_m, folds)
             partial = call.empty(splits, call.E * channels) if product else None
             gram, sums = (call.empty(splits, call.C**n) if moments else None for n in (2, 1))
             programs = (programs + of_moments) * splits + folds
