@@ -2,7 +2,8 @@
 
 The first call of a kind times each of them, for some tenths of a second; the fastest of those that agree with plain
 PyTorch wins. The finding goes to a file beside that of tuned tiles (``kept``), where every later process finds it.
-``CEIT_KERNELS_MEASURE=0`` turns this off: every call then goes by a rule.
+``CEIT_KERNELS_MEASURE=0`` turns this off, and so does ``torch.use_deterministic_algorithms(True)``, as two measurements
+may end differently: every call then goes by a rule.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def fastest(
             graph is captured, launches are recorded or a compiler traces.
         rule: the implementation for a kind of which nothing is known and that cannot be measured here and now.
     """
-    if os.environ.get("CEIT_KERNELS_MEASURE") == "0" or is_recording() or not (is_eager(x) and has_clock(x)):
+    if os.environ.get("CEIT_KERNELS_MEASURE") == "0" or torch.are_deterministic_algorithms_enabled():
+        return rule
+    if is_recording() or not (is_eager(x) and has_clock(x)):
         return rule
     key = key_of(call, dtype, x.device)
     finding = _kept.find(key)

@@ -30,6 +30,7 @@ def key_of(call: str, dtype: torch.dtype, device: torch.device) -> str:
     return "|".join((call, str(dtype).removeprefix("torch."), chip_name(device), *_versions()))
 
 
+@cache
 def chip_name(device: torch.device) -> str:
     """The name of a GPU."""
     return torch.cuda.get_device_name(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -43,8 +43,9 @@ def choose(
         training: whether its gradients may be wanted.
     """
     rule = _rule(x.shape[2], x.device.index)
-    if settings.group is not None:
-        return rule  # processes that wait for one another go the same way
+    # Processes that wait for one another go the same way.
+    if settings.group is not None or not is_eager(x):
+        return rule
 
     def runs() -> dict[str, Run]:
         leaves: list[Any] = [
@@ -58,28 +59,44 @@ def choose(
         found["reference"] = partial(_plain, *own, norms, settings)
         wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
         generator = torch.Generator(x.device).manual_seed(0)
-        shape, kind = (*x.shape[:2], sizes["O"]), out_dtype(x, residual, settings)
+        shape, kind = (*x.shape[:2], weight3.shape[0]), out_dtype(x, residual, settings)
         grad_out = torch.randn(shape, generator=generator, dtype=kind, device=x.device)
         return {name: partial(_step, run, wanted, grad_out) for name, run in found.items()}
 
     tensors = x, *parameters
     needs = [needs_gradient(t) for t in tensors]
     weight1, weight2, weight3 = cast("list[Tensor]", parameters[::parameters_per_layer])
-    sizes = {
-        # Batches of about one size share a finding.
-        "tokens": 1 << (x.shape[0] * settings.height * settings.width - 1).bit_length(),
-        **dict(zip("HWCE", (settings.height, settings.width, x.shape[2], weight1.shape[0]), strict=True)),
-        "O": weight3.shape[0],
-        "kernel": weight2.shape[-1],
+    sizes = x.shape[2], weight1.shape[0], weight3.shape[0], weight2.shape[-1]
+    # Batches of about one size share a finding.
+    tokens = 1 << (x.shape[0] * settings.height * settings.width - 1).bit_length()
+    call = _described(training, tokens, sizes, settings, residual is not None, x.dtype, tuple(needs))
+    return fastest(call, x, settings.compute_dtype or x.dtype, "reference", runs, rule)
+
+
+@cache
+def _described(
+    training: bool,
+    tokens: int,
+    sizes: tuple[int, ...],
+    settings: Settings,
+    residual: bool,
+    dtype: torch.dtype,
+    needs: tuple[bool, ...],
+) -> str:
+    """A kind of call in words."""
+    channels, hidden, outputs, kernel = sizes
+    fields = {
+        "tokens": tokens,
+        **{"H": settings.height, "W": settings.width, "C": channels, "E": hidden, "O": outputs},
+        "kernel": kernel,
         "norms": "+".join(settings.norms),
         "activations": "+".join(settings.activations),
-        "residual": residual is not None,
-        "x": str(x.dtype).removeprefix("torch."),
+        "residual": residual,
+        "x": str(dtype).removeprefix("torch."),
         "gradients": sum(need << i for i, need in enumerate(needs)),
     }
-    call = ",".join(f"{name}={size}" for name, size in sizes.items())
-    phase, dtype = "training" if training else "inference", settings.compute_dtype or x.dtype
-    return fastest(f"leff {phase}|{call}", x, dtype, "reference", runs, rule)
+    phase = "training" if training else "inference"
+    return f"leff {phase}|" + ",".join(f"{name}={field}" for name, field in fields.items())
 
 
 @torch.compiler.assume_constant_result

@@ -11,8 +11,6 @@ namespace {
 
 // Hidden tokens that stay in the second level of cache between the convolution and the GEMM behind it.
 constexpr int64_t kRowTileBytes = 640 << 10;
-// Tokens of an image in planes that are transposed at a time.
-constexpr int64_t kPlaneTokens = 96;
 
 }  // namespace
 
@@ -38,18 +36,8 @@ Inference<T>::Inference(const Sizes& sizes, gemm::Packer<T>& packer) : Sizes(siz
 template <class T>
 void Inference<T>::expand(const T* x, T* memory, int64_t begin, int64_t end) const {
   gemm::Call<T> call = expanding;
-  if (plane == 0) {
-    call.a = x + prefix * channels, call.out = memory;
-    return gemm::multiply(call, begin, end);
-  }
-  T* rows = memory + tokens() * 2 * hidden + begin * channels;
-  call.a = rows;
-  for (int64_t token = begin; token < end; token += kPlaneTokens) {
-    const int64_t count = std::min(kPlaneTokens, end - token);
-    gemm::transpose(x + token, plane, channels, count, rows, channels);
-    call.out = memory + token * hidden;
-    gemm::multiply(call, 0, count);
-  }
+  call.a = x + prefix * channels, call.out = memory;
+  gemm::multiply(call, begin, end);
 }
 
 template <class T>
@@ -64,8 +52,6 @@ void Inference<T>::contract(const Out* x, const Out* residual, T* memory, Out* o
   depthwise.in = {memory, tokens()};
   depthwise.first = Activation::identity, depthwise.second = second;
   depthwise.taps = taps, depthwise.bias = shift2;
-  void* planes = memory + tokens() * (2 * hidden + channels) + begin * width * 2 * outputs;
-  Out* rows = static_cast<Out*>(planes);
   auto matmul = gemm::call_of<T, Out>(contracting, activated, nullptr);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     depthwise.top = int(begin + (end - begin) * tile / tiles);
@@ -73,16 +59,10 @@ void Inference<T>::contract(const Out* x, const Out* residual, T* memory, Out* o
     const int64_t count = int64_t(depthwise.bottom - depthwise.top) * width;
     depthwise.out = {activated, count};
     chosen(kIndex<T>).depthwise(depthwise, 0, channel_tiles(depthwise.shape));
-    const int64_t at = prefix * outputs + row(depthwise.top, outputs);
-    matmul.out = plane ? rows : out + at;
+    const int64_t at = (prefix + int64_t(depthwise.top) * width) * outputs;
+    matmul.out = out + at;
     matmul.residual = residual ? residual + at : nullptr;
-    if (plane && residual) {
-      Out* added = rows + count * outputs;
-      gemm::transpose(residual + at, plane, outputs, count, added, outputs);
-      matmul.residual = added;
-    }
     gemm::multiply(matmul, 0, count);
-    if (plane) gemm::transpose(rows, outputs, count, outputs, out + at, plane);
   }
   for (int64_t i = 0; begin == 0 && i < prefix * outputs; ++i) out[i] = residual ? sum_of(x[i], residual[i]) : x[i];
 }

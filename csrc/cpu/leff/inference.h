@@ -11,9 +11,6 @@ namespace ceit::leff {
 struct Sizes {
   int64_t channels, hidden, outputs, prefix;
   int height, width, side;
-  // Elements from one channel to the next of x, residual and out (channels, tokens), without prefix tokens; 0 where
-  // they are (tokens, channels).
-  int64_t plane;
   Activation first, second;
   double eps[3];  // of the norms
 };
@@ -29,14 +26,11 @@ struct Inference : Sizes {
 
   int64_t tokens() const { return int64_t(height) * width; }
   // Elements of an image's memory.
-  int64_t memory() const { return tokens() * (2 * hidden + (plane ? channels + 2 * outputs : 0)); }
-  // Where row `y` of the image is in x, residual or out, which have so many channels.
-  int64_t row(int64_t y, int64_t of_channels) const { return y * width * (plane ? 1 : of_channels); }
+  int64_t memory() const { return tokens() * 2 * hidden; }
 
   // The hidden tokens of tokens `begin` to `end`, from x (prefix + tokens, channels).
   void expand(const T* x, T* memory, int64_t begin, int64_t end) const;
-  // out (prefix + tokens, outputs) of the image's rows `begin` to `end`, and of the prefix tokens of x with the first;
-  // of another type than the hidden tokens only where they are not planes.
+  // out (prefix + tokens, outputs) of the image's rows `begin` to `end`, and of the prefix tokens of x with the first.
   template <class Out>
   void contract(const Out* x, const Out* residual, T* memory, Out* out, int64_t begin, int64_t end) const;
 };

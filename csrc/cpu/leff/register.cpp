@@ -48,9 +48,9 @@ void infer(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor prep
       x.dim() == 3 && out.dim() == 3 && rows >= tokens && (rows == tokens || sizes.channels == sizes.outputs),
       "x: expected (B, rows, C) with the image's rows last, and as wide as out where there are others");
   sizes.prefix = rows - tokens;
-  sizes.plane = x.is_contiguous() ? 0 : rows;
-  STD_TORCH_CHECK(!sizes.plane || !sizes.prefix, "x: expected contiguous rows where there are prefix tokens");
-  const auto in_memory = [&](const Tensor& rows) { return sizes.plane ? torch::stable::transpose(rows, 1, 2) : rows; };
+  const bool in_planes = !x.is_contiguous();
+  STD_TORCH_CHECK(!in_planes || !sizes.prefix, "x: expected contiguous rows where there are prefix tokens");
+  const auto in_memory = [&](const Tensor& rows) { return in_planes ? torch::stable::transpose(rows, 1, 2) : rows; };
   if (residual) residual = in_memory(*residual);
   with_dtype(x, [&](auto type) {
     using T = decltype(type);
@@ -61,13 +61,13 @@ void infer(Tensor x, std::vector<OptionalTensor> parameters, OptionalTensor prep
     gemm::with_prepacked<T>(parameters, prepacked, make, [&](const Inference<T>& leff) {
       const convnet::Unit<T> unit = unit_of(leff);
       const convnet::Map in{sizes.height, sizes.width, sizes.channels}, map = unit.map(in);
-      const int64_t planes = sizes.plane ? in.elements() + 2 * map.elements() : 0;
+      const int64_t planes = in_planes ? in.elements() + 2 * map.elements() : 0;
       const int64_t bytes = (unit.memory(in) + planes) * int64_t(sizeof(T));
       gemm::for_images(batch, bytes, [&](int64_t image, gemm::Place place, auto run) {
         const T* tokens = from + image * rows * sizes.channels;
         T *memory = static_cast<T*>(place.memory), *result = to + image * rows * sizes.outputs;
         const T* added = rest ? rest + image * rows * sizes.outputs : nullptr;
-        if (sizes.plane) return infer_planes(unit, in, tokens, added, memory, result, run);
+        if (in_planes) return infer_planes(unit, in, tokens, added, memory, result, run);
         const int64_t prefix = sizes.prefix * sizes.channels;
         for (int64_t i = 0; i < prefix; ++i) result[i] = added ? sum_of(tokens[i], added[i]) : tokens[i];
         unit.infer(in, tokens + prefix, added ? added + prefix : nullptr, memory, result + prefix, run);

@@ -218,6 +218,16 @@ def test_a_fused_block_is_copied_and_pickled():
         torch.testing.assert_close(again(*make_inputs("timm")), block(*make_inputs("timm")), rtol=0, atol=0)
 
 
+@blocks
+@torch.no_grad()
+def test_a_frozen_block_that_may_not_read_what_it_prepared_is_the_live_one(name):
+    block = make_block(name).float().eval()
+    x, *size = make_inputs(name)
+    live, frozen = fuse(block), freeze(block)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(x.float(), *size), live(x.float(), *size))
+
+
 def test_a_fused_block_is_compiled_whole():
     block, inputs = fuse(make_block("segformer")), make_inputs("segformer")
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")

@@ -54,6 +54,15 @@ def test_the_fastest_is_taken_and_a_kind_of_call_measured_once(clock):
     assert choose(dtype=torch.float64, fused=implementation(1e-4)) == "fused"
 
 
+def test_deterministic_runs_go_by_the_rule(clock):
+    choose()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose(rule="fused") == "fused"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
