@@ -34,8 +34,8 @@ def barriers():
         yield from ((name, i) for i, _ in enumerate(re.finditer(r"^ *barrier\(\);\n", text, re.MULTILINE)))
 
 
-# One of each kernel always; every one with the exhaustive proofs.
-FEW = {("forward.h", 1), ("backward.h", 1)}
+# One always; every one with the exhaustive proofs.
+FEW = {("backward.h", 1)}
 
 
 @pytest.mark.parametrize(
