@@ -87,7 +87,11 @@ def _described(
     channels, hidden, outputs, kernel = sizes
     fields = {
         "tokens": tokens,
-        **{"H": settings.height, "W": settings.width, "C": channels, "E": hidden, "O": outputs},
+        "H": settings.height,
+        "W": settings.width,
+        "C": channels,
+        "E": hidden,
+        "O": outputs,
         "kernel": kernel,
         "norms": "+".join(settings.norms),
         "activations": "+".join(settings.activations),

@@ -61,9 +61,7 @@ def test_inference_goes_by_what_was_measured(clock, served, seconds, winner):
     assert f"a chip: {winner} (triton" in str(ceit_kernels.status())
 
 
-@pytest.mark.parametrize(
-    ("seconds", "winner"), [((3, 2, 1), "library"), ((3, 1, 2), "triton"), ((1, 2, 3), "reference")]
-)
+@pytest.mark.parametrize(("seconds", "winner"), [((3, 2, 1), "library"), ((1, 2, 3), "reference")])
 def test_measuring_a_training_step_leaves_no_trace(clock, served, seconds, winner):
     leff, x, grad_out, grid_size = make_call(CASE, torch.float64, "bfb")
     clock += seconds
