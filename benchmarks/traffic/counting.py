@@ -164,7 +164,8 @@ def count_call(
 ) -> Call:
     """Count the kernels of a module's call, by the backends that ``use_backend`` set.
 
-    A fused operator counts by its launches (``access``). An operator of PyTorch counts as one kernel that reads its
+    A fused operator counts by its launches (``access``), those of an eager call: compiled ones take another launch to
+    average running statistics, which otherwise goes with the last statistics and is not in the bytes. An operator of PyTorch counts as one kernel that reads its
     inputs and writes its outputs once, views and allocations as none, attention as flash attention.
 
     Args:
@@ -180,7 +181,7 @@ def count_call(
         BackendError: the backend that was asked for cannot serve the call.
     """
     call, counter = Call(), _Counter(chip)
-    with fake_model(make, dtype) as module, record_launches(chip) as beside, FlashAttention():
+    with fake_model(make, dtype) as module, record_launches(chip), FlashAttention():
         module.train(training)
         x = torch.empty(shape, dtype=dtype, requires_grad=training and input_gradient)
         counter.kernels = call.forward
@@ -191,7 +192,6 @@ def count_call(
         with counter:
             with SavedTensors(module) as saved:
                 out = module(x)
-            call.forward += map(_fused, beside)  # what eager calls launch beside operators
             counter.kernels = call.backward
             out.backward(torch.empty(out.shape, dtype=out.dtype))
         call.saved_bytes = saved.bytes()

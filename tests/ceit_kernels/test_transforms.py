@@ -148,9 +148,8 @@ def test_the_meta_device_gives_shapes(name):
 
 
 @every_module
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_with_sizes_that_change(name, training):
-    plain, fused, x = make_pair(name, training)
+def test_compiles_with_sizes_that_change(name):
+    plain, fused, x = make_pair(name, training=True)
     torch._dynamo.reset()
     compiled = torch.compile(fused, dynamic=True, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):

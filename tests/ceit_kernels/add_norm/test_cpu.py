@@ -256,6 +256,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     torch.testing.assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("kind", LESSER)
 def test_code_for_lesser_processors_agrees(kind):
     code = """

@@ -159,6 +159,7 @@ def test_several_threads_may_run_at_once():
     assert all(torch.equal(result, expected[0]) for result in results)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("kind", LESSER)
 def test_code_for_lesser_processors_agrees(kind, tmp_path):
     calls = [(2, 90, 2, 33, dtype, num_queries) for dtype in (torch.float32, torch.float64) for num_queries in (90, 50)]

@@ -203,6 +203,7 @@ def test_the_number_of_threads_changes_nothing():
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("kind", LESSER)
 def test_code_for_lesser_processors_agrees(kind, tmp_path):
     stem, x, grad_out = make_call(torch.float32, (37, 42), (3, 40))

@@ -296,6 +296,7 @@ def test_several_threads_may_run_inference_at_once():
     assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("kind", LESSER)
 def test_code_for_lesser_processors_agrees(kind, tmp_path):
     leff, x, grad_out, grid_size = make_call((2, 5, 7, 1, 24, 100, 24, 3), torch.float32)
