@@ -165,8 +165,9 @@ def count_call(
     """Count the kernels of a module's call, by the backends that ``use_backend`` set.
 
     A fused operator counts by its launches (``access``), those of an eager call: compiled ones take another launch to
-    average running statistics, which otherwise goes with the last statistics and is not in the bytes. An operator of PyTorch counts as one kernel that reads its
-    inputs and writes its outputs once, views and allocations as none, attention as flash attention.
+    average running statistics, which otherwise goes with the last statistics and is not in the bytes. An operator of
+    PyTorch counts as one kernel that reads its inputs and writes its outputs once, views and allocations as none,
+    attention as flash attention.
 
     Args:
         make: makes the module; called where new tensors are on the meta device.
