@@ -69,10 +69,10 @@ def expand_tiles(in_features: int, hidden_features: int, dtype: torch.dtype, chi
 
 
 def hidden_gradient_tiles(out_features: int, hidden_features: int, dtype: torch.dtype, chip: int) -> Tiles:
-    """dz3 W_3, likewise; the activation's slope takes registers of its own."""
+    """dz3 W_3, likewise; the activation's slope takes registers of its own, and four warps spill on some chips."""
     if dtype.itemsize > 2:
         return Tiles({"TILE_M": 64, "TILE_E": _fit(64, hidden_features), "TILE_O": _fit(32, out_features)}, 8, 2)
-    depth, warps = (32, 8) if chip == 120 else (64, 4)
+    depth, warps = (64, 4) if chip in (80, 100) else (32, 8)
     return Tiles({"TILE_M": 64, "TILE_E": _fit(128, hidden_features), "TILE_O": _fit(depth, out_features)}, warps, 3)
 
 
@@ -81,7 +81,8 @@ def contract_tiles(out_features: int, dtype: torch.dtype, chip: int) -> Tiles:
     if dtype.itemsize > 2:
         return Tiles({"TILE_M": 64, "TILE_E": 16, "TILE_O": _fit(64, out_features), "NUM_O": 1}, 8, 2)
     size, count = _cover(out_features)
-    tokens = 128 if chip in _OPERANDS_FROM_SHARED_MEMORY and out_features <= 384 else 64
+    # Beyond 192 outputs 128 tokens spill on cc 90.
+    tokens = 128 if out_features <= {90: 192, 100: 384}.get(chip, 0) else 64
     # One program instance fills an SM there: nothing but loads far ahead hides its waits.
     stages = 4 if chip in _OPERANDS_FROM_SHARED_MEMORY else 2
     return Tiles({"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count}, 8, stages)
