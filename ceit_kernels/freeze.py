@@ -15,7 +15,7 @@ from .common.arguments import names_its_arguments
 from .common.graphs import Graphs
 from .common.module import Fusion
 from .convnet import FrozenConvnet
-from .fuse import fuse
+from .fuse import fuse_modules, warn_of_nothing
 from .graphs import graph_settings, inputs_reason
 from .operators import OPERATORS
 
@@ -78,10 +78,12 @@ class Frozen(nn.Module):
         self.cuda_graphs = cuda_graphs
         self.model = _copy_of(model)
         self.model.eval()  # whose result is nothing where a class overrides it
-        fuse(self.model)
+        fuse_modules(self.model)
         for module in self.model.modules():
             _parameters_to_buffers(module)
         self._prepare()
+        if not any(isinstance(module, (Fusion, FrozenConvnet)) for module in self.model.modules()):
+            warn_of_nothing(self.model)
 
     def _prepare(self) -> None:
         prepare = _whole.get(type(self.model))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -14,7 +16,7 @@ from .common.arguments import names_its_arguments
 from .common.module import Fusion, is_made, stand_in
 from .operators import OPERATORS
 
-__all__ = ["fuse", "register_fusion", "unfuse"]
+__all__ = ["fuse", "fuse_modules", "fusion_of", "register_fusion", "unfuse", "warn_of_nothing"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("ceit_kernels")
@@ -77,18 +79,29 @@ def fuse(model: Model, **operators: bool) -> Model:
     unknown = operators.keys() - OPERATORS.keys()
     if unknown:
         raise TypeError(f"fuse: expected operators of {tuple(OPERATORS)}, got {sorted(unknown)}")
-    name = type(model).__name__
+    name = type(model).__name__  # the plain one
+    found = fuse_modules(model, operators)
+    if found:
+        _log.info("fused modules of %s: %s", name, dict(found))
+    elif not any(isinstance(module, Fusion) for module in model.modules()):
+        warn_of_nothing(model)
+    return model
+
+
+def fuse_modules(model: nn.Module, operators: Mapping[str, bool] = MappingProxyType({})) -> Counter[str]:
+    """What ``fuse`` does, without a word: how many modules there were of each operator."""
     found: Counter[str] = Counter()
     for module in model.modules():
         operator, fused_class = fusion_of(type(module))
         if fused_class is not None and operators.get(operator, True) and "forward" not in module.__dict__:
             cast("Any", module).__class__ = fused_class
             found[operator] += 1
-    if found:
-        _log.info("fused modules of %s: %s", name, dict(found))
-    elif not any(isinstance(module, Fusion) for module in model.modules()):
-        _log.warning("no module of %s was fused; ceit_kernels.explain(model) says why", name)
-    return model
+    return found
+
+
+def warn_of_nothing(model: nn.Module) -> None:
+    """Say that no module was fused."""
+    _log.warning("no module of %s was fused; ceit_kernels.explain(model) says why", type(model).__name__)
 
 
 def fusion_of(plain_class: type[nn.Module]) -> tuple[str, type[Fusion] | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import eq
 from typing import Any
 
@@ -33,9 +33,8 @@ class _Prepacked:
         of_tokens: whether channels are the last dimension, not the second of images.
         channels, dtype: of the input.
         modules, classes: the modules within, and their classes then.
-        states, attributes: what all modules have, and how much then.
+        states, states_then: what all modules have, and what they had then.
         hooks: of all modules.
-        children, children_then: of all modules.
     """
 
     tensor: Tensor
@@ -46,19 +45,17 @@ class _Prepacked:
     modules: list[nn.Module]
     classes: list[type]
     states: list[dict]
-    attributes: list[int]
     hooks: list[dict]
-    children: list[dict]
-    children_then: list[dict]
+    states_then: list[dict] = field(init=False)
 
     def is_intact(self) -> bool:
-        """Whether nothing was done to the modules since."""
-        return (
-            not any(self.hooks)
-            and list(map(type, self.modules)) == self.classes
-            and list(map(len, self.states)) == self.attributes
-            and all(map(eq, self.children, self.children_then))
-        )
+        """Whether nothing was done to the modules since: no hook, and every attribute as it was."""
+        if any(self.hooks) or list(map(type, self.modules)) != self.classes:
+            return False
+        try:
+            return all(map(eq, self.states, self.states_then))
+        except (RuntimeError, ValueError):  # another tensor: of equal objects one look is enough
+            return False
 
     def serves(self, x: Tensor) -> bool:
         """Whether a call may read it: eager inference on images of the dtype."""
@@ -133,7 +130,8 @@ class FrozenConvnet:
             if (chain.method == "forward" or name in chain.children) and name not in chain.ahead
         ]
         within = [part for name in called for part in (module._modules[name] or nn.Identity()).modules()]
-        module.__dict__["_prepacked"] = _prepack(units, layers[0], of_tokens, [module, *within])
+        prepacked = module.__dict__["_prepacked"] = _prepack(units, layers[0], of_tokens, [module, *within])
+        prepacked.states_then = list(map(dict, prepacked.states))
         module.__class__ = _frozen_class(type(module), chain)
         return called
 
@@ -182,10 +180,10 @@ def _prepack(units: list[Unit], first: ConvLayer, of_tokens: bool, modules: list
             else:
                 parameters += [layer.weight.permute(0, 2, 3, 1).contiguous(), layer.scale, layer.shift]
     weight = first.weight
-    # Whatever is put on a module or in its place shows in one of these.
-    children = [module._modules for module in modules]
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    states = [vars(module) for module in modules]
+    attributes = [vars(module) for module in modules]
+    children = [state["_modules"] for state in attributes]
+    tensors = [state[name] for state in attributes for name in ("_parameters", "_buffers") if state[name]]
     return _Prepacked(
         torch.ops.ceit._convnet_prepack(weight, parameters, sizes),
         sizes,
@@ -194,9 +192,6 @@ def _prepack(units: list[Unit], first: ConvLayer, of_tokens: bool, modules: list
         weight.dtype,
         modules[1:],
         list(map(type, modules[1:])),
-        states,
-        [len(state) + (state is states[0]) for state in states],  # and what is prepacked
-        [state[kind] for state in states for kind in kinds],
-        children,
-        [dict(each) for each in children],
+        [*attributes, *children, *tensors],
+        [state[kind] for state in attributes for kind in kinds],
     )

@@ -51,7 +51,12 @@ struct Layer {
   Map map(const Map& of) const { return {size(of.height), size(of.width), out}; }
 
  private:
-  int64_t size(int64_t of) const { return (of + 2 * padding - side) / stride + 1; }
+  int64_t size(int64_t of) const {
+    const int64_t padded = of + 2 * padding;
+    STD_TORCH_CHECK(padded >= side, "x: expected images of which a convolution of side ", side, " gets at least ", side,
+                    " pixels with its padding, got ", padded);
+    return (padded - side) / stride + 1;
+  }
 };
 
 // Layers of which no result is needed but the last: a pointwise one, one that mixes neighbours and a pointwise one, of

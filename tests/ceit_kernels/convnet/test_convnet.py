@@ -176,7 +176,25 @@ def with_another_forward(block):
     block.conv_dw.forward = torch.sin
 
 
-@pytest.mark.parametrize("change", [with_a_hook, with_another_child, with_another_class, with_another_forward])
+def with_another_weight(block):
+    block.conv_pwl.weight = nn.Parameter(2 * block.conv_pwl.weight.detach())
+
+
+def with_another_setting(block):
+    block.conv_dw.dilation, block.conv_dw.padding = (2, 2), (4, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_a_hook,
+        with_another_child,
+        with_another_class,
+        with_another_forward,
+        with_another_weight,
+        with_another_setting,
+    ],
+)
 def test_what_is_done_to_the_parts_is_not_ignored(change):
     block, x = make("MobileNetV2, shortcut"), images(1, 12, 9, 7)
     changed = copy.deepcopy(block)
@@ -221,6 +239,21 @@ def test_other_modules_stay_as_they_are(make_block):
     frozen = freeze(block)
     assert not isinstance(frozen.model, FrozenConvnet)
     torch.testing.assert_close(frozen(x), block(x), rtol=1e-10, atol=1e-10)
+
+
+def test_an_image_smaller_than_a_kernel_is_refused_as_by_pytorch():
+    for name, size in (("convolution without padding", (2, 9)), ("patches", (9, 3))):
+        block = make(name)
+        for module in (block, freeze(block)):
+            with pytest.raises(RuntimeError, match=r"Kernel size|at least [34] pixels"):
+                module(images(2, 12, *size))
+
+
+def test_freezing_says_so_only_where_it_finds_nothing(caplog):
+    freeze(make("sequence"))
+    assert not caplog.text
+    freeze(nn.Sequential(nn.ReLU()))
+    assert "no module of Sequential was fused" in caplog.text
 
 
 def test_calls_that_the_kernels_do_not_serve_are_the_modules():
