@@ -61,12 +61,14 @@ def leff_depthwise_inference_kernel(
         for _ in tl.static_range(2 * R * TILE_W):
             b_open = b_open + (b_shift2,)
 
-        p_rows1 = p_z1 + (i_b * (H * W + P) + P + o_x - R).to(tl.int64) * E + o_e
-        p_rows2 = p_h2 + (i_b * H * W + o_x).to(tl.int64) * E + o_e
-        b_next = _load_row(p_rows1, m_e, o_x, FIRST, LAST, R, W, E)
+        # Tokens, whose numbers times channels may take 64 bits.
+        i_1 = i_b * (H * W + P) + P + o_x - R
+        i_2 = i_b * H * W + o_x
+        b_next = _load_row(p_z1 + i_1.to(tl.int64) * E + o_e, m_e, o_x, FIRST, LAST, R, W, E)
         for y in range(0, H):
             b_row = b_next
-            b_next = _load_row(p_rows1 + (y + 1) * W * E, m_e & (y + 1 < H), o_x, FIRST, LAST, R, W, E)
+            p_row = p_z1 + (i_1 + (y + 1) * W).to(tl.int64) * E + o_e
+            b_next = _load_row(p_row, m_e & (y + 1 < H), o_x, FIRST, LAST, R, W, E)
             b_a1 = ()
             for x in tl.static_range(TILE_X):
                 if outside(x, W, R, NX):
@@ -91,12 +93,14 @@ def leff_depthwise_inference_kernel(
                 b_rows = b_rows + (b_z2,)
             b_open = b_rows[TILE_W:]
             if y >= R:
-                _store_row(p_rows2 + (y - R) * W * E, b_rows, 0, m_e, o_x, ACTIVATION2, TILE_W, W, E, COMPUTE, EXACT)
+                p_row = p_h2 + (i_2 + (y - R) * W).to(tl.int64) * E + o_e
+                _store_row(p_row, b_rows, 0, m_e, o_x, ACTIVATION2, TILE_W, W, E, COMPUTE, EXACT)
         # Below the last row there is only padding.
         for i in tl.static_range(R):
             y2 = H - R + i
+            p_row = p_h2 + (i_2 + y2 * W).to(tl.int64) * E + o_e
             mask = m_e & (y2 >= 0)
-            _store_row(p_rows2 + y2 * W * E, b_open, i * TILE_W, mask, o_x, ACTIVATION2, TILE_W, W, E, COMPUTE, EXACT)
+            _store_row(p_row, b_open, i * TILE_W, mask, o_x, ACTIVATION2, TILE_W, W, E, COMPUTE, EXACT)
 
 
 @triton.jit
