@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +45,8 @@ def compile_launches(launches: Sequence[Launch], threads: int, progress: Callabl
     import triton
     from triton import knobs
 
-    with _alone(Path(knobs.cache.dir)), _Workers(threads) as workers, triton.AsyncCompileMode(workers):
+    alone, workers = _alone(Path(knobs.cache.dir)), _Workers(threads)
+    with alone, _parsing_in_turn(), workers, triton.AsyncCompileMode(workers):
         for launch in launches:
             # A dtype stands for a tensor whose address is a multiple of 16, as PyTorch's allocations are.
             arguments = [a.dtype if isinstance(a, Tensor) else a for a in launch.arguments.values()]
@@ -55,6 +57,28 @@ def compile_launches(launches: Sequence[Launch], threads: int, progress: Callabl
         for done, _ in enumerate(as_completed(workers.futures), 1):
             progress(done, total)
     return total
+
+
+@contextmanager
+def _parsing_in_turn() -> Iterator[None]:
+    """A block in which one thread at a time parses the source of a kernel.
+
+    Python 3.11.0 to 3.11.7, 3.12.0 and 3.12.1 count the depth of a syntax tree for all threads together, and so raise
+    SystemError now and then (https://github.com/python/cpython/issues/106905).
+    """
+    from triton.runtime import JITFunction
+
+    parse, lock = JITFunction.parse, Lock()
+
+    def in_turn(self: JITFunction[Any]) -> Any:
+        with lock:
+            return parse(self)
+
+    JITFunction.parse = in_turn
+    try:
+        yield
+    finally:
+        JITFunction.parse = parse
 
 
 @contextmanager

@@ -5,12 +5,13 @@ import torch
 import triton.language as tl
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.cycles.__main__ import rows
+from benchmarks.cycles.__main__ import calls_of, rows
 from benchmarks.cycles.kernels import KERNELS, Kernel, device, estimate
 from benchmarks.cycles.machine import CONDITIONS, DEVICE_BYTES, run_cycles
 from benchmarks.cycles.measured import MICROSECONDS, measured_launches
 from benchmarks.cycles.sass import Instruction, forked, loops, parse, trace
 from benchmarks.traffic.counting import Kernel as Counted
+from benchmarks.workloads import SIZES
 from ceit_kernels.common.launch import launch, record_launches
 from ceit_kernels.leff.triton.kernels_reduce import leff_statistics_kernel
 
@@ -97,3 +98,12 @@ def test_gives_what_an_h100_measured(channels):
     low, high = sum(each.low for each in found), sum(each.high for each in found)
     assert 0.95 * low <= MICROSECONDS[channels] <= 1.05 * high
     assert high <= 1.25 * low
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(("size", "backend"), [("tiny", "triton"), ("small", "library")])
+def test_knows_the_loops_of_every_kernel_of_a_training_step(size, backend):
+    launches, gemms = calls_of(SIZES[size], "training", backend)
+    found = [*rows(launches, gemms)]
+    assert len(found) >= 14
+    assert all(0 < low <= high for _, low, high, _ in found)

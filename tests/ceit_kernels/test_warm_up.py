@@ -1,6 +1,8 @@
 """Compiling ahead of the first step, for a GPU that is not there, and on one."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from ceit_kernels.common.compile_ahead import compile_launches
 from ceit_kernels.warm_up import launches_of
 
 triton = pytest.importorskip("triton")
+JITFunction = triton.runtime.JITFunction
 SIZES = {"img_size": 48, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
 
 
@@ -74,6 +77,24 @@ def test_kernels_are_compiled_once_and_it_is_told_how_far_it_is(chip, tmp_path):
     assert compile_launches(launches, 2, lambda *numbers: None) == 0
     for launch in launches:
         launch.kernel.device_caches.clear()
+
+
+def test_threads_parse_sources_in_turn(monkeypatch):
+    """Several Pythons fail now and then where two threads parse at once."""
+    at_once, most = [], []
+
+    def parse(function):
+        at_once.append(function)
+        time.sleep(0.002)
+        most.append(len(at_once))
+        at_once.remove(function)
+
+    monkeypatch.setattr(JITFunction, "parse", parse)
+    with compile_ahead._parsing_in_turn(), ThreadPoolExecutor(4) as workers:
+        for _ in workers.map(JITFunction.parse, range(8)):
+            pass
+    assert most == [1] * 8
+    assert JITFunction.parse is parse
 
 
 def test_recording_leaves_a_model_alone():
