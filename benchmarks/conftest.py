@@ -14,7 +14,7 @@ from benchmarks.harness.measure import result_rows
 from benchmarks.harness.targets import target_rows
 from benchmarks.session import OPTIONS, Session
 from benchmarks.tables import format_table
-from ceit.runtime.options import UsageError
+from ceit.runtime.errors import UsageError
 
 SESSION = pytest.StashKey[Session]()
 

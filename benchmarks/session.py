@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ceit.runtime.options import UsageError
+from ceit.runtime.errors import UsageError
 
 from .harness.compare import Comparison, Worker, compare
 from .harness.implementations import COSTLY, IMPLEMENTATIONS

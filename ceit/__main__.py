@@ -17,15 +17,10 @@ from .evaluate import evaluate_checkpoint
 from .export import ExportFailed, export
 from .predict import predict, rendered
 from .runtime import checkpoints
+from .runtime.errors import UsageError
+from .runtime.fields import add_options
 from .runtime.machine import devices, versions
-from .runtime.options import (
-    EvaluateOptions,
-    ExportOptions,
-    PredictOptions,
-    TrainOptions,
-    UsageError,
-    add_options,
-)
+from .runtime.options import EvaluateOptions, ExportOptions, PredictOptions, TrainOptions
 from .runtime.progress import TrainingFailed
 from .runtime.recipes import add_recipe_options, with_recipe
 from .train import train

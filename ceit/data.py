@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
 
 from .runtime.distributed import Place
-from .runtime.options import RunOptions, TrainOptions, UsageError, needed, usage_errors
+from .runtime.errors import UsageError, needed, usage_errors
+from .runtime.options import RunOptions, TrainOptions
 
 _Options = TypeVar("_Options", bound=RunOptions)
 _TEST_FOLDERS = ("val", "validation", "test")

@@ -12,8 +12,9 @@ from statistics import fmean
 from typing import Any
 
 from .runtime import checkpoints
+from .runtime.errors import UsageError
+from .runtime.fields import check, option
 from .runtime.files import write_json
-from .runtime.options import UsageError, check, option
 
 KINDS = ("plain", "fused")
 

@@ -17,9 +17,11 @@ from torch.utils.data import IterableDataset
 from .data import check_classes, create_test_loader, open_split, resolve_data_options
 from .runtime.building import input_arguments, number_of_classes, numbered_classes, restore_model
 from .runtime.distributed import Place, processes
+from .runtime.errors import needed, usage_errors
+from .runtime.fields import check, plain
 from .runtime.files import claimed, write_csv, write_json
 from .runtime.machine import AMP_DTYPES, autocast, backend, check_graphs, for_inference, fused_operators
-from .runtime.options import EvaluateOptions, check, needed, plain, usage_errors
+from .runtime.options import EvaluateOptions
 from .runtime.progress import progress_bar
 
 _logger = logging.getLogger(__name__)

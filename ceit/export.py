@@ -20,8 +20,10 @@ from ceit_kernels import unfuse
 
 from .registry import create_model
 from .runtime.building import build_model, restore_model
+from .runtime.errors import UsageError, needed, usage_errors
+from .runtime.fields import check, plain
 from .runtime.files import claimed
-from .runtime.options import ExportOptions, UsageError, check, needed, plain, usage_errors
+from .runtime.options import ExportOptions
 
 _logger = logging.getLogger(__name__)
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from .model import CeiT
 from .runtime.building import input_arguments, numbered_classes, restore_model
 from .runtime.distributed import processes
+from .runtime.errors import UsageError, needed, usage_errors
+from .runtime.fields import check
 from .runtime.files import csv_text
 from .runtime.machine import AMP_DTYPES, autocast, backend, check_graphs, for_inference, fused_operators
-from .runtime.options import PredictOptions, UsageError, check, needed, usage_errors
+from .runtime.options import PredictOptions
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 

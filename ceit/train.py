@@ -23,9 +23,11 @@ from .evaluate import evaluate, number_of_parameters
 from .runtime import checkpoints
 from .runtime.building import input_arguments, number_of_classes, numbered_classes
 from .runtime.distributed import Place, processes
+from .runtime.errors import UsageError, usage_errors
+from .runtime.fields import check, plain
 from .runtime.files import claimed, write_csv, write_json, write_json_lines
 from .runtime.machine import AMP_DTYPES, backend, compile_kernels, fused_operators, peak_memory_mb, versions
-from .runtime.options import TrainOptions, UsageError, check, plain, usage_errors
+from .runtime.options import TrainOptions
 from .runtime.progress import EpochProgress, TrainingFailed, progress_bar
 from .runtime.setup import Run, batch_norms, check_together, prepare_model, prepare_run, resolve
 from .runtime.sharding import full_state, load_full_state

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ceit.runtime.options import UsageError
+from ceit.runtime.errors import UsageError
 
 from ..workloads import Workload
 from .statistics import Ratio, median_ratio, verdict

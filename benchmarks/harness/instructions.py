@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from ceit.runtime.options import UsageError
+from ceit.runtime.errors import UsageError
 from ceit_kernels.common.extension import cpu_code
 
 # What PyTorch, oneDNN (OpenVINO's too), MKL and this project read, at their first call.

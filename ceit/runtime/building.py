@@ -9,7 +9,9 @@ from torch import nn
 from ..checkpoint import load_checkpoint, number_of_outputs
 from ..registry import create_model, is_model_folder
 from .checkpoints import load_checkpoint_state
-from .options import EvaluateOptions, ExportOptions, ModelOptions, PredictOptions, UsageError, flag, usage_errors
+from .errors import UsageError, usage_errors
+from .fields import flag
+from .options import EvaluateOptions, ExportOptions, ModelOptions, PredictOptions
 
 _Options = TypeVar("_Options", EvaluateOptions, PredictOptions, ExportOptions)
 

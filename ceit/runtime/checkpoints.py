@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import read_checkpoint
+from .errors import UsageError
+from .fields import flag, plain
 from .files import write_atomically
-from .options import TrainOptions, UsageError, flag, plain
+from .options import TrainOptions
 
 FORMAT = 1
 LAST, BEST, OPTIONS, RESULT = "last.pt", "best.pt", "options.json", "result.json"

@@ -12,7 +12,7 @@ from timm.utils import is_distributed_env
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 
-from .options import UsageError
+from .errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .options import UsageError, usage_errors
+from .errors import UsageError, usage_errors
 
 try:
     import fcntl

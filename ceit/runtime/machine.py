@@ -14,7 +14,8 @@ from tqdm import tqdm
 import ceit_kernels
 from ceit_kernels.operators import OPERATORS
 
-from .options import PredictOptions, RunOptions, UsageError, usage_errors
+from .errors import UsageError, usage_errors
+from .options import PredictOptions, RunOptions
 
 _logger = logging.getLogger(__name__)
 

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from ..registry import is_model_folder
-from .options import TrainOptions, UsageError, flag, usage_errors
+from .errors import UsageError, usage_errors
+from .fields import flag
+from .options import TrainOptions
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
 _FROM_WEIGHTS = ("ceit-finetune-384", "transfer")

@@ -8,7 +8,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .options import TrainOptions, UsageError, flag
+from .errors import UsageError
+from .fields import flag
+from .options import TrainOptions
 
 # Options that only some schedules look at.
 _OF_SCHEDULES = {

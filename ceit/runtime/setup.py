@@ -21,8 +21,10 @@ from ..data import resolve_data_options
 from ..registry import is_model_folder
 from .building import build_model
 from .distributed import Place, parallel
+from .errors import UsageError, needed, usage_errors
+from .fields import flag
 from .machine import check_graphs
-from .options import TrainOptions, UsageError, flag, needed, usage_errors
+from .options import TrainOptions
 from .schedules import check_schedule, create_schedule
 from .sharding import shard
 

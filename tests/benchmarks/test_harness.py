@@ -18,7 +18,7 @@ from benchmarks.harness.usage import peak_memory
 from benchmarks.session import Session, select_workloads
 from benchmarks.tables import format_table
 from benchmarks.workloads import Workload, plan
-from ceit.runtime.options import UsageError
+from ceit.runtime.errors import UsageError
 from ceit_kernels import Frozen, FusedLCAAttention, FusedLeFF
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from benchmarks.harness.statistics import Ratio
 from benchmarks.harness.targets import Target, judge, target_rows, targets_of
 from benchmarks.session import Session
 from benchmarks.workloads import Workload, plan
-from ceit.runtime.options import UsageError
+from ceit.runtime.errors import UsageError
 
 CPU = torch.device("cpu")
 WORKLOAD = Workload("leff", "tiny", "training", "float32", 16)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ceit.runtime.options import TrainOptions, flag
+from ceit.runtime.fields import flag
+from ceit.runtime.options import TrainOptions
 
 # A CeiT that trains in a second: two blocks of width 32.
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}

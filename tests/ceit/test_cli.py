@@ -8,7 +8,8 @@ import torch
 from ceit import train as training
 from ceit.__main__ import build_parser, main
 from ceit.demo import DemoOptions
-from ceit.runtime.options import EvaluateOptions, TrainOptions, flag
+from ceit.runtime.fields import flag
+from ceit.runtime.options import EvaluateOptions, TrainOptions
 
 
 @pytest.fixture

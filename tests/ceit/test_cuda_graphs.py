@@ -11,7 +11,8 @@ from ceit.evaluate import evaluate_checkpoint
 from ceit.predict import predict
 from ceit.runtime import machine, steps
 from ceit.runtime.checkpoints import load_checkpoint_state
-from ceit.runtime.options import EvaluateOptions, PredictOptions, UsageError
+from ceit.runtime.errors import UsageError
+from ceit.runtime.options import EvaluateOptions, PredictOptions
 from ceit.train import train
 from ceit_kernels import use_backend
 

@@ -7,7 +7,8 @@ from PIL import Image
 
 from ceit.data import Digits, check_classes, create_test_loader, create_train_loader, open_split, resolve_data_options
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import RunOptions, UsageError
+from ceit.runtime.errors import UsageError
+from ceit.runtime.options import RunOptions
 
 CPU = Place(torch.device("cpu"))
 CONFIG = {

@@ -6,7 +6,7 @@ import pytest
 
 from ceit.__main__ import main
 from ceit.demo import EARLY_LIMITS, EPOCH_LIMIT, DemoFailed, DemoOptions, compare, demo, judge, training_command
-from ceit.runtime.options import UsageError
+from ceit.runtime.errors import UsageError
 from ceit_kernels.operators import OPERATORS
 
 SMALL = ["--epochs", "2", "--img-size", "32", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"]

@@ -11,7 +11,8 @@ from ceit.data import create_test_loader, open_split
 from ceit.evaluate import evaluate, evaluate_checkpoint
 from ceit.runtime.building import build_model
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import EvaluateOptions, UsageError
+from ceit.runtime.errors import UsageError
+from ceit.runtime.options import EvaluateOptions
 from ceit.train import train
 from ceit_kernels import Frozen, FusedLeFF
 

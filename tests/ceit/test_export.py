@@ -14,7 +14,8 @@ from ceit.evaluate import evaluate_checkpoint
 from ceit.export import ExportFailed, export
 from ceit.predict import predict
 from ceit.runtime.building import restore_model
-from ceit.runtime.options import EvaluateOptions, ExportOptions, PredictOptions, UsageError
+from ceit.runtime.errors import UsageError
+from ceit.runtime.options import EvaluateOptions, ExportOptions, PredictOptions
 from ceit.train import train
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}

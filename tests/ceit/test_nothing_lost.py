@@ -14,8 +14,8 @@ import torch
 
 from ceit.__main__ import main
 from ceit.runtime.checkpoints import load_checkpoint_state
+from ceit.runtime.errors import UsageError
 from ceit.runtime.files import claimed, write_atomically
-from ceit.runtime.options import UsageError
 from ceit.train import train
 
 _HOLD = """

@@ -12,7 +12,8 @@ from ceit.__main__ import main
 from ceit.data import create_test_loader, open_split
 from ceit.predict import lca_attention, predict, rendered
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import PredictOptions, UsageError
+from ceit.runtime.errors import UsageError
+from ceit.runtime.options import PredictOptions
 from ceit.train import train
 from ceit_kernels import fuse
 

@@ -6,7 +6,9 @@ from ceit.__main__ import build_parser, main
 from ceit.evaluate import evaluate_checkpoint
 from ceit.runtime.checkpoints import load_checkpoint_state
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import EvaluateOptions, TrainOptions, UsageError, check
+from ceit.runtime.errors import UsageError
+from ceit.runtime.fields import check
+from ceit.runtime.options import EvaluateOptions, TrainOptions
 from ceit.runtime.recipes import recipes, with_recipe
 from ceit.runtime.setup import check_together, resolve
 from ceit.train import train

@@ -12,7 +12,8 @@ from ceit.data import create_test_loader, create_train_loader, open_split, resol
 from ceit.evaluate import evaluate_checkpoint
 from ceit.runtime.checkpoints import load_checkpoint_state
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import EvaluateOptions, RunOptions, UsageError
+from ceit.runtime.errors import UsageError
+from ceit.runtime.options import EvaluateOptions, RunOptions
 from ceit.train import train
 
 pytest.importorskip("webdataset")

@@ -16,8 +16,8 @@ from ceit import train as training
 from ceit.runtime.building import build_model
 from ceit.runtime.checkpoints import load_checkpoint_state, save_checkpoint
 from ceit.runtime.distributed import Place
+from ceit.runtime.errors import UsageError
 from ceit.runtime.files import write_atomically
-from ceit.runtime.options import UsageError
 from ceit.runtime.progress import TrainingFailed
 from ceit.runtime.steps import EagerSteps
 from ceit.train import train

@@ -12,7 +12,8 @@ from ceit.data import create_train_loader, open_split, resolve_data_options
 from ceit.evaluate import evaluate_checkpoint
 from ceit.runtime.checkpoints import check_same_options, load_checkpoint_state
 from ceit.runtime.distributed import Place
-from ceit.runtime.options import EvaluateOptions, TrainOptions, UsageError
+from ceit.runtime.errors import UsageError
+from ceit.runtime.options import EvaluateOptions, TrainOptions
 from ceit.runtime.setup import prepare_model, prepare_run, resolve
 from ceit.train import train
 
