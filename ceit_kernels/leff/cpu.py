@@ -94,6 +94,9 @@ def leff_forward_native(
 ) -> tuple[Tensor, ...]:
     """The results of ``ceit::leff``, its arguments checked; x and residual contiguous, B at least 1."""
     dtype = settings.compute_dtype or x.dtype
+    if residual is not None and residual.dtype == torch.float64 != x.dtype:  # which no kernel adds to less
+        out, *saved = leff_forward_native(x, parameters, None, settings, torch.promote_types(dtype, x.dtype))
+        return out + residual, *saved
     out = x.new_empty((*x.shape[:2], parameters[2 * parameters_per_layer].shape[0]), dtype=out_dtype)
     prefix = x.to(out_dtype) if settings.num_prefix_tokens else x
     residual = None if residual is None else residual.to(out_dtype)

@@ -213,6 +213,20 @@ def test_gradients_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_residual_of_any_type_is_added_and_gets_its_gradient(dtype, training):
+    leff, x, _, grid_size = make_call((2, 3, 3, 1, 16, 24, 16, 3), dtype)
+    leff.train(training)
+    for kind in (torch.bfloat16, torch.float32, torch.float64):
+        residual, results = torch.randn_like(x, dtype=kind).requires_grad_(), []
+        for backend in ("native", "reference"):
+            with use_backend(backend):
+                out = copy.deepcopy(leff)(x, grid_size, residual)
+            results.append((out, *torch.autograd.grad(out.square().sum(), residual)))
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05)  # checks dtypes too
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_autocast_computes_in_bfloat16_and_adds_the_residual_in_float32(training):
     leff, x, grad_out, grid_size = make_call((2, 3, 3, 1, 16, 24, 16, 3), torch.float32)
     leff.train(training)
