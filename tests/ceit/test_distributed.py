@@ -9,6 +9,7 @@ import torch
 
 import ceit
 from ceit.evaluate import evaluate_checkpoint
+from ceit.runtime import distributed
 from ceit.runtime.options import EvaluateOptions
 
 _CHILD = """
@@ -69,3 +70,24 @@ def test_two_processes_train_and_evaluate_one_model_and_count_every_image_once(o
     assert process.stdout.splitlines() == [
         f"top-1 {alone.top1:.2f}%  top-5 {alone.top5:.2f}%  loss {alone.loss:.4f}  13 images"
     ], "one process tells the figures of both"
+
+
+JOB = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-09,12],login1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (JOB, ("gpu07", "23456")),
+        (JOB | {"SLURM_STEP_NODELIST": "gpu12"}, ("gpu12", "23456")),
+        (JOB | {"MASTER_ADDR": "here", "MASTER_PORT": "1"}, ("here", "1")),
+        (JOB | {"SLURM_NTASKS": "1"}, (None, None)),
+        (JOB | {"WORLD_SIZE": "2"}, (None, None)),
+        ({name: JOB[name] for name in JOB if name != "SLURM_PROCID"}, (None, None)),
+        ({"SLURM_PROCID": "0"}, (None, None)),
+    ],
+)
+def test_processes_of_srun_meet_at_the_first_node_and_others_are_left_alone(environment, expected, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(environment))
+    distributed._prepare_slurm()
+    assert (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")) == expected

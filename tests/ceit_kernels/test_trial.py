@@ -6,7 +6,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 
 from ceit_kernels.__main__ import main
 from ceit_kernels.leff.fusion import BlockFusion
-from ceit_kernels.trial import image_size_of, make_model
+from ceit_kernels.trial import _peak_bytes, image_size_of, make_model
 
 SMALL = ["--size", "32", "--repeats", "1", "--no-compile"]
 
@@ -54,3 +54,9 @@ def test_the_images_have_the_size_that_the_model_is_made_for():
         assert image_size_of(make_model("pvt_v2_b0")) == 224
         assert image_size_of(make_model("hf:segformer")) == 224
     assert image_size_of(torch.nn.Identity()) == 224
+
+
+def test_the_memory_of_a_call_is_what_it_has_at_once():
+    numbers = 1 << 18
+    peak = _peak_bytes(lambda: (torch.ones(numbers) + torch.ones(numbers)).sqrt(), torch.zeros(1))
+    assert 3 << 20 <= peak < 4 << 20

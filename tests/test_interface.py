@@ -1,0 +1,51 @@
+"""What users type: options of commands, arguments of public functions, and what each is unless given.
+
+interface.txt has them; `PYTHONPATH=tests:. python tests/test_interface.py` writes it anew. What changes there changes
+for users: it belongs into the changelog.
+"""
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+from test_options import CLASSES, commands
+
+import ceit
+import ceit_kernels
+
+FILE = Path(__file__).with_name("interface.txt")
+
+
+def lines():
+    for command, parser in commands():
+        fields = {field.name: field for field in dataclasses.fields(CLASSES[command])} if command in CLASSES else {}
+        for action in parser._actions:
+            words = [*action.option_strings, repr(action.default), *map(str, action.choices or ())]
+            words += ["required"] if action.required else []
+            words += [f"nargs={action.nargs}"] if action.nargs is not None else []
+            words += [action.type.__name__] if action.type else []
+            if action.dest in fields:
+                bounds = fields[action.dest].metadata["range"].items()
+                words += [f"{relation} {bound}" for relation, bound in bounds if bound is not None]
+            if action.dest != "help":
+                yield " ".join([command, *([] if action.option_strings else [action.dest]), *words])
+    for package in (ceit, ceit_kernels):
+        for name in sorted(package.__all__):
+            public = getattr(package, name)
+            if callable(public) and not (isinstance(public, type) and issubclass(public, Exception)):
+                arguments = inspect.signature(public).parameters.values()
+                yield f"{package.__name__}.{name}({', '.join(map(text_of, arguments))})"
+
+
+def text_of(argument):
+    default = getattr(argument.default, "__qualname__", repr(argument.default))
+    name = str(argument.replace(annotation=argument.empty, default=argument.empty))
+    return name if argument.default is argument.empty else f"{name}={default}"
+
+
+def test_options_arguments_and_defaults_are_those_that_users_know():
+    assert "\n".join(lines()) + "\n" == FILE.read_text()
+
+
+if __name__ == "__main__":
+    FILE.write_text("\n".join(lines()) + "\n")
