@@ -23,6 +23,9 @@ class Chain(NamedTuple):
         behind: the children that are called after that.
         method: that does it; of a whole model not all children belong to it.
         ahead: the children that are called before all others, whatever they compute.
+        gate: the child that the result of the others passes to multiply the input (squeeze-and-excitation): these take
+            the mean over the pixels.
+        pool: the child that takes that mean, if one does.
     """
 
     children: tuple[str, ...]
@@ -31,6 +34,8 @@ class Chain(NamedTuple):
     behind: tuple[str, ...] = ()
     method: str = "forward"
     ahead: tuple[str, ...] = ()
+    gate: str | None = None
+    pool: str | None = None
 
 
 _EFFICIENTNET = "timm.models._efficientnet_blocks"
@@ -41,6 +46,8 @@ _WHOLE = Chain(("conv_stem", "bn1", "blocks", "conv_head", "bn2"), method="forwa
 _CHAINS: dict[str, Chain] = {
     "timm.layers.mlp.Mlp": Chain(("fc1", "act", "drop1", "norm", "fc2", "drop2")),
     "timm.layers.conv_bn_act.ConvNormAct": Chain(("conv", "bn", "aa")),
+    "timm.layers.squeeze_excite.SEModule": Chain(("fc1", "bn", "act", "fc2"), gate="gate"),
+    f"{_EFFICIENTNET}.SqueezeExcite": Chain(("conv_reduce", "act1", "conv_expand"), gate="gate"),
     f"{_EFFICIENTNET}.ConvBnAct": Chain(("conv", "bn1", "aa"), *_SKIP),
     f"{_EFFICIENTNET}.DepthwiseSeparableConv": Chain(("conv_dw", "bn1", "aa", "se", "conv_pw", "bn2"), *_SKIP),
     f"{_EFFICIENTNET}.EdgeResidual": Chain(("conv_exp", "bn1", "aa", "se", "conv_pwl", "bn2"), *_SKIP),
@@ -66,9 +73,14 @@ _CHAINS: dict[str, Chain] = {
     "timm.models.tiny_vit.NormMlp": Chain(("fc1", "act", "drop1", "fc2", "drop2"), ahead=("norm",)),
     "timm.models.tiny_vit.PatchEmbed": Chain(("conv1", "act", "conv2")),
     "timm.models.tiny_vit.PatchMerging": Chain(("conv1", "act1", "conv2", "act2", "conv3")),
+    "torchvision.models.efficientnet.MBConv": Chain(("block",), "use_res_connect", "stochastic_depth"),
+    "torchvision.models.efficientnet.FusedMBConv": Chain(("block",), "use_res_connect", "stochastic_depth"),
     "torchvision.models.mobilenetv2.InvertedResidual": Chain(("conv",), "use_res_connect"),
     "torchvision.models.mobilenetv3.InvertedResidual": Chain(("block",), "use_res_connect"),
     "torchvision.models.mnasnet._InvertedResidual": Chain(("layers",), "apply_residual"),
+    "torchvision.ops.misc.SqueezeExcitation": Chain(
+        ("fc1", "activation", "fc2"), gate="scale_activation", pool="avgpool"
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.chains import chain_of
+from ..adapters.chains import Chain, chain_of
 from ..common.children import child_reason, held, qualified_name
 from ..leff.activations import MODULES, activation_name
 from ..leff.norms import of_module
@@ -27,6 +27,8 @@ _IDLE = (
     "timm.layers.drop.DropPath",
     "torchvision.ops.stochastic_depth.StochasticDepth",
 )
+_SIGMOIDS = nn.Sigmoid, "timm.layers.activations.Sigmoid"
+_HARDSIGMOIDS = nn.Hardsigmoid, "timm.layers.activations.HardSigmoid"
 _DEPTHWISE_SIDES = 3, 5, 7
 
 
@@ -46,6 +48,7 @@ class ConvLayer:
         activation: a name.
         added: the index of the layer whose input is added; None where nothing is.
         after: the activation behind that.
+        gate: multiplies the input of a pointwise layer; None where nothing does.
     """
 
     weight: Tensor
@@ -57,6 +60,7 @@ class ConvLayer:
     activation: str = "identity"
     added: int | None = None
     after: str = "identity"
+    gate: Gate | None = None
 
     @property
     def side(self) -> int:
@@ -79,6 +83,19 @@ class ConvLayer:
         return (self.side, self.stride, self.padding) == (1, 1, 0)
 
 
+@dataclass(frozen=True)
+class Gate:
+    """Squeeze-and-excitation: what two linear layers make of the mean over all pixels, behind a sigmoid.
+
+    Attributes:
+        layers: the one that reduces the channels, and the one that gives as many as there were.
+        hard: whether the sigmoid is a hardsigmoid.
+    """
+
+    layers: tuple[ConvLayer, ConvLayer]
+    hard: bool
+
+
 def layers_of(module: nn.Module) -> tuple[list[ConvLayer], bool]:
     """The layers of a module in evaluation mode, behind the children that it calls ahead of them.
 
@@ -90,6 +107,8 @@ def layers_of(module: nn.Module) -> tuple[list[ConvLayer], bool]:
     """
     found = _Layers()
     found.call("the module", module)
+    if found.gate is not None:
+        raise NotConvolutions("the module ends with a gate")
     return found.layers, bool(found.of_tokens)
 
 
@@ -100,6 +119,7 @@ class _Layers:
         self.layers: list[ConvLayer] = []
         self.of_tokens: bool | None = None  # whether channels are the last dimension
         self.read = 0  # results of layers before this one are read by others than the next layer
+        self.gate: Gate | None = None  # which multiplies what the layers give
 
     def call(self, name: str, module: nn.Module) -> None:
         kind = type(module)
@@ -125,8 +145,10 @@ class _Layers:
     def _append(self, name: str, layer: ConvLayer, of_tokens: bool) -> None:
         if self.layers and (self.layers[-1].weight.shape[0], self.of_tokens) != (layer.inputs, of_tokens):
             raise NotConvolutions(f"{name} takes {layer.inputs} channels of other tensors than it gets")
-        self.layers.append(layer)
-        self.of_tokens = of_tokens
+        if self.gate is not None and not layer.is_pointwise:
+            raise NotConvolutions(f"{name} follows a gate and is not pointwise")
+        self.layers.append(replace(layer, gate=self.gate))
+        self.of_tokens, self.gate = of_tokens, None
 
     def _chain(self, name: str, module: nn.Module) -> None:
         chain = chain_of(module)
@@ -140,6 +162,7 @@ class _Layers:
             *chain.children,
             *(() if chain.drop_child is None else (chain.drop_child,)),
             *chain.behind,
+            *filter(None, (chain.gate, chain.pool)),
         )
         for child, other in state.items():
             reason = chain.method == "forward" and other is not None and child not in called
@@ -150,6 +173,9 @@ class _Layers:
             raise NotConvolutions(f"{name} has {own[0]} of its own")
         if self.layers and any(state.get(child) is not None for child in chain.ahead):
             raise NotConvolutions(f"{name} begins with {chain.ahead[0]}")
+        if chain.gate is not None:
+            self._gate(name, module, chain)
+            return
         first = len(self.layers)
         self.read = first if adds else self.read
         for children in (chain.children, chain.behind):
@@ -162,7 +188,27 @@ class _Layers:
                     self.call(f"{name}.{chain.drop_child}", drop_path)
                 self._add(name, first)
 
+    def _gate(self, name: str, module: Any, chain: Chain) -> None:
+        within, children = _Layers(), module._modules
+        for child in chain.children:
+            within.call(f"{name}.{child}", children[child])
+        reason = child_reason("the gate", children[chain.gate], _SIGMOIDS + _HARDSIGMOIDS)
+        pool = children[chain.pool] if chain.pool else nn.AdaptiveAvgPool2d(1)
+        reason = reason or child_reason("the pooling", pool, (nn.AdaptiveAvgPool2d,))
+        if reason or pool.output_size not in (1, (1, 1)) or getattr(module, "add_maxpool", False):
+            raise NotConvolutions(reason or f"{name} takes more than the mean of all pixels")
+        if len(within.layers) != 2 or not all(layer.is_pointwise for layer in within.layers):
+            raise NotConvolutions(f"{name} has other layers than two pointwise ones")
+        reducing, expanding = within.layers
+        channels = self._last(name).weight.shape[0]
+        if not channels == reducing.inputs == expanding.weight.shape[0] or expanding.activation != "identity":
+            raise NotConvolutions(f"{name} does not gate the {channels} channels that it gets")
+        hard = child_reason("the gate", children[chain.gate], _HARDSIGMOIDS) is None
+        self.gate = Gate((reducing, expanding), hard)
+
     def _last(self, name: str) -> ConvLayer:
+        if self.gate is not None:
+            raise NotConvolutions(f"{name} follows a gate")
         if len(self.layers) <= self.read:
             raise NotConvolutions(f"no convolution comes right before {name}")
         return self.layers[-1]
@@ -231,7 +277,8 @@ class Unit:
     """Layers of which the compiled code needs no result but the last.
 
     Attributes:
-        layers: a pointwise one, one that mixes neighbours and a pointwise one; None for those that are missing.
+        layers: a pointwise one, one that mixes neighbours and a pointwise one; None for those that are missing. One
+            with a gate is by itself.
         added: what is added to the result: 0 nothing, 1 the input, 2 the input of the unit before.
     """
 
@@ -266,9 +313,14 @@ def _groups(layers: list[ConvLayer]) -> Iterator[tuple[int, ConvLayer | None, Co
     """The first index and the layers of each unit."""
     begins = {layer.added for layer in layers}
     begins |= {i + 1 for i, layer in enumerate(layers) if layer.added is not None}
+    begins |= {i for i, layer in enumerate(layers) if layer.gate is not None}
     at = 0
     while at < len(layers):
         end = next((i for i in range(at + 1, len(layers)) if i in begins), len(layers))
+        if layers[at].gate is not None:
+            yield at, None, None, layers[at]
+            at += 1
+            continue
         start = at
         roles: list[ConvLayer | None] = [None, None, None]
         mixes = [not layer.is_pointwise for layer in layers[at : min(end, at + 3)]]

@@ -116,7 +116,7 @@ class FrozenConvnet:
             units = units_of(layers)
         except NotConvolutions:
             return None
-        weights = [layer.weight for layer in layers]
+        weights = [each.weight for layer in layers for each in (layer, *(layer.gate.layers if layer.gate else ()))]
         if len(weights) < 1 + of_tokens or any(weight.dtype != weights[0].dtype for weight in weights):
             return None  # a linear layer by itself is frozen as such
         if backends.current_backend("leff") not in ("auto", "native"):
@@ -168,17 +168,15 @@ def _prepack(units: list[Unit], first: ConvLayer, of_tokens: bool, modules: list
     parameters: list[Tensor] = []
     sizes: list[int] = []
     for unit in units:
-        present = sum(1 << i for i, layer in enumerate(unit.layers) if layer is not None)
+        gate = unit.layers[2] and unit.layers[2].gate
+        present = sum(1 << i for i, part in enumerate((*unit.layers, gate)) if part is not None)
         sizes += [present, unit.added, INDICES[unit.after]]
         for layer in filter(None, unit.layers):
-            outputs = layer.weight.shape[0]
-            where = layer.side, layer.stride, layer.padding, INDICES[layer.activation]
-            sizes += [int(layer.is_depthwise), layer.inputs, outputs, *where]
-            if layer.is_depthwise:
-                taps = layer.weight.double().flatten(1).t() * layer.scale
-                parameters += [taps.contiguous(), layer.shift]
-            else:
-                parameters += [layer.weight.permute(0, 2, 3, 1).contiguous(), layer.scale, layer.shift]
+            _append(layer, parameters, sizes)
+        if gate is not None:
+            sizes.append(int(gate.hard))
+            for layer in gate.layers:
+                _append(layer, parameters, sizes)
     weight = first.weight
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     attributes = [vars(module) for module in modules]
@@ -195,3 +193,13 @@ def _prepack(units: list[Unit], first: ConvLayer, of_tokens: bool, modules: list
         [*attributes, *children, *tensors],
         [state[kind] for state in attributes for kind in kinds],
     )
+
+
+def _append(layer: ConvLayer, parameters: list[Tensor], sizes: list[int]) -> None:
+    where = layer.side, layer.stride, layer.padding, INDICES[layer.activation]
+    sizes += [int(layer.is_depthwise), layer.inputs, layer.weight.shape[0], *where]
+    if layer.is_depthwise:
+        taps = layer.weight.double().flatten(1).t() * layer.scale
+        parameters += [taps.contiguous(), layer.shift]
+    else:
+        parameters += [layer.weight.permute(0, 2, 3, 1).contiguous(), layer.scale, layer.shift]

@@ -17,14 +17,21 @@ static inline float value_of(Bf16 a) {
   return result;
 }
 
-static inline float sum_of(float a, float b) { return a + b; }
-static inline double sum_of(double a, double b) { return a + b; }
-static inline Bf16 sum_of(Bf16 a, Bf16 b) {
-  const float sum = value_of(a) + value_of(b);
+template <class T>
+static inline T rounded(acc_t<T> value) {
+  return value;
+}
+template <>
+inline Bf16 rounded<Bf16>(float value) {
   uint32_t word;
-  std::memcpy(&word, &sum, sizeof word);
-  if (sum != sum) return {0x7fc0};
+  std::memcpy(&word, &value, sizeof word);
+  if (value != value) return {0x7fc0};
   return {uint16_t((word + 0x7fffu + ((word >> 16) & 1u)) >> 16)};
+}
+
+template <class T>
+static inline T sum_of(T a, T b) {
+  return rounded<T>(value_of(a) + value_of(b));
 }
 
 }  // namespace ceit

@@ -23,9 +23,33 @@ struct ActivateCall {
   void* data;
 };
 
+// sums (channels,) of rows `begin` to `end`, in the type accumulated in.
+struct SumCall {
+  int64_t channels;
+  const void* rows;
+  void* sums;
+};
+
+// gates = sigmoid(x), or hardsigmoid(x), of channels `begin` to `end`; gates are of the type accumulated in.
+struct GateCall {
+  bool hard;
+  const void* x;
+  void* gates;
+};
+
+// out = rows * gates, of rows `begin` to `end`.
+struct ScaleCall {
+  int64_t channels;
+  const void *rows, *gates;
+  void* out;
+};
+
 struct Kernels {
   Kernel<DepthwiseCall> depthwise;
   Kernel<ActivateCall> activate;
+  Kernel<SumCall> sum;
+  Kernel<GateCall> gate;
+  Kernel<ScaleCall> scale;
 };
 
 }  // namespace ceit::convnet

@@ -1,6 +1,7 @@
 #include "convnet.h"
 
 #include "../capability.h"
+#include "../scalar.h"
 
 namespace ceit::convnet {
 
@@ -66,6 +67,14 @@ class UnitRun {
 
   template <class Run>
   void operator()(T* memory, int64_t threads, const Run& run) const {
+    if (unit_.gate) {
+      const acc_t<T>* gates = this->gates(memory, run);
+      const int64_t step = std::max(kLeastPixels, fitting<T>(kTileBytes, in_.channels));
+      return run(in_.pixels(), [&](int64_t begin, int64_t end) {
+        T* tile = scratch(std::min(step, end - begin) * in_.channels);
+        for (int64_t pixel = begin; pixel < end; pixel += step) gated(gates, pixel, std::min(end, pixel + step), tile);
+      });
+    }
     const bool both = unit_.expanding && unit_.mixing;
     if (both && bytes(hidden_.height) > threads * kHiddenBytes && bytes(kept_rows(step_rows())) <= kMostHiddenBytes)
       return run(result_.height, [&](int64_t begin, int64_t end) { stream(begin, end); });
@@ -80,6 +89,52 @@ class UnitRun {
   }
 
  private:
+  // What multiplies each channel of the input.
+  template <class Run>
+  const acc_t<T>* gates(T* memory, const Run& run) const {
+    using Acc = acc_t<T>;
+    const int64_t channels = in_.channels, row = in_.width * channels;
+    const Gate<T>& gate = *unit_.gate;
+    Acc *sums = reinterpret_cast<Acc*>(memory), *total = sums + in_.height * channels;
+    run(in_.height, [&](int64_t begin, int64_t end) {
+      for (int64_t y = begin; y < end; ++y)
+        chosen(kIndex<T>).sum({channels, x_ + y * row, sums + y * channels}, 0, in_.width);
+    });
+    chosen(kIndex<Acc>).sum({channels, sums, total}, 0, in_.height);
+    T *means = reinterpret_cast<T*>(total + channels), *reduced = means + channels, *x = reduced + gate.reducing.out;
+    for (int64_t c = 0; c < channels; ++c) means[c] = rounded<T>(total[c] / Acc(in_.pixels()));
+    linear(gate.reducing, means, reduced, run);
+    linear(gate.expanding, reduced, x, run);
+    chosen(kIndex<T>).gate({gate.hard, x, total}, 0, channels);
+    return total;
+  }
+
+  template <class Run>
+  static void linear(const Layer<T>& layer, const T* x, T* out, const Run& run) {
+    const gemm::Call<T> call = gemm::call_of(layer.gemm, x, out);
+    run(gemm::panels_of(call.columns), [&](int64_t begin, int64_t end) { multiply(call, {0, 1}, {begin, end}); });
+  }
+
+  // Pixels `begin` to `end` of the gated input's result.
+  void gated(const acc_t<T>* gates, int64_t begin, int64_t end, T* tile) const {
+    chosen(kIndex<T>).scale({in_.channels, x_ + begin * in_.channels, gates, tile}, 0, end - begin);
+    contract(tile, begin, end);
+  }
+
+  void contract(const T* a, int64_t begin, int64_t end) const {
+    const int64_t before = begin * result_.channels;
+    gemm::multiply(gemm::call_of(unit_.contracting->gemm, a, out_ + before, residual_ ? residual_ + before : nullptr),
+                   0, end - begin);
+    activate(begin, end);
+  }
+
+  // The activation behind the residual.
+  void activate(int64_t begin, int64_t end) const {
+    if (unit_.after == Activation::identity) return;
+    const int64_t channels = result_.channels;
+    chosen(kIndex<T>).activate({unit_.after, out_}, begin * channels, end * channels);
+  }
+
   // Rows `begin` to `end` of the result, by a few of them and the hidden rows that they need.
   void stream(int64_t begin, int64_t end) const {
     const Layer<T>& layer = *unit_.mixing;
@@ -122,12 +177,10 @@ class UnitRun {
       expand(begin, end, tile - begin * hidden_.channels);
       a = tile;
     }
-    if (unit_.contracting) {
-      gemm::Call<T> call = unit_.contracting->gemm;
-      call.a = a, call.out = to, call.residual = residual_ ? residual_ + begin * result_.channels : nullptr;
-      gemm::multiply(call, 0, count);
-    }
-    if (unit_.after != Activation::identity) chosen(kIndex<T>).activate({unit_.after, to}, 0, count * result_.channels);
+    if (unit_.contracting)
+      contract(a, begin, end);
+    else
+      activate(begin, end);
   }
 
   void mix(const Rows<const T>& hidden, int64_t begin, int64_t end, T* to) const {
@@ -271,6 +324,7 @@ Unit<T>::Unit(Numbers& numbers, gemm::Packer<T>& packer) {
   if (layers & 1) expanding.emplace(numbers, packer);
   if (layers & 2) mixing.emplace(numbers, packer);
   if (layers & 4) contracting.emplace(numbers, packer);
+  if (layers & 8) gate.emplace(numbers, packer);
 }
 
 template <class T>
@@ -292,7 +346,7 @@ int64_t Net<T>::largest(Map in) const {
     in = unit.map(in);
     elements = std::max(elements, in.elements());
   }
-  return elements;
+  return ceil_div(elements, 32) * 32;
 }
 
 template <class T>

@@ -59,12 +59,24 @@ struct Layer {
   }
 };
 
+// Squeeze-and-excitation: what two linear layers and a sigmoid make of the mean of each channel multiplies it. Numbers:
+// whether it is a hardsigmoid, those of the layers.
+template <class T>
+struct Gate {
+  bool hard;
+  Layer<T> reducing, expanding;
+  Gate(Numbers& numbers, gemm::Packer<T>& packer)
+      : hard(numbers.next() != 0), reducing(numbers, packer), expanding(numbers, packer) {}
+};
+
 // Layers of which no result is needed but the last: a pointwise one, one that mixes neighbours and a pointwise one, of
-// which some may be missing. Numbers: which there are (bits), what is added to the result (0 nothing, 1 the input, 2
-// the input of the unit before), the activation behind that; then those of the layers.
+// which some may be missing; or a gate and a pointwise one. Numbers: which there are (bits), what is added to the
+// result (0 nothing, 1 the input, 2 the input of the unit before), the activation behind that; then those of the
+// layers.
 template <class T>
 struct Unit {
   std::optional<Layer<T>> expanding, mixing, contracting;
+  std::optional<Gate<T>> gate;
   int64_t added;
   Activation after;
   Unit(Numbers& numbers, gemm::Packer<T>& packer);
@@ -74,7 +86,12 @@ struct Unit {
   Map mixed(const Map& in) const { return mixing ? mixing->map(hidden(in)) : hidden(in); }
   Map map(const Map& in) const { return contracting ? contracting->map(mixed(in)) : mixed(in); }
   // Elements of an image's memory.
-  int64_t memory(const Map& in) const { return expanding ? hidden(in).elements() : 0; }
+  int64_t memory(const Map& in) const {
+    if (gate)
+      return (in.height + 1) * in.channels * int64_t(sizeof(acc_t<T>) / sizeof(T)) + 2 * in.channels +
+             gate->reducing.out;
+    return expanding ? hidden(in).elements() : 0;
+  }
   // out = the layers of x (pixels, channels), plus the residual if there is one.
   template <class Run>
   void infer(const Map& in, const T* x, const T* residual, T* memory, T* out, const Run& run) const;
@@ -98,7 +115,7 @@ struct Net {
   void infer(const Map& in, bool planar, const T* x, T* memory, T* out, const Run& run) const;
 
  private:
-  int64_t largest(Map in) const;  // elements of a map
+  int64_t largest(Map in) const;  // elements of a map, in whole lines of the cache
 };
 
 }  // namespace ceit::convnet

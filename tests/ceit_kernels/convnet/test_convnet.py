@@ -11,22 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate_over_draws
 from support.adapters import grown
-from timm.layers import Mlp
+from timm.layers import Mlp, SEModule
 from timm.models import efficientformer_v2, efficientvit_mit, tiny_vit
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
     DepthwiseSeparableConv,
     EdgeResidual,
     InvertedResidual,
+    SqueezeExcite,
     UniversalInvertedResidual,
 )
 from torch import nn
-from torchvision.models import mobilenetv2
+from torchvision.models import efficientnet, mobilenetv2, mobilenetv3
 
 from ceit_kernels import explain, freeze, use_backend
 from ceit_kernels.convnet import FrozenConvnet
 
 RESIDUAL = partial(InvertedResidual, act_layer=nn.ReLU6, exp_ratio=3)
+
+
+def of_12_channels(config):
+    config.input_channels = config.out_channels = 12  # which it has rounded
+    return config
+
 
 # Of 12 channels.
 BLOCKS = {
@@ -50,6 +57,21 @@ BLOCKS = {
     "TinyViT": lambda: tiny_vit.MBConv(12, 12, 2.0, nn.GELU, 0.0),
     "TinyViT's merging": lambda: tiny_vit.PatchMerging(12, 16, nn.GELU),
     "EfficientViT": lambda: efficientvit_mit.DSConv(12, 12, act_layer=(nn.ReLU, nn.Identity)),
+    "MobileNetV3": lambda: InvertedResidual(
+        12, 12, exp_ratio=3, se_layer=partial(SqueezeExcite, gate_layer=nn.Hardsigmoid)
+    ),
+    "EfficientNet, stride 2": lambda: InvertedResidual(
+        12, 20, 5, 2, exp_ratio=3, act_layer=nn.SiLU, se_layer=SqueezeExcite
+    ),
+    "gated": lambda: RESIDUAL(12, 12, 5, se_layer=SEModule),
+    "separable with a gate": lambda: DepthwiseSeparableConv(12, 12, act_layer=nn.SiLU, se_layer=SEModule),
+    "dense expansion with a gate": lambda: EdgeResidual(12, 12, exp_ratio=2, se_layer=SqueezeExcite),
+    "torchvision's MobileNetV3": lambda: mobilenetv3.InvertedResidual(
+        of_12_channels(mobilenetv3.InvertedResidualConfig(12, 3, 40, 12, True, "HS", 1, 1, 1)), nn.BatchNorm2d
+    ),
+    "torchvision's EfficientNet": lambda: efficientnet.MBConv(
+        of_12_channels(efficientnet.MBConvConfig(3, 3, 1, 12, 12, 1)), 0.1, nn.BatchNorm2d
+    ),
     "shortcuts in a row": lambda: nn.Sequential(
         RESIDUAL(12, 12), RESIDUAL(12, 24, stride=2), RESIDUAL(24, 24), nn.Conv2d(24, 8, 1)
     ),
@@ -128,13 +150,16 @@ def test_any_convolutions_are_one_call(made, batch, height, width):
     torch.testing.assert_close(run(freeze(model), x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_convolutions_of_a_whole_model_are_one_call():
+@pytest.mark.parametrize("name", ["mobilenetv2_035", "mobilenetv3_small_050"])
+def test_the_convolutions_of_a_whole_model_are_one_call(name):
     torch.manual_seed(0)
-    model = grown(timm.create_model("mobilenetv2_035", num_classes=5)).eval()
+    model = grown(timm.create_model(name, num_classes=5)).eval()
     frozen, x = freeze(model), images(2, 3, 65, 97)
     with torch.no_grad():
         torch.testing.assert_close(run(frozen, x), model(x), rtol=1e-10, atol=1e-10)
-    assert [(row.name, row.backend) for row in explain(frozen)] == [("model", "native"), ("model.classifier", "native")]
+    convolutions = {row.name: row.backend for row in explain(frozen) if row.operator == "leff"}
+    assert convolutions.pop("model.conv_head", "native") == "native"  # MobileNetV3's, behind the pooling
+    assert convolutions == {"model": "native"}
 
 
 @pytest.mark.parametrize(
@@ -184,6 +209,18 @@ def with_another_setting(block):
     block.conv_dw.dilation, block.conv_dw.padding = (2, 2), (4, 4)
 
 
+def with_a_hook_of_a_gate(block):
+    block.se.gate.register_forward_hook(lambda module, inputs, out: out / 2)
+
+
+def with_another_gate(block):
+    block.se.gate = nn.Tanh()
+
+
+def with_a_gate_of_the_largest_pixel(block):
+    block.se.add_maxpool = True
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -193,10 +230,13 @@ def with_another_setting(block):
         with_another_forward,
         with_another_weight,
         with_another_setting,
+        with_a_hook_of_a_gate,
+        with_another_gate,
+        with_a_gate_of_the_largest_pixel,
     ],
 )
 def test_what_is_done_to_the_parts_is_not_ignored(change):
-    block, x = make("MobileNetV2, shortcut"), images(1, 12, 9, 7)
+    block, x = make("gated" if "_gate" in change.__name__ else "MobileNetV2, shortcut"), images(1, 12, 9, 7)
     changed = copy.deepcopy(block)
     change(changed)
     expected = changed(x)
@@ -206,6 +246,10 @@ def test_what_is_done_to_the_parts_is_not_ignored(change):
     change(frozen.model)
     assert explain(frozen)[0].backend == "plain"
     torch.testing.assert_close(frozen(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def gated(gate, behind):
+    return nn.Sequential(nn.Conv2d(12, 8, 1), gate, behind)
 
 
 class Subclass(mobilenetv2.InvertedResidual):
@@ -232,6 +276,10 @@ def with_a_shortcut_of_another_shape():
         lambda: nn.Sequential(nn.Conv2d(12, 8, 1), nn.Linear(8, 5)),
         lambda: nn.Sequential(nn.Linear(8, 5), nn.ReLU()),
         lambda: nn.Sequential(nn.BatchNorm2d(12), nn.Conv2d(12, 12, (1, 3))),
+        lambda: gated(SEModule(8, gate_layer=nn.Tanh), nn.Conv2d(8, 12, 1)),
+        lambda: gated(SEModule(8, add_maxpool=True), nn.Conv2d(8, 12, 1)),
+        lambda: gated(SEModule(8), nn.Conv2d(8, 12, 3)),
+        lambda: gated(SEModule(8), nn.BatchNorm2d(8)),
     ],
 )
 def test_other_modules_stay_as_they_are(make_block):
