@@ -11,7 +11,7 @@ import ceit
 from ceit import export as exporting
 from ceit.__main__ import main
 from ceit.evaluate import evaluate_checkpoint
-from ceit.export import ExportFailed, export
+from ceit.export import ExportFailed, _difference, export
 from ceit.predict import predict
 from ceit.runtime.building import restore_model
 from ceit.runtime.errors import UsageError
@@ -159,3 +159,13 @@ def test_folders_of_other_models_are_named(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         ceit.create_model(tmp_path)
+
+
+def test_outputs_are_compared_relative_to_the_largest_above_one():
+    for found, expected, difference in (
+        ([0.5, 0.1], [0.5, 0.3], 0.2),
+        ([3.0, 2.0], [4.0, 2.0], 0.25),
+        ([1.0], [1.5], 1 / 3),
+    ):
+        assert _difference(found, torch.tensor(expected)) == pytest.approx(difference)
+    assert _difference([1.0], torch.ones(2)) == float("inf")

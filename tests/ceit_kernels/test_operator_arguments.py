@@ -1,4 +1,4 @@
-"""Registered operators refuse a tensor that is not on the device of the others, or holds integers, and name it."""
+"""Registered operators name a tensor that is not on the device of the others, holds integers or has another shape."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ceit_kernels import use_backend
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps one call of every operator, of forward passes alone."""
+    """Keeps one call of every operator."""
 
     def __init__(self):
         super().__init__()
@@ -21,17 +21,25 @@ class Recorder(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def recorded_calls():
-    with use_backend("native"), torch.no_grad(), Recorder() as recorder:
+@pytest.fixture(scope="module")
+def recorded():
+    with use_backend("native"), Recorder() as recorder:
         for name in MODULES:
             for training in (True, False):
                 _, fused, x = make_pair(name, training=training)
-                fused(x)
-    return recorder.calls
+                with torch.set_grad_enabled(training):
+                    out = fused(x)
+                if training:
+                    out.sum().backward()
+    return {name: (operator, [detached(arg) for arg in args]) for name, (operator, args) in recorder.calls.items()}
 
 
-def test_a_tensor_of_another_device_or_of_integers_is_named():
-    calls = recorded_calls()
+def detached(value):
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def test_a_tensor_of_another_device_or_of_integers_is_named(recorded):
+    calls = {name: call for name, call in recorded.items() if not name.endswith("_backward")}
     assert {"lca", "leff_inference", "i2t", "add_norm", "linear", "attention"} <= calls.keys()
     for operator, args in calls.values():
         names = [argument.name for argument in operator._schema.arguments]
@@ -45,3 +53,14 @@ def test_a_tensor_of_another_device_or_of_integers_is_named():
                     operator(*changed)
                 # Where two do not fit together it may be the other.
                 assert str(error.value).partition(":")[0] in tensors, (operator, name, change)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_gradient_of_another_shape_is_named(recorded, device):
+    calls = {name: call for name, call in recorded.items() if name.endswith("_backward")}
+    assert len(calls) >= 6
+    for operator, args in calls.values():
+        grad_out, *rest = (value.to(device) if isinstance(value, torch.Tensor) else value for value in args)
+        for changed in (grad_out[:-1], grad_out[None]):
+            with pytest.raises(ValueError, match="grad_out: expected shape"):
+                operator(changed, *rest)
