@@ -1,7 +1,7 @@
 """CeiT's two transformer blocks: the encoder block, and the block over class tokens (LCA)."""
 
 from collections.abc import Callable, Iterable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -136,10 +136,12 @@ class Block(nn.Module):
             return out + y, class_token
         if _attends_first(self.attn, y):
             every, first = self.attn.forward_first(y, 1)
-            kept = self.drop_path(y.new_ones(y.shape[0], 1, 1))
+            if not isinstance(self.drop_path, nn.Identity):
+                kept = self.drop_path(y.new_ones(y.shape[0], 1, 1))
+                every, first = kept * every, kept * first
             with torch.no_grad():
-                _, normalised = self.add_norm(x, kept * every, self.norm2)
-            x, class_normalised = self.add_norm(class_token, kept * first, self.norm2)
+                _, normalised = self.add_norm(x, every, self.norm2)
+            x, class_normalised = self.add_norm(class_token, first, self.norm2)
         else:
             x, normalised = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
             x, class_normalised = x[:, :1], normalised[:, :1]
@@ -176,8 +178,35 @@ def _attends_first(attention: nn.Module, x: Tensor) -> TypeGuard[FusedAttention]
 
 def _with_gradients_of_zero(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return `x` unchanged, and give `parameters`, on which it does not depend, gradients of zero."""
+    if is_eager(x) and torch.is_grad_enabled():
+        return _GradientsOfZero.apply(x, *parameters)
     nothing = [parameter.flatten()[:0] for parameter in parameters]
     return x + torch.cat(nothing).sum() if nothing else x
+
+
+class _GradientsOfZero(torch.autograd.Function):
+    """Gradients that are pieces of one tensor, so that one kernel fills them all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * len(ctx.parameters)
+        wanted = [i for i in range(len(found)) if ctx.needs_input_grad[1 + i]]
+        for kind in {ctx.parameters[i][1:] for i in wanted}:
+            places = [i for i in wanted if ctx.parameters[i][1:] == kind]
+            sizes = [ctx.parameters[i][0].numel() for i in places]
+            padded = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
+            pieces = torch.zeros(sum(padded), dtype=kind[0], device=kind[1]).split_with_sizes(padded)
+            for i, size, piece in zip(places, sizes, pieces, strict=True):
+                found[i] = piece[:size].view(ctx.parameters[i][0])
+        return grads[0], *found
+
+
+_ALIGNED = 32  # numbers, so that each piece starts where a tensor of its own might
 
 
 class LCABlock(nn.Module):

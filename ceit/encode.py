@@ -47,8 +47,9 @@ def encode(
         class_tokens += [class_token] if index > 0 else []
         if index in taken:
             outputs.append(x)
-    class_tokens.append(x[:, 0])
-    return x, torch.stack(class_tokens, dim=1), outputs
+    # Concatenated and not stacked: the gradients are then views, and a tensor that is whole needs no slice.
+    class_tokens.append(x if not is_symbolic(x) and x.shape[1] == 1 else x[:, :1])
+    return x, torch.cat(class_tokens, dim=1), outputs
 
 
 def _encode_fused(
@@ -75,12 +76,12 @@ def _encode_fused(
 def _call_block(
     block: nn.Module, x: Tensor, grid_size: tuple[int, int], class_token_only: bool, recomputes: bool
 ) -> tuple[Tensor, Tensor]:
-    """A block's output, all tokens (B, 1 + N, C) or the class token alone, and a class token (B, C).
+    """A block's output, all tokens (B, 1 + N, C) or the class token alone, and a class token (B, 1, C).
 
     The class token is that of `x`. A block that is wrapped, hooked or of another class is only called.
     """
     if is_symbolic(x):
-        return _record_block(block, x, grid_size, class_token_only), x[:, 0]
+        return _record_block(block, x, grid_size, class_token_only), x[:, :1]
     function: Callable[..., Any] = block
     short = passes = False
     if is_exactly(block, Block):
@@ -91,7 +92,7 @@ def _call_block(
     if recomputes and not short:
         function = partial(checkpoint_module, block, function=function)
     out = function(*arguments)
-    return (out[0], out[1][:, 0]) if passes else (out, x[:, 0])
+    return (out[0], out[1]) if passes else (out, x[:, :1])
 
 
 def _record_block(block: nn.Module, x: Any, grid_size: tuple[int, int], class_token_only: bool) -> Any:

@@ -49,6 +49,12 @@ def prefix_tokens(launch: Launch, tensor: Tensor) -> float:
     return launch.arguments["P"] / tensor.shape[1]
 
 
+def first_tokens(launch: Launch, tensor: Tensor) -> float:
+    """Of a tensor that prefix tokens (B, P, C) are parts of these alone."""
+    a = launch.arguments
+    return a["M"] // a["N"] * a["P"] * a["C"] / tensor.numel()
+
+
 def gram_tokens(launch: Launch, tensor: Tensor) -> float:
     """Of tokens (B, PX + H * W, C) those behind the prefix, where their second moments are wanted."""
     return 0.0 if launch.arguments["p_gram"] is None else 1.0 - launch.arguments["PX"] / tensor.shape[1]
@@ -193,7 +199,7 @@ KERNELS: dict[str, KernelCost] = {
         prefix=prefix_tokens,
     ),
     "add_norm_forward_kernel": _cost("x branch weight bias", "total out prefix mean rstd"),
-    "add_norm_backward_kernel": _cost("dout dtotal dprefix total weight mean rstd", "dx partial"),
+    "add_norm_backward_kernel": _cost("dout dtotal total weight mean rstd", "dx partial", dprefix=first_tokens),
     "add_norm_parameters_kernel": _cost("partial", "dweight dbias"),
     # The second axis is the heads', each of which sweeps over all channels of x.
     "lca_forward_kernel": _cost("weight bias seed", "out", _lca_flops, x=swept(1)),

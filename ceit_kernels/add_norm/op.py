@@ -136,7 +136,7 @@ class _AddNorm(Operator):
             return add_norm_backward_cpu(*tensors, *needs)
         from .triton.launch import add_norm_backward_triton
 
-        return add_norm_backward_triton(*contiguous(*tensors), *needs)
+        return add_norm_backward_triton(*tensors, *needs)
 
     def fake_backward(self, *inputs):
         return gradients_like(inputs[3:6], inputs[8:11])

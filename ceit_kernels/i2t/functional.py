@@ -71,4 +71,7 @@ def _update_running_statistics(bn: BatchNorm, mean: Tensor, variance: Tensor, n:
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
     for running, new in ((bn.running_mean, mean), (bn.running_var, variance * (n / (n - 1)))):
-        running.copy_(running * (1 - momentum) + new * momentum)
+        if isinstance(momentum, Tensor):
+            running.copy_(running * (1 - momentum) + new * momentum)
+        else:
+            torch.add(new * momentum, running, alpha=1 - momentum, out=running)

@@ -28,11 +28,11 @@ def _rows(m, M, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
 
 
 @triton.jit
-def _prefix_rows(m, N, P, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
-    """Where the rows from m on that are prefix tokens are in (B, P, C), and which are."""
+def _prefix_rows(m, N, P, STRIDE, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """Where the rows from m on that are prefix tokens are in (B, P, C), with images STRIDE apart, and which are."""
     o_m = m + tl.arange(0, TILE_R)
     o_t = o_m % N
-    offsets = ((o_m // N).to(tl.int64) * P + o_t) * C
+    offsets = (o_m // N).to(tl.int64) * STRIDE + o_t * C
     return offsets[:, None] + tl.arange(0, TILE_C)[None, :], (o_t < P)[:, None]
 
 
@@ -53,7 +53,7 @@ def add_norm_forward_kernel(
         tl.store(p_total + start + offsets, b_rounded, mask=mask)
         b_total = b_rounded.to(ACC)
     if p_prefix is not None:
-        o_prefix, m_prefix = _prefix_rows(m, N, P, C, TILE_R, TILE_C)
+        o_prefix, m_prefix = _prefix_rows(m, N, P, P * C, C, TILE_R, TILE_C)
         tl.store(p_prefix + o_prefix, b_total.to(p_prefix.dtype.element_ty), mask=mask & m_prefix)
 
     # Two passes over registers: with a mean far from zero a sum of squares would cancel.
@@ -74,7 +74,7 @@ def add_norm_forward_kernel(
 
 @kernel
 def add_norm_backward_kernel(
-    p_dout, p_dtotal, p_dprefix, p_total, p_weight, p_mean, p_rstd, p_dx, p_partial, M, N, P, ROWS,
+    p_dout, p_dtotal, p_dprefix, p_total, p_weight, p_mean, p_rstd, p_dx, p_partial, M, N, P, STRIDE, ROWS,
     C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx (M, C), where wanted, and partial sums (T, 2, C) of dout * hat and dout over ROWS rows each, where wanted."""
@@ -106,7 +106,7 @@ def add_norm_backward_kernel(
             if p_dtotal is not None:
                 b_dx += tl.load(p_dtotal + start + offsets, mask=mask, other=0.0).to(ACC)
             if p_dprefix is not None:
-                o_prefix, m_prefix = _prefix_rows(m, N, P, C, TILE_R, TILE_C)
+                o_prefix, m_prefix = _prefix_rows(m, N, P, STRIDE, C, TILE_R, TILE_C)
                 b_dx += tl.load(p_dprefix + o_prefix, mask=mask & m_prefix, other=0.0).to(ACC)
             tl.store(p_dx + start + offsets, b_dx.to(p_dx.dtype.element_ty), mask=mask)
     if p_partial is not None:

@@ -68,8 +68,35 @@ def add_norm_forward_triton(
     return total, out, prefix, *((mean, rstd) if need_statistics else (None, None))
 
 
-@planned(tensors=8)
 def add_norm_backward_triton(
+    grad_out: Tensor, grad_total: Tensor | None, grad_prefix: Tensor | None, *others: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """At most two launches; the gradients of the sum, the weight and the bias, None for those that are not needed.
+
+    Args:
+        grad_out, grad_total, grad_prefix: gradients of the results.
+        others: total, weight, bias, mean, rstd, need_input, need_weight and need_bias.
+    """
+    prefix, tokens, stride = _in_one_piece(grad_prefix)
+    return _backward(grad_out, grad_total, prefix, *others, tokens, stride)
+
+
+def _in_one_piece(prefix: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A prefix (B, P, C) from its first number to its last, P, and how far its images are apart.
+
+    Its gradient mostly is a part of that of all layers' class tokens, which is read where it lies.
+    """
+    if prefix is None:
+        return None, 0, 0
+    batch, tokens, channels = prefix.shape
+    stride = prefix.stride(0)
+    if prefix[0].is_contiguous() and stride >= tokens * channels:
+        return prefix.as_strided(((batch - 1) * stride + tokens * channels,), (1,)), tokens, stride
+    return prefix.contiguous(), tokens, tokens * channels
+
+
+@planned(tensors=8)
+def _backward(
     grad_out: Tensor,
     grad_total: Tensor | None,
     grad_prefix: Tensor | None,
@@ -81,10 +108,11 @@ def add_norm_backward_triton(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    num_prefix_tokens: int,
+    stride: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """At most two launches; the gradients of the sum, the weight and the bias, None for those that are not needed."""
     constants, num_warps = _tiles(total)
-    rows = _token_arguments(total, 0 if grad_prefix is None else grad_prefix.shape[1])
+    rows = _token_arguments(total, num_prefix_tokens)
     per_part = cdiv(cdiv(rows["M"], constants["TILE_R"]), _PARTS) * constants["TILE_R"]
     parts = cdiv(rows["M"], per_part)
     grad = buffer(total.shape, total.dtype, total.device) if need_input else None
@@ -92,7 +120,14 @@ def add_norm_backward_triton(
     if need_weight or need_bias:
         partial = buffer((parts, 2, total.shape[-1]), mean.dtype, total.device)
     known = {"p_dout": grad_out, "p_dtotal": grad_total, "p_dprefix": grad_prefix, "p_total": total, "p_mean": mean}
-    known |= {"p_weight": weight, "p_rstd": rstd, "p_dx": grad, "p_partial": partial, "ROWS": per_part}
+    known |= {
+        "p_weight": weight,
+        "p_rstd": rstd,
+        "p_dx": grad,
+        "p_partial": partial,
+        "ROWS": per_part,
+        "STRIDE": stride,
+    }
     known |= {**rows, **constants}
     launch(add_norm_backward_kernel, (parts,), known, num_warps)
     if partial is None:

@@ -87,6 +87,8 @@ def test_takes_strided_and_expanded_inputs_and_gradients():
     grads = [grads[0][:1].expand(4, 6, 32), grads[1][:, :, :1].expand(4, 6, 32), grads[2][:, :1].expand(4, 2, 32)]
     check(strided + parameters, grads, prefix=2)
     check([strided[0], None, *parameters], grads, prefix=2)
+    grads[2] = torch.randn(4, 5, 32)[:, 1:3]  # is read where it lies
+    check([strided[0], None, *parameters], grads, prefix=2)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 32), (3, 0, 32)], ids=str)
