@@ -30,6 +30,7 @@ SHAPES = {
     "Mix-FFN 56x56x64": (64, 56, 0),
     "Mix-FFN 14x14x320": (320, 14, 0),
 }
+MODELS = ("tiny", "small", "base")
 
 
 def make_leff(in_features, hidden, out_features, kernel_size, dtype, prefix=1, seed=0, **options):

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from support.machine_code import AMD_CHIPS, CHIPS, SHARED_MEMORY, compile_for_amd, compile_for_nvidia
+from support.machine_code import (
+    AMD_CHIPS,
+    DISTINCT_CHIPS,
+    SHARED_MEMORY,
+    assert_alike,
+    assert_assembled,
+    compile_for_amd,
+    compile_for_nvidia,
+)
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.add_norm.triton.launch import add_norm_backward_triton, add_norm_forward_triton
@@ -56,9 +64,20 @@ def assert_all_stream(chip, *args, wide_loads=True, **options):
         assert_streams(launch, chip, wide_loads and launch.kernel.__name__ != "add_norm_parameters_kernel")
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", DISTINCT_CHIPS)
 def test_small_in_bfloat16_streams_without_spills(chip):
     assert_all_stream(chip, 384, torch.bfloat16)
+
+
+def test_the_assembler_keeps_wide_loads():
+    for launches in record(384, torch.bfloat16):
+        for launch in launches:
+            assert_assembled(launch, 90)
+
+
+def test_cc_86_runs_what_cc_89_does():
+    for launches in record(384, torch.bfloat16):
+        assert_alike(launches, launches, 86, 89)
 
 
 VARIANTS = {
@@ -74,7 +93,7 @@ VARIANTS = {
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", DISTINCT_CHIPS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_every_model_streams_without_spills(channels, variant, chip):
@@ -82,7 +101,7 @@ def test_every_model_streams_without_spills(channels, variant, chip):
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", DISTINCT_CHIPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_every_dtype_streams_without_spills(channels, dtype, chip):
@@ -90,7 +109,7 @@ def test_every_dtype_streams_without_spills(channels, dtype, chip):
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", DISTINCT_CHIPS)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_autocast_streams_without_spills(channels, chip):
     assert_all_stream(chip, channels, torch.float32, branch_dtype=torch.bfloat16)
@@ -99,7 +118,7 @@ def test_autocast_streams_without_spills(channels, chip):
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", DISTINCT_CHIPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("channels", [1, 24, 100, 2048, 4096])
 def test_any_width_streams_without_spills(channels, dtype, chip):
