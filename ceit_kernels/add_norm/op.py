@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from pkgutil import resolve_name
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..common.autocast import is_autocast_enabled
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
-from ..common.operator import Operator, contiguous, gradients_like
+from ..common.operator import Operator, gradients_like
 from .cpu import add_norm_backward_cpu, add_norm_forward_cpu, total_dtype
 
 __all__ = ["add_norm_operator", "layer_norm_dtype"]
@@ -83,9 +88,7 @@ class _AddNorm(Operator):
             return _results(x.new_zeros, x, branch, *settings)
         if backend == "native":
             return add_norm_forward_cpu(x, branch, weight, bias, eps, *settings)
-        from .triton.launch import add_norm_forward_triton
-
-        return add_norm_forward_triton(*contiguous(x, branch, weight, bias), eps, *settings)
+        return _triton("forward")(x, branch, weight, bias, eps, *settings)
 
     def fake(self, x, branch, weight, bias, eps, num_prefix_tokens, need_statistics, out_dtype, backend):
         settings = num_prefix_tokens, need_statistics, out_dtype or total_dtype(x, branch)
@@ -134,12 +137,16 @@ class _AddNorm(Operator):
             return gradients_like(tensors[3:6], needs, torch.zeros_like)
         if backend == "native":
             return add_norm_backward_cpu(*tensors, *needs)
-        from .triton.launch import add_norm_backward_triton
-
-        return add_norm_backward_triton(*tensors, *needs)
+        return _triton("backward")(*tensors, *needs)
 
     def fake_backward(self, *inputs):
         return gradients_like(inputs[3:6], inputs[8:11])
+
+
+@cache
+def _triton(phase: str) -> Callable[..., Any]:
+    """The function that runs a phase on a GPU; asking a module for it in each call would take as long as a launch."""
+    return resolve_name(f"{__package__}.triton.launch:add_norm_{phase}_triton")
 
 
 def _results(make, x, branch, num_prefix_tokens, need_statistics, out_dtype) -> tuple[Tensor | None, ...]:

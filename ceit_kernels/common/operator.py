@@ -140,8 +140,8 @@ class Operator:
         """Prepare ``ctx`` for ``input_gradients``."""
         # Or zeros would be made in the place of gradients that are not there.
         ctx.set_materialize_grads(False)
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*(x for x in output[self.differentiable : returned] if x is not None))
+        if isinstance(output, tuple) and (rest := output[self.differentiable : returned]):
+            ctx.mark_non_differentiable(*(x for x in rest if x is not None))
         self.save(ctx, inputs, output)
 
     def input_gradients(
