@@ -9,7 +9,6 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adapters.attention_bias import prepare_attention_bias
 from .adapters.folding import fold_norms
 from .common.arguments import names_its_arguments
 from .common.graphs import Graphs
@@ -164,12 +163,11 @@ def _copy_of(model: nn.Module) -> nn.Module:
 
 def _freeze_parts(module: nn.Module) -> None:
     """Freeze the largest modules that are convolutions one after another, and of the others those that are fused."""
-    prepare_attention_bias(module)
     called = FrozenConvnet.freeze(module)
     if called is None:
         for frozen_class in _FROZEN:
             frozen_class.freeze(module)
-        if isinstance(module, Fusion) and module.plain_reason() is None:
+        if isinstance(module, Fusion) and not module.calls_children and module.plain_reason() is None:
             return  # reads what its children have
     for name, child in module.named_children():
         if called is None or name not in called:

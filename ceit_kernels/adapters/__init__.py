@@ -41,6 +41,7 @@ _SEGFORMER = "transformers.models.segformer.modeling_segformer"
 ADAPTERS: dict[str, Adapter] = {
     f"{_SEGFORMER}.SegformerMixFFN": Adapter("leff", "transformers_mix_ffn:SegformerMixFFN"),
     f"{_SEGFORMER}.SegformerMixMLP": Adapter("leff", "transformers_mix_ffn:SegformerMixMLP"),
+    f"{_SEGFORMER}.SegformerAttention": Adapter("attention", "transformers_segformer:SegformerAttention"),
     f"{_SEGFORMER}.SegformerDecodeHead": Adapter("linear", "transformers_segformer:SegformerDecodeHead"),
     "transformers.models.glpn.modeling_glpn.GLPNMixFFN": Adapter("leff", "transformers_mix_ffn:GLPNMixFFN"),
     "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2ConvFeedForwardNetwork": Adapter(
@@ -48,6 +49,8 @@ ADAPTERS: dict[str, Adapter] = {
     ),
     "timm.models.pvt_v2.MlpWithDepthwiseConv": Adapter("leff", "timm_pvt_v2:MlpWithDepthwiseConv"),
     "timm.models.efficientformer_v2.ConvMlpWithNorm": Adapter("leff", "timm_images:ConvMlpWithNorm"),
+    "timm.models.pvt_v2.Attention": Adapter("attention", "timm_attention:PVTv2Attention"),
+    "timm.models.tiny_vit.Attention": Adapter("attention", "timm_attention:TinyViTAttention"),
     "timm.models.tiny_vit.MBConv": Adapter("leff", "timm_images:TinyViTMBConv"),
     "timm.models.efficientvit_mit.MBConv": Adapter("leff", "timm_images:EfficientViTMBConv"),
     "timm.models.byobnet.BottleneckBlock": Adapter("leff", "timm_images:BottleneckBlock"),

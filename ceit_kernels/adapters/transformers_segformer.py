@@ -1,7 +1,8 @@
-"""The decode head of transformers' SegFormer (https://arxiv.org/abs/2105.15203), its convolution before upsampling.
+"""The attention and the decode head of transformers' SegFormer (https://arxiv.org/abs/2105.15203).
 
-A 1x1 convolution of upsampled maps is the sum of the upsampled 1x1 convolutions of each: at the maps' own sizes it
-takes a third of the multiply-adds, and neither the upsampled maps nor their concatenation reach memory.
+The head's convolution runs before upsampling: a 1x1 convolution of upsampled maps is the sum of the upsampled 1x1
+convolutions of each. At the maps' own sizes it takes a third of the multiply-adds, and neither the upsampled maps nor
+their concatenation reach memory.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..attention.cpu import attention_infer_cpu
 from ..common.calls import unsupported_reason
 from ..common.children import ANY, children_reason, convolution_reason, held
 from ..common.module import Fusion, attributes_of
 from ..linear.functional import linear_layer
+from .attention import InferenceAttention
 
-__all__ = ["SegformerDecodeHead"]
+__all__ = ["SegformerAttention", "SegformerDecodeHead"]
 
 
 class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
@@ -68,3 +71,28 @@ class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
         if convolution.bias is not None or convolution.kernel_size != (1, 1):
             return reason or "linear_fuse is no pointwise convolution without a bias"
         return reason
+
+
+class SegformerAttention(InferenceAttention):
+    """That of transformers 5, of all tokens to those of a smaller image."""
+
+    def _uses_sdpa(self: Any) -> bool:
+        return self.config._attn_implementation == "sdpa"
+
+    def forward(
+        self: Any, hidden_states: Tensor, height: int, width: int, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, C) of an image of height x width -> (B, N, C), and no weights."""
+        is_plain = attention_mask is not None or any(
+            value is not None and value is not False for value in kwargs.values()
+        )
+        if is_plain or not self._serves(hidden_states):
+            return super().forward(hidden_states, height, width, attention_mask, **kwargs)
+        source = hidden_states
+        if self.sequence_reduction_ratio > 1:
+            source = self.sequence_reduction(hidden_states, height, width)
+        q, k, v = (
+            projection(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            for projection, x in ((self.q_proj, hidden_states), (self.k_proj, source), (self.v_proj, source))
+        )
+        return self.o_proj(attention_infer_cpu(q, k, v, None, self.scaling)), None

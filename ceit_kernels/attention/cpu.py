@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention_backward_cpu", "attention_forward_cpu", "empty_results"]
+__all__ = ["attention_backward_cpu", "attention_forward_cpu", "attention_infer_cpu", "empty_results"]
 
 torch.library.define(
     "ceit::_attention", "(Tensor qkv, int num_heads, float scale, Tensor(a!) out, Tensor(b!)? statistics) -> ()"
@@ -13,6 +13,10 @@ torch.library.define(
 torch.library.define(
     "ceit::_attention_backward",
     "(Tensor grad_out, Tensor qkv, Tensor statistics, int num_heads, float scale, Tensor(a!) grad_qkv) -> ()",
+)
+
+torch.library.define(
+    "ceit::_attention_infer", "(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, Tensor(a!) out) -> ()"
 )
 
 _forward, _backward = torch.ops.ceit._attention.default, torch.ops.ceit._attention_backward.default
@@ -42,3 +46,18 @@ def attention_backward_cpu(grad_out: Tensor, qkv: Tensor, statistics: Tensor, nu
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _backward(grad_out.contiguous(), qkv.contiguous(), statistics.contiguous(), num_heads, scale, grad_qkv)
     return grad_qkv
+
+
+def attention_infer_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of q (B, H, M, D) to k and v (B, H, N, D) as (B, M, H * D), without a gradient.
+
+    Args:
+        q, k, v: with any strides.
+        bias: (H, M, N), added to the scores, or None.
+        scale: of the scores.
+    """
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, queries, channels = q.shape
+    out = q.new_empty((batch, queries, heads * channels))
+    torch.ops.ceit._attention_infer.default(q, k, v, bias if bias is None else bias.contiguous(), scale, out)
+    return out

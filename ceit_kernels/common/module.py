@@ -31,9 +31,11 @@ class Fusion:
 
     Attributes:
         plain_class: the class that a fused one is fused of; inherited by subclasses of a fused class.
+        calls_children: whether ``forward`` calls all children; otherwise it reads their tensors.
     """
 
     plain_class: ClassVar[type[nn.Module]]
+    calls_children: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -19,6 +19,9 @@ struct Rows {
     const int64_t image = task / shape.heads, head = task % shape.heads;
     data = static_cast<T*>(tensor) + image * tokens * stride + (part * shape.heads + head) * shape.channels;
   }
+  CEIT_INLINE Rows(const Operand& of, const Shape& shape, int64_t task)
+      : data(static_cast<T*>(of.data) + of.offset + task / shape.heads * of.image + task % shape.heads * of.head),
+        stride(of.token) {}
   CEIT_INLINE T* row(int64_t index) const { return data + index * stride; }
 };
 
@@ -32,8 +35,8 @@ struct QueryTile {
 };
 
 template <class T>
-Rows<const T> part_of(const void* qkv, const Shape& shape, int64_t part, int64_t task) {
-  return Rows<const T>(const_cast<void*>(qkv), shape, shape.tokens, 3, part, task);
+Rows<const T> part_of(const void* qkv, const Shape& shape, int part, int64_t task) {
+  return {attention::part_of(qkv, shape, part), shape, task};
 }
 
 template <class T>
@@ -54,16 +57,17 @@ CEIT_INLINE void prefetch(const Rows<T>& rows, int64_t first, int64_t count, int
 
 // Asks for the queries behind a tile, and for its share of the keys and values of the next head.
 template <class T>
-CEIT_INLINE void prefetch_next(const void* qkv, const Shape& shape, const QueryTile& tile, int64_t end) {
+CEIT_INLINE void prefetch_next(const Operand& q, const Operand& k, const Operand& v, const Shape& shape,
+                               const QueryTile& tile, int64_t end) {
   const int64_t at = tile.task * shape.queries + tile.first + tile.count;
   if (at >= end) return;
   const QueryTile next(shape, at, end);
-  prefetch(part_of<T>(qkv, shape, 0, next.task), next.first, next.count, shape.channels);
+  prefetch(Rows<const T>(q, shape, next.task), next.first, next.count, shape.channels);
   if ((tile.task + 1) * shape.queries >= end) return;
   const int64_t first = shape.tokens * tile.first / shape.queries;
   const int64_t last = shape.tokens * (tile.first + tile.count) / shape.queries;
-  for (int part = 1; part < 3; ++part)
-    prefetch(part_of<T>(qkv, shape, part, tile.task + 1), first, last - first, shape.channels);
+  prefetch(Rows<const T>(k, shape, tile.task + 1), first, last - first, shape.channels);
+  prefetch(Rows<const T>(v, shape, tile.task + 1), first, last - first, shape.channels);
 }
 
 // Strides of a head's packed matrices.
@@ -132,6 +136,17 @@ CEIT_INLINE void powers_of_two(Acc* row, int64_t tokens, Acc largest, Visit visi
     store(row + i, visit(i, power_of_two(load(row + i) - largest)));
 }
 
+// scores += log2(e) * bias, of which rows are `tokens` apart.
+template <class T, class Acc>
+CEIT_INLINE void add_bias(const T* bias, Matrix<Acc> scores, int64_t rows, int64_t tokens) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Acc* row = scores.data + i * scores.stride;
+    for_vectors<Acc>(tokens, [&](int64_t j, auto count) {
+      store(row + j, load(row + j, count) + Acc(kLog2E) * load(bias + i * tokens + j, count), count);
+    });
+  }
+}
+
 // Scores become the softmax times the sum of each row. One pass for all rows at a time, so that reductions overlap.
 template <class Acc>
 CEIT_INLINE void softmax(Matrix<Acc> scores, int64_t rows, int64_t tokens, const Tail<Acc>& tail, Acc* largest,
@@ -193,18 +208,23 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     const int64_t task = tile.task, first = tile.first, count = tile.count;
     at += count;
     if (task != packed_task) {
-      pack_transposed(part_of<T>(call.qkv, shape, 1, task), shape.tokens, channels, keys.get(), layout.tokens);
-      pack<T, Acc>(part_of<T>(call.qkv, shape, 2, task), 0, shape.tokens, channels, Acc(1),
+      pack_transposed(Rows<const T>(call.k, shape, task), shape.tokens, channels, keys.get(), layout.tokens);
+      pack<T, Acc>(Rows<const T>(call.v, shape, task), 0, shape.tokens, channels, Acc(1),
                    {values.get(), layout.channels});
       packed_task = task;
     }
-    pack<T, Acc>(part_of<T>(call.qkv, shape, 0, task), first, count, channels, Acc(call.scale * kLog2E),
+    pack<T, Acc>(Rows<const T>(call.q, shape, task), first, count, channels, Acc(call.scale * kLog2E),
                  {queries.get(), layout.channels});
     const Rows<T> out(call.out, shape, shape.queries, 1, 0, task);
     prefetch<true>(out, first, count, channels);
-    prefetch_next<T>(call.qkv, shape, tile, end);
+    prefetch_next<T>(call.q, call.k, call.v, shape, tile, end);
     multiply<Acc>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens},
                   count, channels, shape.tokens, false);
+    if (call.bias) {
+      const int64_t row = task % shape.heads * shape.queries + first;
+      add_bias<T, Acc>(static_cast<const T*>(call.bias) + row * shape.tokens, {scores.get(), layout.tokens}, count,
+                       shape.tokens);
+    }
     softmax<Acc>({scores.get(), layout.tokens}, count, shape.tokens, tail, largest, sums);
     multiply<Acc>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
                   count, shape.tokens, channels, false);
@@ -245,7 +265,8 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
       pack<T, Acc>(q, first, count, channels, Acc(call.scale * kLog2E), {queries.get(), layout.channels});
       pack<T, Acc>(dout, first, count, channels, Acc(1), {grad_out.get(), layout.channels});
       prefetch<true>(dq, first, count, channels);
-      prefetch_next<T>(call.qkv, shape, tile, end * shape.queries);
+      prefetch_next<T>(attention::part_of(call.qkv, shape, 0), attention::part_of(call.qkv, shape, 1),
+                       attention::part_of(call.qkv, shape, 2), shape, tile, end * shape.queries);
       if (at < end * shape.queries) {
         const QueryTile next(shape, at, end * shape.queries);
         prefetch(gradient_of<T>(call.grad_out, shape, next.task), next.first, next.count, channels);

@@ -10,16 +10,30 @@ constexpr int kQueries = 48;
 
 struct Shape {
   int64_t images, tokens, heads, channels;  // channels of a head
-  int64_t queries;                          // the first tokens
+  int64_t queries;                          // in self-attention the first tokens
   int64_t all_queries() const { return images * heads * queries; }
 };
 
-// out = softmax(scale * q k^T) v. Statistics are, for each query, the largest of its scores times log2(e), and the sum
-// of the exponentials of all relative to it, from which backward gets its weights again without a rounding more.
+// Queries, keys or values (images, heads, tokens, channels), with the strides of the first three.
+struct Operand {
+  const void* data;
+  int64_t offset, image, head, token;  // elements
+};
+
+// Part 0, 1 or 2 of qkv (B, tokens, 3, heads, channels).
+inline Operand part_of(const void* qkv, const Shape& shape, int part) {
+  const int64_t row = shape.heads * shape.channels;
+  return {qkv, part * row, shape.tokens * 3 * row, shape.channels, 3 * row};
+}
+
+// out = softmax(scale * q k^T + bias) v. Statistics are, for each query, the largest of its scores times log2(e), and
+// the sum of the exponentials of all relative to it, from which backward gets its weights again without a rounding
+// more.
 struct ForwardCall {
   Shape shape;
   double scale;
-  const void* qkv;   // (B, tokens, 3, heads, channels)
+  Operand q, k, v;
+  const void* bias;  // (heads, queries, tokens) or null
   void* out;         // (B, queries, heads, channels)
   void* statistics;  // (B, heads, queries, 2), of the type that is computed in; or null
 };

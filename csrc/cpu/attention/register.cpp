@@ -24,10 +24,34 @@ void forward(Tensor qkv, int64_t heads, double scale, Tensor out, OptionalTensor
   ForwardCall call{};
   const Shape& shape = call.shape = shape_of(qkv, out, heads);
   call.scale = scale;
-  call.qkv = elements("qkv", qkv, qkv.numel(), qkv.scalar_type());
+  const void* parts = elements("qkv", qkv, qkv.numel(), qkv.scalar_type());
+  call.q = part_of(parts, shape, 0), call.k = part_of(parts, shape, 1), call.v = part_of(parts, shape, 2);
   call.out = elements("out", out, shape.images * shape.queries * heads * shape.channels, qkv.scalar_type());
   call.statistics = statistics_of(statistics, shape, acc_dtype(qkv));
   run_tasks(chosen(dtype_index(qkv)).forward, call, shape.all_queries());
+}
+
+// One of (images, heads, tokens, channels) whose channels lie side by side.
+Operand operand(const char* name, const Tensor& x, const Shape& shape, int64_t tokens, ScalarType dtype) {
+  const bool fits = x.dim() == 4 && x.size(0) == shape.images && x.size(1) == shape.heads && x.size(2) == tokens &&
+                    x.size(3) == shape.channels && x.stride(3) == 1 && x.scalar_type() == dtype;
+  STD_TORCH_CHECK(fits, name, ": expected (B, H, N, D) as of q, with its channels side by side");
+  return {x.data_ptr(), 0, x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// out (B, queries, H, D) of q (B, H, queries, D), k and v (B, H, N, D) and bias (H, queries, N), at inference.
+void infer(Tensor q, Tensor k, Tensor v, OptionalTensor bias, double scale, Tensor out) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.size(3) > 0 && k.size(2) > 0, "q, k: expected (B, H, N, D)");
+  const ScalarType dtype = q.scalar_type();
+  ForwardCall call{};
+  const Shape& shape = call.shape = {q.size(0), k.size(2), q.size(1), q.size(3), q.size(2)};
+  call.scale = scale;
+  call.q = operand("q", q, shape, shape.queries, dtype);
+  call.k = operand("k", k, shape, shape.tokens, dtype);
+  call.v = operand("v", v, shape, shape.tokens, dtype);
+  call.bias = elements("bias", bias, shape.heads * shape.queries * shape.tokens, dtype);
+  call.out = elements("out", out, shape.all_queries() * shape.channels, dtype);
+  run_tasks(chosen(dtype_index(q)).forward, call, shape.all_queries());
 }
 
 void backward(Tensor grad_out, Tensor qkv, Tensor statistics, int64_t heads, double scale, Tensor grad_qkv) {
@@ -47,5 +71,6 @@ void backward(Tensor grad_out, Tensor qkv, Tensor statistics, int64_t heads, dou
 
 STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) {
   m.impl("_attention", TORCH_BOX(&ceit::attention::forward));
+  m.impl("_attention_infer", TORCH_BOX(&ceit::attention::infer));
   m.impl("_attention_backward", TORCH_BOX(&ceit::attention::backward));
 }

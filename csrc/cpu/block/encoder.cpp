@@ -38,7 +38,9 @@ void attend(const Attention<T, Tokens>& block, int64_t images, int64_t tokens, i
   STD_TORCH_CHECK(heads > 0 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
   attention::ForwardCall call{};
   call.shape = {images, tokens, heads, channels / heads, queries};
-  call.scale = block.scale, call.qkv = qkv, call.out = attended;
+  call.scale = block.scale, call.out = attended;
+  call.q = attention::part_of(qkv, call.shape, 0), call.k = attention::part_of(qkv, call.shape, 1),
+  call.v = attention::part_of(qkv, call.shape, 2);
   run(call.shape.all_queries(),
       [&](int64_t begin, int64_t end) { attention::chosen(kIndex<T>).forward(call, begin, end); });
 }
