@@ -98,6 +98,16 @@ CEIT_INLINE void store_partial(const Partial<Acc>& to, const Sums<Acc>& sums, co
             columns - v * lanes);
 }
 
+// Lines of the cache, so many bytes apart.
+struct Lines {
+  const void* start = nullptr;
+  int count = 0;
+  int64_t stride = 64;
+  CEIT_INLINE void prefetch(int begin, int end) const {
+    for (int i = begin; i < end; ++i) __builtin_prefetch(static_cast<const char*>(start) + i * stride, 0, 2);
+  }
+};
+
 // Terms `first` to `first + depth` of some columns of B, whether they are the first and the last of a sum, and what of
 // B comes next.
 template <class Acc>
@@ -105,18 +115,18 @@ struct Chunk {
   const Acc* b;
   int64_t first, depth;
   bool begins, ends;
-  const Acc* next;
-  int64_t next_size;
+  Lines next;
 };
 
-// Asks for the part of what comes next that belongs to a tile of several: all at once would stall the core.
-template <class Acc>
-CEIT_INLINE void prefetch_next(const Chunk<Acc>& chunk, int64_t tile, int64_t tiles) {
-  constexpr int64_t line = 64 / sizeof(Acc);
-  const int64_t lines = chunk.next_size / line;
-  for (int64_t i = lines * tile / tiles; i < lines * (tile + 1) / tiles; ++i)
-    __builtin_prefetch(chunk.next + i * line, 0, 2);
-}
+// The shares of a whole in so many parts, the larger ones first: a division for each part costs a hundredth of a GEMM.
+class Shares {
+ public:
+  CEIT_INLINE Shares(int whole, int parts) : share_(whole / parts), larger_(whole % parts) {}
+  CEIT_INLINE int next() { return share_ + (larger_-- > 0); }
+
+ private:
+  int share_, larger_;
+};
 
 // Rows of a (from its first term on) with a chunk, in tiles of one height or one row less.
 template <class T, class Out, class Width>
@@ -124,12 +134,14 @@ void multiply_chunk(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_strid
                     Width columns, const Chunk<acc_t<T>>& chunk, Partial<acc_t<T>> partial) {
   using Acc = acc_t<T>;
   Sums<Acc> sums;
-  const int64_t all = rows.end - rows.begin, tiles = ceil_div(all, kHeight);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t at = all * tile / tiles, row = rows.begin + at;
-    const int count = int(all * (tile + 1) / tiles - at);
+  const int all = int(rows.end - rows.begin), tiles = int(ceil_div(all, kHeight));
+  // Of the rows, and of what comes next, which would stall the core if all were asked for at once.
+  Shares heights(all, tiles), lines(chunk.next.count, tiles);
+  for (int at = 0, line = 0; at < all;) {
+    const int count = heights.next(), asked = lines.next();
+    const int64_t row = rows.begin + at;
     const Partial<Acc> here{partial.data + at * partial.stride, partial.stride};
-    prefetch_next(chunk, tile, tiles);
+    chunk.next.prefetch(line, line + asked);
     for (int r = 0; r < count; ++r) __builtin_prefetch(here.data + r * here.stride, 1, 3);
     multiply_rows<Acc>(count, a + at * a_stride + chunk.first, a_stride, chunk.b, chunk.depth, sums);
     const auto* before = chunk.begins ? nullptr : &here;
@@ -139,6 +151,7 @@ void multiply_chunk(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_strid
       with_activation(call.activation, [&](auto kind) {
         write_tile<decltype(kind)::value>(call, sums, before, row, count, column, columns);
       });
+    at += count, line += asked;
   }
 }
 
@@ -172,13 +185,17 @@ void multiply_row_tile(const Call<T, Out>& call, const acc_t<T>* a, int64_t a_st
       for (int64_t column = start; column < end; column += width) {
         const int columns = int(min_of(end - column, width));
         const Acc* packed = static_cast<const Acc*>(call.b) + column * call.depth + first * width;
-        Chunk<Acc> chunk{packed, first, depth, i == 0 && !call.accumulate, i + 1 == chunks, nullptr, 0};
+        const T* lying = static_cast<const T*>(call.b) + first * call.b_stride + column;
+        Chunk<Acc> chunk{packed, first, depth, i == 0 && !call.accumulate, i + 1 == chunks, {}};
         if (call.b_stride) {
-          copy_slice(static_cast<const T*>(call.b) + first * call.b_stride + column, call.b_stride, depth, columns,
-                     copy);
+          copy_slice(lying, call.b_stride, depth, columns, copy);
           chunk.b = copy;
-        } else if (column + width < end) {
-          chunk.next = packed + width * call.depth, chunk.next_size = width * depth;
+        }
+        if (column + width < end) {
+          if (call.b_stride)
+            chunk.next = {lying + width, int(depth), call.b_stride * int64_t(sizeof(T))};
+          else
+            chunk.next = {packed + width * call.depth, int(width * depth * sizeof(Acc) / 64)};
         }
         Partial<Acc> partial{beside, width};
         if constexpr (in_result) partial = {call.out + rows.begin * call.out_stride + column, call.out_stride};

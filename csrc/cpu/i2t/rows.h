@@ -105,6 +105,7 @@ inline void convolve_tile(const Acc* const (&rows)[kSide], int64_t row_stride, i
   for (int64_t i = 0; i < in_channels; ++i) {
     for (const Acc* base : rows) {
       const Acc* row = base + i * row_stride;
+#pragma GCC unroll 1  // or sums of the steps beside each other would not fit in registers
       for (int tap = 0; tap < kSide; ++tap, ++row, weight += kPanelChannels) {
         forget(row);
         Vec<Acc> taps[Size::vectors];
