@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,12 +37,23 @@ def prepack_linear(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``A B`` for contiguous matrices; (M, N)."""
-    return torch.ops.ceit._matmul(a, b) if a.dtype == torch.float32 else a @ b
+    return torch.ops.ceit._matmul(a, b) if _is_ours(a.dtype) else a @ b
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """``grad^T x`` for contiguous matrices (M, N) and (M, K): what a linear layer's weight (N, K) gets.
 
-    In float32 the narrower of the two is copied transposed, the wider read as it lies.
+    Where this project multiplies, sums in bfloat16 stay in float32; the narrower of the two is copied transposed, the
+    wider read as it lies.
     """
-    return torch.ops.ceit._weight_gradient(grad, x) if grad.dtype == torch.float32 else grad.t() @ x
+    return torch.ops.ceit._weight_gradient(grad, x) if _is_ours(grad.dtype) else grad.t() @ x
+
+
+def _is_ours(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_bfloat16())
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16; without AVX-512 PyTorch has loops that take forty times as long."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

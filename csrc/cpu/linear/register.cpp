@@ -1,4 +1,4 @@
-// A linear layer on the CPU, its backward in float32, and their registration. The schemas are in
+// A linear layer on the CPU, its backward, and their registration. The schemas are in
 // ceit_kernels/common/matmul.py.
 #include "../gemm/packing.h"
 
@@ -11,9 +11,10 @@ constexpr int64_t kTileRows = 216;
 // Rows of a weight's gradient that a task has of a panel: enough tasks for threads to have as much to do each.
 constexpr int64_t kTaskRows = 96;
 
-float* matrix(const char* name, const Tensor& tensor) {
+template <class T>
+T* matrix(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, ": expected a matrix");
-  return elements<float>(name, tensor, tensor.numel());
+  return elements<T>(name, tensor, tensor.numel());
 }
 
 // All of a result, tiles of rows on all threads; or panels, where the rows are few.
@@ -54,20 +55,26 @@ Tensor matmul(Tensor a, Tensor b) {
   const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
   STD_TORCH_CHECK(b.size(0) == depth, "b: expected ", depth, " rows, got ", b.size(0));
   const Tensor out = new_empty(a, {rows, columns});
-  gemm::Call<float> call = gemm::unpacked_call(matrix("b", b), columns, depth, columns);
-  call.a = matrix("a", a), call.a_stride = depth;
-  call.out = matrix("out", out), call.out_stride = columns;
-  multiply(call, rows);
+  with_dtype(a, [&](auto type) {
+    using T = decltype(type);
+    gemm::Call<T> call = gemm::unpacked_call(matrix<T>("b", b), columns, depth, columns);
+    call.a = matrix<T>("a", a), call.a_stride = depth;
+    call.out = matrix<T>("out", out), call.out_stride = columns;
+    multiply(call, rows);
+  });
   return out;
 }
 
-// A^T B; (K, N), of the narrower (M, K) and the wider (M, N).
+// A^T B; (K, N) in the type of sums, of the narrower (M, K) and the wider (M, N).
+template <class T>
 Tensor transposed_matmul(const Tensor& a, const Tensor& b) {
+  using Acc = acc_t<T>;
   const int64_t depth = b.size(0), rows = a.size(1), columns = b.size(1);
-  const Tensor out = new_empty(b, {rows, columns});
-  const float *from = matrix("a", a), *right = matrix("b", b);
+  const Tensor out = new_empty(b, {rows, columns}, kDtype<Acc>);
+  const T *from = matrix<T>("a", a), *right = matrix<T>("b", b);
   const int64_t tiles = ceil_div(depth, kTileRows), size = gemm::transposed_stride(kTileRows) * rows;
-  float *a_t = static_cast<float*>(gemm::workspace(tiles * size * int64_t(sizeof(float)))), *to = matrix("out", out);
+  T* a_t = static_cast<T*>(gemm::workspace(tiles * size * int64_t(sizeof(T))));
+  Acc* to = matrix<Acc>("out", out);
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kTileRows, count = std::min(kTileRows, depth - first);
@@ -78,7 +85,7 @@ Tensor transposed_matmul(const Tensor& a, const Tensor& b) {
   torch::stable::parallel_for(0, gemm::panels_of(columns) * tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * kTileRows, count = std::min(kTileRows, depth - first);
-      gemm::Call<float> call = gemm::unpacked_call(right + first * columns, columns, count, columns);
+      gemm::Call<T, Acc> call = gemm::unpacked_call<T, Acc>(right + first * columns, columns, count, columns);
       call.a = a_t + tile * size, call.a_stride = gemm::transposed_stride(count);
       call.out = to, call.out_stride = columns;
       call.accumulate = tile > 0;
@@ -91,11 +98,14 @@ Tensor transposed_matmul(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-// grad^T x, the gradient (N, K) of a weight.
+// grad^T x, the gradient (N, K) of a weight, in the type of sums.
 Tensor weight_gradient(Tensor grad, Tensor x) {
   STD_TORCH_CHECK(grad.dim() == 2 && x.dim() == 2 && grad.size(0) == x.size(0), "grad, x: expected as many rows");
-  if (grad.size(1) <= x.size(1)) return transposed_matmul(grad, x);
-  return gemm::transposed(transposed_matmul(x, grad));
+  return with_dtype(grad, [&](auto type) {
+    using T = decltype(type);
+    if (grad.size(1) <= x.size(1)) return transposed_matmul<T>(grad, x);
+    return gemm::transposed(transposed_matmul<T>(x, grad));
+  });
 }
 
 }  // namespace

@@ -39,10 +39,17 @@ def test_a_linear_layer_is_as_accurate_as_pytorchs_prepacked_or_not(dtype, rows,
 
 
 @SIZES
-def test_products_of_backward_are_as_accurate_as_pytorchs(rows, columns, terms):
+@pytest.mark.parametrize(
+    ("dtype", "has_bfloat16"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ids=["float32", "bfloat16-onednn", "bfloat16"],
+)
+def test_products_of_backward_are_as_accurate_as_pytorchs(dtype, has_bfloat16, rows, columns, terms, monkeypatch):
+    monkeypatch.setattr(matmul, "_has_bfloat16", lambda: has_bfloat16)
     torch.manual_seed(0)
     a, b, x = torch.randn(rows, terms), torch.randn(terms, columns), torch.randn(rows, columns)
-    found = [matmul.matmul(a, b), matmul.weight_gradient(a, x)]
+    a, b, x = (tensor.to(dtype) for tensor in (a, b, x))
+    found = [matmul.matmul(a, b), matmul.weight_gradient(a, x).to(dtype)]
     exact = [a.double() @ b.double(), a.double().t() @ x.double()]
     assert_as_accurate(["product", "gradient"], found, [a @ b, a.t() @ x], exact)
 
