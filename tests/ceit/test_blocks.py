@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from support.accuracy import assert_as_accurate_over_draws
 from torch import nn
 
 from ceit import CeiT
 from ceit.blocks import Block
-from ceit_kernels import FusedLeFF, FusedPatchProjection, fuse
+from ceit_kernels import FusedLeFF, FusedPatchProjection, fuse, use_backend
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
 DROPPING = {"drop_path_rate": 0.2, "attn_drop_rate": 0.1, "proj_drop_rate": 0.1}
@@ -57,6 +58,29 @@ def test_both_halves_have_a_residual_connection(training, drop_path):
     torch.manual_seed(1)
     middle = x + block.drop_path(block.attn(block.norm1(x)))
     assert torch.equal(out, middle + block.drop_path(block.leff(block.norm2(middle))))
+
+
+def test_training_under_autocast_is_as_accurate_as_plain_pytorch_and_of_its_dtypes():
+    block = Block(32, 2, qkv_bias=True)
+    fused, exact = fuse(copy.deepcopy(block)), copy.deepcopy(block).double()
+
+    def step(module, x, grad, autocast=True):
+        module.zero_grad()
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = module(x, (4, 5))
+        out.backward(grad.to(out.dtype))
+        return [out, x.grad, *(p.grad for p in module.parameters())]
+
+    def draws():
+        for _ in range(24):
+            x, grad = torch.randn(3, 21, 32), torch.randn(3, 21, 32)
+            with use_backend("linear=native"):
+                ours = step(fused, x, grad)
+            yield ours, step(block, x, grad), step(exact, x.double(), grad.double(), autocast=False)
+
+    names = ["out", "x", *(name for name, _ in block.named_parameters())]
+    assert_as_accurate_over_draws(names, draws())
 
 
 def test_the_last_block_makes_only_its_class_token_where_only_logits_are_wanted(model, images, last_tokens):
