@@ -118,7 +118,10 @@ def _pictures(given: Sequence[str]) -> Iterator[Path]:
     """The files among what was given, and those in the folders among it."""
     if not given:
         raise UsageError("IMAGE: expected at least one picture or folder")
-    for path in map(Path, given):
+    for word in given:
+        path = Path(word)
+        if not path.exists():
+            raise UsageError(f"IMAGE {word}: there is no such file or folder")
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
         if not found:
             raise UsageError(f"IMAGE {path}: no pictures in this folder")
