@@ -122,6 +122,16 @@ def test_nothing_that_is_done_to_the_model_reaches_it():
     assert torch.equal(frozen(x), expected)
 
 
+def test_a_head_may_have_no_bias(whole_calls):
+    model = make_model().double()
+    model.head = nn.Linear(model.head.in_features, 7, bias=False).double()
+    x = images(model, dtype=torch.float64)
+    with torch.no_grad(), use_backend("reference"):
+        expected = model(x)
+    torch.testing.assert_close(freeze(model)(x), expected, rtol=1e-10, atol=1e-10)
+    assert whole_calls == [1]
+
+
 @pytest.mark.parametrize(
     "options",
     [{"global_pool": "avg"}, {"global_pool": ""}, {"num_classes": 0}, {"dynamic_img_size": True}],

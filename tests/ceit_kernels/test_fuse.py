@@ -249,8 +249,9 @@ def test_from_plain_refuses_what_is_no_plain_counterpart(plain_class, fused_clas
 def test_register_fusion_names_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"operator: expected one of .*'lca'.*got 'mlp'"):
         register_fusion("mlp", nn.Linear, FusedLinear)
-    with pytest.raises(TypeError, match=r"fused_class: expected a fused class such as FusedLeFF, got .*Linear"):
-        register_fusion("linear", nn.Linear, nn.Linear)
+    for wrong in (nn.Linear, type("MyLinear", (FusedLinear,), {}), object, 3):
+        with pytest.raises(TypeError, match=f"fused_class: expected a fused class such as FusedLeFF, got {wrong!r}"):
+            register_fusion("linear", nn.Linear, wrong)
 
 
 def test_a_forward_wrapped_after_fusing_goes_on_after_unfusing():

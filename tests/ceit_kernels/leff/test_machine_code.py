@@ -19,6 +19,7 @@ from support.machine_code import (
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.common.launch import record_launches
+from ceit_kernels.leff import choice
 from ceit_kernels.leff.triton.launch_inference import leff_inference_triton
 from ceit_kernels.leff.triton.launch_library import leff_inference_library
 
@@ -122,3 +123,10 @@ def test_a_call_makes_two_launches_and_moves_ten_passes_over_the_tokens(shape):
         if isinstance(value, torch.Tensor) and name not in ("p_x", "p_h", "p_out")
     )
     assert (moved + weights) / (2 * tokens * channels) <= 10.5
+
+
+@pytest.mark.parametrize("chip", [75, *SHARED_MEMORY])
+def test_unmeasured_calls_are_fused_on_chips_whose_machine_code_is_known_up_to_a_width(chip, monkeypatch):
+    monkeypatch.setattr(choice, "compute_capability", lambda device_index: chip)
+    found = [choice._rule(channels, None) for channels in (255, 256)]
+    assert found == ["triton" if chip in SHARED_MEMORY else "library", "library"]
