@@ -128,8 +128,9 @@ def parts_by_kind() -> list[Part]:
     print(f"`make test` ran the {best} code; now: {', '.join(lesser) or 'none, there is no lesser kind'}.")
     if absent:
         print(f"Not run, as this processor lacks the instructions: {', '.join(absent)}.")
-    # What is compiled for GPUs is the same with every kind.
-    arguments = (*PYTEST, KERNELS, "-k", "not machine_code and not schedules")
+    # What is compiled for GPUs, also where it runs on the host, and what chooses backends: the same with every kind.
+    same = ("machine_code", "schedules", "i2t/test_kernels", "i2t/test_registration", "warm_up", "test_backends")
+    arguments = (*PYTEST, KERNELS, *(f"--ignore-glob={KERNELS}/*{name}.py" for name in same))
     return [Part(f"native, {kind}", arguments, restricted_to(kind)) for kind in lesser]
 
 

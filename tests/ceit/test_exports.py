@@ -10,6 +10,10 @@ from ceit_kernels import fuse
 SMALL = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
 
 
+# Plain models are exported by the command too (test_export.py).
+fused_alone = pytest.mark.parametrize("make_model", [pytest.param(False, marks=pytest.mark.prove), True], indirect=True)
+
+
 @pytest.fixture(params=[False, True], ids=["plain", "fused"])
 def make_model(request):
     def make(**options):
@@ -74,6 +78,7 @@ def test_torchscript_by_tracing(model, gradients):
     check(traced, model)
 
 
+@fused_alone
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", [pytest.param(False, marks=pytest.mark.prove), True])
 def test_onnx(model, dynamo, tmp_path):
@@ -90,6 +95,7 @@ def test_onnx(model, dynamo, tmp_path):
     check(lambda x: session.run(None, {"x": x.numpy()})[0], model)
 
 
+@fused_alone
 @pytest.mark.usefixtures("openvino_with_all_instructions")
 @pytest.mark.filterwarnings("ignore")
 def test_openvino(model):

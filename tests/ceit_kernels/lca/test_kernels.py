@@ -35,7 +35,7 @@ def test_agrees_to_rounding_in_float64(poisoned_memory, shape):
     check_to_rounding(*make_inputs(*shape, torch.float64), num_heads=shape[-1], dropout_p=0.3, seed=seed, scale=0.3)
 
 
-@settings(max_examples=4 if UNDER_TTSEM else 12, deadline=None)
+@settings(max_examples=4 if UNDER_TTSEM else 6, deadline=None)
 @given(
     batch=st.integers(1, 20),
     layers=st.integers(1, 40),

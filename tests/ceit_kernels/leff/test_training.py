@@ -30,6 +30,10 @@ pytestmark = pytest.mark.kernels(ttsem=False)
 
 # Few and small under ttsem, which takes a minute where the interpreter takes seconds.
 TTSEM_CASES = [((2, 2, 3, 1, 16, 24, 16, 3), "bbb"), ((2, 2, 2, 0, 8, 16, 20, 5), "nfn")]
+# In float32 few, as it goes the way of float64, in which all agree to rounding.
+CASES = [(*case, dtype) for dtype in DTYPES for case in TRAINING_CASES[: 2 if dtype == torch.float32 else None]]
+if UNDER_TTSEM:
+    CASES = [(*case, torch.bfloat16) for case in TTSEM_CASES]
 # Wider than one program instance of the depthwise kernels.
 WIDE = ((2, 9, 17, 0, 8, 16, 8, 3), "fff")
 
@@ -39,8 +43,7 @@ check_to_rounding = partial(support.leff.check_to_rounding, "triton")
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("dtype", DTYPES[2:] if UNDER_TTSEM else DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "norms"), TTSEM_CASES if UNDER_TTSEM else TRAINING_CASES, ids=str)
+@pytest.mark.parametrize(("case", "norms", "dtype"), CASES, ids=str)
 def test_agrees_with_plain_pytorch(poisoned_memory, case, norms, dtype):
     check(lambda draw: make_call(case, dtype, norms, draw))
 
@@ -59,7 +62,7 @@ def test_what_many_program_instances_leave_behind_is_merged(poisoned_memory, mon
     sizes = {"TILE_T": 2, "TILE_E": 16, "TILE_S": 2, "TILE_N": 64}
     for module in (launch_forward, launch_backward):
         monkeypatch.setattr(module, "PARTS", Tiles(sizes, num_warps=4))
-    call = make_call((5, 7, 9, 1, 20, 36, 20, 3), torch.float64)
+    call = make_call((5, 5, 6, 1, 20, 36, 20, 3), torch.float64)
     check_to_rounding(*call)
     monkeypatch.setattr(launch_backward, "_is_factored", lambda dtype: True)
     check_to_rounding(*call)
