@@ -30,8 +30,15 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("kind", ["plain", "fused"])
-@pytest.mark.parametrize("way", [f"{way}{name}" for name, (_, ways) in sharded.MEASURES.items() for way in ways])
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        (f"{way}{name}", kind)
+        for name, (_, ways) in sharded.MEASURES.items()
+        for way in ways
+        for kind in sharded.KINDS[way]
+    ],
+)
 def test_a_sharded_model_trains_and_evaluates_to_the_plain_numbers(outcomes, way, kind, rank):
     outcome = outcomes[rank][f"{way}, {kind}"]
     assert isinstance(outcome, float), outcome
