@@ -178,7 +178,8 @@ def _attends_first(attention: nn.Module, x: Tensor) -> TypeGuard[FusedAttention]
 
 def _with_gradients_of_zero(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return `x` unchanged, and give `parameters`, on which it does not depend, gradients of zero."""
-    if is_eager(x) and torch.is_grad_enabled():
+    parameters = list(parameters)
+    if torch.is_grad_enabled() and all(map(is_eager, (x, *parameters))):
         return _GradientsOfZero.apply(x, *parameters)
     nothing = [parameter.flatten()[:0] for parameter in parameters]
     return x + torch.cat(nothing).sum() if nothing else x
