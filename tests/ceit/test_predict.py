@@ -92,6 +92,15 @@ def test_without_names_classes_are_numbers(trained, tmp_path):
     assert sorted(found[0].classes) == ["0", "1", "2"]
 
 
+def test_outputs_beyond_the_named_classes_are_numbers(trained, tmp_path):
+    checkpoint = torch.load(trained[1], weights_only=True)
+    checkpoint["classes"] = checkpoint["classes"][:2]
+    checkpoint["model"]["head.bias"][2] = 1e3
+    torch.save(checkpoint, tmp_path / "fewer.pt")
+    found = predict(options_for(trained, checkpoint=str(tmp_path / "fewer.pt")))
+    assert {prediction.classes[0] for prediction in found} == {"2"}
+
+
 def test_explaining_draws_a_picture_for_each_image(trained, tmp_path):
     predict(options_for(trained, explain=str(tmp_path / "why"), batch_size=2))
     assert sorted(os.listdir(tmp_path / "why")) == ["001-0.png", "002-0.png", "003-0.png"]
