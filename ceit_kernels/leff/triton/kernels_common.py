@@ -147,10 +147,12 @@ def store_rows(p_partial, i_t, b_0, b_1, o_e, m_e, E: tl.constexpr):
 
 
 @triton.jit
-def store_moments(p_partial, p_count, i_t, b_z, m_m, o_e, m_e, first, E: tl.constexpr, ACC: tl.constexpr):
-    """Mean and centred sum of squares of a tile (tokens, E) over its tokens, and how many they are."""
-    n = tl.sum(m_m.to(ACC), axis=0)
-    m_z = m_m[:, None]
+def store_moments(p_partial, p_count, i_t, b_z, rows, o_e, m_e, first, E: tl.constexpr, ACC: tl.constexpr):
+    """Mean and centred sum of squares of a tile (tokens, E) over its first rows, and how many they are."""
+    TILE: tl.constexpr = b_z.shape[0]
+    n = tl.minimum(rows, TILE).to(ACC)
+    # A range of its own: one that others have too would take registers through their loops.
+    m_z = (tl.arange(TILE, 2 * TILE) < rows + TILE)[:, None]
     b_mean = tl.sum(tl.where(m_z, b_z, 0.0), axis=0) / n
     b_centred = tl.where(m_z, b_z - b_mean[None, :], 0.0)
     store_rows(p_partial, i_t, b_mean, tl.sum(b_centred * b_centred, axis=0), o_e, m_e, E)

@@ -20,8 +20,8 @@ __all__ = ["leff_factored_gradient_kernel", "leff_factored_product_kernel"]
 
 @kernel
 def leff_factored_product_kernel(
-    p_a, p_tokens, p_partial, p_weight, p_gradient, p_folded, p_tail, p_bias, M, HW, P, ROWS,
-    C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
+    p_a, p_tokens, p_partial, p_weight, p_gradient, p_folded, p_tail, p_bias, M, HW, ROWS,
+    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
     NUM_C: tl.constexpr, FOLD_E: tl.constexpr, FOLD_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -47,8 +47,8 @@ def leff_factored_product_kernel(
 @kernel
 def leff_factored_gradient_kernel(
     p_a, p_folded, p_tail, p_bias, p_tokens, p_all_sums, p_total, p_out, p_prefix,
-    p_partial, p_weight, p_gradient, p_gram, p_sums, p_dweight, B, M, HW, P, S,
-    C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr,
+    p_partial, p_weight, p_gradient, p_gram, p_sums, p_dweight, B, M, HW, S,
+    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr,
     NUM_O: tl.constexpr, WEIGHT_E: tl.constexpr, WEIGHT_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SHORT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip

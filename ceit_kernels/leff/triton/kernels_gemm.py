@@ -31,8 +31,8 @@ __all__ = [
 
 @kernel
 def leff_expand_moments_kernel(
-    p_x, p_weight, p_bias, p_z1, p_partial, p_count, M, HW, P,
-    C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
+    p_x, p_weight, p_bias, p_z1, p_partial, p_count, M, HW,
+    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z1 (M, E) = x W_1^T + b_1 from x (B, P + HW, C) and weight (E, C); its partial moments."""
@@ -57,13 +57,13 @@ def leff_expand_moments_kernel(
     p_tile = p_z1 + (i_m * TILE_M).to(tl.int64) * E
     tl.store(p_tile + o_r[:, None] * E + o_e[None, :], b_out, mask=m_m[:, None] & m_e[None, :])
     if p_partial is not None:
-        store_moments(p_partial, p_count, i_m, b_out.to(ACC), m_m, o_e, m_e, i_e == 0, E, ACC)
+        store_moments(p_partial, p_count, i_m, b_out.to(ACC), M - i_m * TILE_M, o_e, m_e, i_e == 0, E, ACC)
 
 
 @kernel
 def leff_contract_operand_kernel(
-    p_a, p_z, p_rows, p_weight, p_bias, p_operand, p_out, p_prefix, p_residual, p_partial, p_count, B, M, HW, P,
-    E: tl.constexpr, O: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_E: tl.constexpr,
+    p_a, p_z, p_rows, p_weight, p_bias, p_operand, p_out, p_prefix, p_residual, p_partial, p_count, B, M, HW,
+    P: tl.constexpr, E: tl.constexpr, O: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_E: tl.constexpr,
     OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr, NUM_O: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +142,7 @@ def contract_operand(
             tl.store(p_out + offsets, b_stored, mask=mask)
             if p_partial is not None:
                 first = (i_o == 0) & (k == 0)
-                store_moments(p_partial, p_count, i_m, b_stored.to(ACC), m_m, o_k, m_k, first, O, ACC)
+                store_moments(p_partial, p_count, i_m, b_stored.to(ACC), M - i_m * TILE_M, o_k, m_k, first, O, ACC)
 
 
 @triton.jit
@@ -163,8 +163,8 @@ def _accumulate(
 
 @kernel
 def leff_hidden_gradient_kernel(
-    p_dz3, p_weight, p_z2, p_norm2, p_g2, p_partial, M, HW, P,
-    O: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr,
+    p_dz3, p_weight, p_z2, p_norm2, p_g2, p_partial, M, HW,
+    P: tl.constexpr, O: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -201,8 +201,9 @@ def leff_hidden_gradient_kernel(
 
 @kernel
 def leff_weight_gradient_kernel(
-    p_a, p_z, p_rows, p_tokens, p_partial, p_x, p_gram, p_sums, M, HW, P, PX, ROWS,
-    E: tl.constexpr, C: tl.constexpr, CX: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr,
+    p_a, p_z, p_rows, p_tokens, p_partial, p_x, p_gram, p_sums, M, HW, ROWS,
+    P: tl.constexpr, PX: tl.constexpr, E: tl.constexpr, C: tl.constexpr, CX: tl.constexpr,
+    STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr,
     OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, NUM_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip

@@ -23,8 +23,8 @@ __all__ = ["leff_contract_kernel", "leff_expand_kernel"]
 def leff_expand_kernel(
     p_x, p_weight1, p_bias1, p_norm_weight1, p_norm_bias1, p_running_mean1, p_running_var1, p_h,
     p_weight2, p_bias2, p_norm_weight2, p_norm_bias2, p_running_mean2, p_running_var2, p_rows2,
-    M, HW, P, eps1: tl.float64, eps2: tl.float64,
-    C: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
+    M, HW, eps1: tl.float64, eps2: tl.float64,
+    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -60,8 +60,8 @@ def leff_expand_kernel(
 @kernel
 def leff_contract_kernel(
     p_h, p_rows2, p_weight3, p_bias3, p_norm_weight3, p_norm_bias3, p_running_mean3, p_running_var3,
-    p_x, p_residual, p_out, B, H, W, P, eps3: tl.float64,
-    E: tl.constexpr, O: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
+    p_x, p_residual, p_out, B, H, W, eps3: tl.float64,
+    P: tl.constexpr, E: tl.constexpr, O: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_P: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr, NUM_O: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip

@@ -20,8 +20,8 @@ def leff_depthwise_inference_kernel(
     p_z1, p_norm_weight1, p_norm_bias1, p_running_mean1, p_running_var1,
     p_weight2, p_bias2, p_norm_weight2, p_norm_bias2, p_running_mean2, p_running_var2, p_h2,
     p_norm_weight3, p_norm_bias3, p_running_mean3, p_running_var3, p_norm3,
-    B, H, P, eps1: tl.float64, eps2: tl.float64, eps3: tl.float64,
-    W: tl.constexpr, E: tl.constexpr, O: tl.constexpr, KERNEL: tl.constexpr,
+    B, H, eps1: tl.float64, eps2: tl.float64, eps3: tl.float64,
+    P: tl.constexpr, W: tl.constexpr, E: tl.constexpr, O: tl.constexpr, KERNEL: tl.constexpr,
     ACTIVATION1: tl.constexpr, ACTIVATION2: tl.constexpr,
     TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip

@@ -11,7 +11,7 @@ __all__ = ["leff_norm_gradient_kernel", "leff_norm_kernel", "leff_norm_sums_kern
 
 @kernel
 def leff_norm_kernel(
-    p_z3, p_norm3, p_x, p_residual, p_out, M, B, HW, P, O: tl.constexpr,
+    p_z3, p_norm3, p_x, p_residual, p_out, M, B, HW, P: tl.constexpr, O: tl.constexpr,
     TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """out (B, P + HW, O) = norm z3 (+ residual) from z3 (M, O); the prefix tokens are those of x."""
@@ -37,7 +37,7 @@ def leff_norm_kernel(
 
 @kernel
 def leff_norm_sums_kernel(
-    p_dout, p_z3, p_norm3, p_partial, M, HW, P, ROWS, O: tl.constexpr,
+    p_dout, p_z3, p_norm3, p_partial, M, HW, ROWS, P: tl.constexpr, O: tl.constexpr,
     TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Partial sums (T, 2, O) of the output's gradient and of it times (z3 - mean), over ROWS tokens each."""
@@ -64,8 +64,8 @@ def leff_norm_sums_kernel(
 
 @kernel
 def leff_norm_gradient_kernel(
-    p_dout, p_z3, p_norm3, p_partial, p_total, p_dz3, p_dbias, p_dnorm_weight, p_dnorm_bias, M, HW, P, T, ROWS,
-    O: tl.constexpr, TILE_M: tl.constexpr, TILE_O: tl.constexpr, TILE_T: tl.constexpr,
+    p_dout, p_z3, p_norm3, p_partial, p_total, p_dz3, p_dbias, p_dnorm_weight, p_dnorm_bias, M, HW, T, ROWS,
+    P: tl.constexpr, O: tl.constexpr, TILE_M: tl.constexpr, TILE_O: tl.constexpr, TILE_T: tl.constexpr,
     ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dz3 (M, O), the gradient of the last norm's input z3 (M, O), from that of the output and its partial sums

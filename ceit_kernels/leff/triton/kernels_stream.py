@@ -11,7 +11,7 @@ __all__ = ["leff_moments_kernel", "leff_slope_kernel"]
 
 @kernel
 def leff_moments_kernel(
-    p_z, p_partial, p_count, M, HW, P, ROWS, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr,
+    p_z, p_partial, p_count, M, HW, ROWS, P: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Partial moments of z (B, P + HW, E) without the prefix, over ROWS tokens each."""
@@ -44,7 +44,7 @@ def leff_moments_kernel(
 
 @kernel
 def leff_slope_kernel(
-    p_dh2, p_z2, p_norm2, p_g2, p_partial, M, HW, P, ROWS, E: tl.constexpr, ACTIVATION: tl.constexpr,
+    p_dh2, p_z2, p_norm2, p_g2, p_partial, M, HW, ROWS, P: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """g2 (M, E) = dh2 act'(norm z2), the gradient of norm z2, from dh2 (B, P + HW, E); partial sums (T, 2, E) of g2 and

@@ -81,8 +81,7 @@ def contract_tiles(out_features: int, dtype: torch.dtype, chip: int) -> Tiles:
     if dtype.itemsize > 2:
         return Tiles({"TILE_M": 64, "TILE_E": 16, "TILE_O": _fit(64, out_features), "NUM_O": 1}, 8, 2)
     size, count = _cover(out_features)
-    # Beyond 192 outputs 128 tokens spill on cc 90.
-    tokens = 128 if out_features <= {90: 192, 100: 384}.get(chip, 0) else 64
+    tokens = 128 if chip == 90 or (chip == 100 and out_features <= 384) else 64
     # One program instance fills an SM there: nothing but loads far ahead hides its waits.
     stages = 4 if chip in _OPERANDS_FROM_SHARED_MEMORY else 2
     return Tiles({"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count}, 8, stages)
