@@ -186,7 +186,7 @@ def _with_gradients_of_zero(x: Tensor, parameters: Iterable[nn.Parameter]) -> Te
 
 
 class _GradientsOfZero(torch.autograd.Function):
-    """Gradients that are pieces of one tensor, so that one kernel fills them all."""
+    """Gradients in one piece of memory, so that one kernel fills them all."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -199,11 +199,13 @@ class _GradientsOfZero(torch.autograd.Function):
         wanted = [i for i in range(len(found)) if ctx.needs_input_grad[1 + i]]
         for kind in {ctx.parameters[i][1:] for i in wanted}:
             places = [i for i in wanted if ctx.parameters[i][1:] == kind]
-            sizes = [ctx.parameters[i][0].numel() for i in places]
-            padded = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
-            pieces = torch.zeros(sum(padded), dtype=kind[0], device=kind[1]).split_with_sizes(padded)
-            for i, size, piece in zip(places, sizes, pieces, strict=True):
-                found[i] = piece[:size].view(ctx.parameters[i][0])
+            padded = [-(-ctx.parameters[i][0].numel() // _ALIGNED) * _ALIGNED for i in places]
+            memory, start = torch.zeros(sum(padded), dtype=kind[0], device=kind[1]), 0
+            for i, size in zip(places, padded, strict=True):
+                # No view, since a user may detach a gradient in place.
+                piece = found[i] = memory.new_empty(0)
+                piece.set_(memory.untyped_storage(), start, ctx.parameters[i][0])
+                start += size
         return grads[0], *found
 
 

@@ -67,6 +67,11 @@ def test_the_last_blocks_leff_gets_gradients_of_zero(images):
     model(images).sum().backward()
     assert all((p.grad == 0).all() for p in model.blocks[-1].leff.parameters())
     assert all((p.grad != 0).any() for p in model.blocks[-2].leff.conv1.parameters() if p.dim() > 1)
+    # They lie in one piece of memory, and are the user's like any others.
+    for number, p in enumerate(model.blocks[-1].leff.parameters()):
+        assert (p.grad.shape, p.grad.stride()) == (p.shape, p.contiguous().stride())
+        p.grad.detach_().fill_(number)
+    assert all((p.grad == number).all() for number, p in enumerate(model.blocks[-1].leff.parameters()))
 
 
 def test_without_classes_the_model_returns_features(images):
