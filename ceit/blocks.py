@@ -203,8 +203,9 @@ class _GradientsOfZero(torch.autograd.Function):
             memory, start = torch.zeros(sum(padded), dtype=kind[0], device=kind[1]), 0
             for i, size in zip(places, padded, strict=True):
                 # No view, since a user may detach a gradient in place.
-                piece = found[i] = memory.new_empty(0)
-                piece.set_(memory.untyped_storage(), start, ctx.parameters[i][0])
+                shape = ctx.parameters[i][0]
+                strides = torch.empty(shape, device="meta").stride()
+                found[i] = memory.new_empty(0).set_(memory.untyped_storage(), start, shape, strides)
                 start += size
         return grads[0], *found
 
