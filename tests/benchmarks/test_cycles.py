@@ -5,7 +5,7 @@ import torch
 import triton.language as tl
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.cycles.__main__ import calls_of, rows
+from benchmarks.cycles.__main__ import calls_of, model_rows, rows
 from benchmarks.cycles.kernels import KERNELS, Kernel, device, estimate
 from benchmarks.cycles.machine import CONDITIONS, DEVICE_BYTES, run_cycles
 from benchmarks.cycles.measured import MICROSECONDS, measured_launches
@@ -107,3 +107,15 @@ def test_knows_the_loops_of_every_kernel_of_a_training_step(size, backend):
     found = [*rows(launches, gemms)]
     assert len(found) >= 14
     assert all(0 < low <= high for _, low, high, _ in found)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("phase", ["inference", "training"])
+def test_a_model_is_its_leff_and_all_else_by_its_bytes(phase):
+    launches, _ = calls_of(SIZES["tiny"], phase, "triton")
+    names = {launch.kernel.__name__ for launch in launches}
+    layers, *others = model_rows("tiny", phase, [(name, 1.0, 2.0, "") for name in names])
+    assert layers[:3] == ("11 LeFF", 11.0 * len(names), 22.0 * len(names))
+    last = {"LeFF of the last block"} if phase == "training" else set()
+    assert {name for name, *_ in others} == {"all else", *last}
+    assert all(0 < low == high for _, low, high, _ in others)
