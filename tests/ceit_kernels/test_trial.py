@@ -19,7 +19,7 @@ def tiny():
 def test_try_explains_checks_and_times_a_model(capsys):
     assert main(["try", f"{__name__}:tiny", *SMALL]) == 0
     explained, checked, timed = capsys.readouterr().out.split("\n\n")
-    assert "MlpWithDepthwiseConv  leff      native" in explained
+    assert "MlpWithDepthwiseConv leff native" in " ".join(explained.split())
     assert [line.split()[-1] for line in checked.splitlines()[1:]] == ["ok"] * 6
     rows = {line.split()[0]: line for line in timed.splitlines()[1:]}
     assert list(rows) == ["plain", "fused", "frozen"]
