@@ -76,6 +76,12 @@ class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
 class SegformerAttention(InferenceAttention):
     """That of transformers 5, of all tokens to those of a smaller image."""
 
+    def plain_reason(self: Any) -> str | None:
+        """As of ``Fusion``."""
+        if "q_proj" not in self._modules:
+            return "its parts are those of transformers 4"
+        return super().plain_reason()
+
     def _uses_sdpa(self: Any) -> bool:
         return self.config._attn_implementation == "sdpa"
 
