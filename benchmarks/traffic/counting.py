@@ -67,6 +67,7 @@ _aten = torch.ops.aten
 # Operators that move nothing though their schema does not say that they return a view.
 _FREE = {
     _aten._unsafe_view,
+    _aten.set_,
     _aten.empty,
     _aten.empty_like,
     _aten.empty_strided,

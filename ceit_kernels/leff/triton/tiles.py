@@ -63,8 +63,8 @@ def expand_tiles(in_features: int, hidden_features: int, dtype: torch.dtype, chi
     """x W_1^T: tokens, hidden channels and the depth of the GEMM."""
     if dtype.itemsize > 2:
         return Tiles({"TILE_M": 64, "TILE_E": _fit(64, hidden_features), "TILE_C": _fit(32, in_features)}, 8, 2)
-    # On cc 90 four warps hold the tile, so that two program instances share an SM and hide each other's waits. On cc 120
-    # eight spill with a depth of 32 and 320 channels.
+    # On cc 90 four warps hold the tile, so that two program instances share an SM and hide each other's waits.
+    # On cc 120 eight spill with a depth of 32 and 320 channels.
     depth, warps = {90: (64, 4), 120: (64, 8)}.get(chip, (32, 8))
     return Tiles({"TILE_M": 128, "TILE_E": _fit(128, hidden_features), "TILE_C": _fit(depth, in_features)}, warps, 3)
 
