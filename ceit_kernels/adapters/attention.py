@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..attention.cpu import attention_infer_cpu
 from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, needs_gradient, unsupported_reason
 from ..common.children import ANY, children_reason
@@ -47,3 +49,15 @@ class InferenceAttention(Fusion, attributes_of(nn.Module)):
             backends.leave_to_reference("attention", reason)
             return False
         return backends.choose("attention", x, x.dtype).backend == "native"
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """Attention of q (B, H, M, D) to k and v (B, H, N, D), with a bias (H, M, N) of the scores; (B, M, H * D).
+
+        By PyTorch where a child gave more than its own forward does: a hook or an adapter whose parameters want
+        gradients, or another dtype.
+        """
+        given = [t for t in (q, k, v, bias) if t is not None]
+        if all(map(is_eager, given)) and not needs_gradient(*given) and len({t.dtype for t in given}) == 1:
+            return attention_infer_cpu(q, k, v, bias, scale)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2).flatten(2)

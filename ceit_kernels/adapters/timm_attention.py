@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, jit
 
-from ..attention.cpu import attention_infer_cpu
 from .attention import InferenceAttention
 
 __all__ = ["PVTv2Attention", "TinyViTAttention"]
@@ -36,7 +35,7 @@ class TinyViTAttention(InferenceAttention):
         qkv = self.qkv(self.norm(x)).unflatten(2, (self.num_heads, 3, self.key_dim))
         q, k, v = qkv.transpose(1, 2).unbind(3)
         # The kernel of PyTorch has this scale too.
-        return self.proj(attention_infer_cpu(q, k, v, bias, self.key_dim**-0.5))
+        return self.proj(self._attend(q, k, v, bias, self.key_dim**-0.5))
 
 
 class PVTv2Attention(InferenceAttention):
@@ -55,7 +54,7 @@ class PVTv2Attention(InferenceAttention):
         q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         kv = self.kv(self._reduced(x, feat_size)).unflatten(2, (2, self.num_heads, -1))
         k, v = kv.transpose(1, 3).unbind(2)
-        return self.proj_drop(self.proj(attention_infer_cpu(q, k, v, None, self.head_dim**-0.5)))
+        return self.proj_drop(self.proj(self._attend(q, k, v, None, self.head_dim**-0.5)))
 
     def _reduced(self: Any, x: Tensor, feat_size: list[int]) -> Any:
         if self.pool is None and self.sr is None:

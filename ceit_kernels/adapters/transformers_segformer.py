@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from ..attention.cpu import attention_infer_cpu
 from ..common.calls import unsupported_reason
 from ..common.children import ANY, children_reason, convolution_reason, held
 from ..common.module import Fusion, attributes_of
@@ -101,4 +100,4 @@ class SegformerAttention(InferenceAttention):
             projection(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for projection, x in ((self.q_proj, hidden_states), (self.k_proj, source), (self.v_proj, source))
         )
-        return self.o_proj(attention_infer_cpu(q, k, v, None, self.scaling)), None
+        return self.o_proj(self._attend(q, k, v, None, self.scaling)), None

@@ -78,6 +78,21 @@ def test_its_parts_are_called(name):
     assert {row.operator: row.backend for row in explain(freeze(module))}["linear"] == "native"
 
 
+@modules
+def test_what_a_child_adds_gets_its_gradient(name):
+    """A hook or an adapter whose parameters are none of the module's."""
+    module, inputs = make(name)
+    module.requires_grad_(False)
+    gradients = []
+    for each in (module, fused(module)):
+        added = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        projection = each.qkv if name == "TinyViT" else each.q
+        projection.register_forward_hook(lambda part, given, out, added=added: out + added)
+        each(*inputs).square().sum().backward()
+        gradients.append(added.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
 @torch.no_grad()
 def test_what_the_kernel_lacks_is_left_to_the_module():
     module, inputs = make("TinyViT")
