@@ -60,4 +60,5 @@ class InferenceAttention(Fusion, attributes_of(nn.Module)):
         given = [t for t in (q, k, v, bias) if t is not None]
         if all(map(is_eager, given)) and not needs_gradient(*given) and len({t.dtype for t in given}) == 1:
             return attention_infer_cpu(q, k, v, bias, scale)
+        backends.leave_to_reference("attention", "a child gives tensors that want a gradient or are of several dtypes")
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2).flatten(2)

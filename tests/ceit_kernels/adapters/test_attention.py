@@ -90,6 +90,8 @@ def test_what_a_child_adds_gets_its_gradient(name):
         projection.register_forward_hook(lambda part, given, out, added=added: out + added)
         each(*inputs).square().sum().backward()
         gradients.append(added.grad)
+    with use_backend("attention=native"), pytest.raises(BackendError, match="a child gives tensors that want"):
+        each(*inputs)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
@@ -120,4 +122,4 @@ def test_segformers_whole_encoder():
             torch.testing.assert_close(made(x).last_hidden_state, expected, rtol=1e-9, atol=1e-9)
     by = {row.plain_class: row.backend for row in explain(fused(model)) if row.operator == "attention"}
     # That of transformers 4 has other parts.
-    assert by == {"SegformerAttention": "plain" if transformers.__version__ < "5" else "native"}
+    assert by == {"SegformerAttention": "plain" if transformers.__version__.startswith("4.") else "native"}
