@@ -11,6 +11,8 @@ from torch import Tensor
 _ROUNDINGS = 1
 # The ratio to what is allowed at which no more draws are needed.
 _CLEAR = 0.5
+# How many times the error allowed says that a draw lies at a jump, which only one of two ways to compute it has taken.
+_JUMP = 100
 
 
 def assert_as_accurate(names: Sequence[str], fused: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]):
@@ -27,8 +29,12 @@ def assert_as_accurate_over_draws(
     same differ by more than a factor of two in one draw of ten. Their ratio is as often too small as too large, so its
     geometric mean is judged. A generator of draws is asked for more than ``fewest`` only until each mean is at most
     half of what is allowed.
+
+    At a jump, as where a pool finds two values that differ by a rounding, one of the two goes to the wrong side and its
+    error has no size. There it is counted: the kernel may go wrong alone at most twice as often as plain PyTorch does.
     """
     ratios: dict[str, list[float]] = {name: [] for name in names}
+    reversed_ratios: dict[str, list[float]] = {name: [] for name in names}
     for count, (fused, plain, exact) in enumerate(draws, start=1):
         for name, ours, theirs, truth in zip(names, fused, plain, exact, strict=True):
             assert ours.dtype == theirs.dtype, name
@@ -36,9 +42,13 @@ def assert_as_accurate_over_draws(
             assert torch.isfinite(ours).all(), name
             if truth.numel():
                 ratios[name].append(_ratio(ours, theirs, truth))
+                reversed_ratios[name].append(_ratio(theirs, ours, truth))
         if count >= fewest and all(geometric_mean(found) <= _CLEAR for found in ratios.values() if found):
             return
     for name, found in ratios.items():
+        jumps, plain_jumps = (sum(r > _JUMP for r in rs) for rs in (found, reversed_ratios[name]))
+        if jumps <= 2 * plain_jumps:
+            found = [r for r, reverse in zip(found, reversed_ratios[name], strict=True) if max(r, reverse) <= _JUMP]
         if found:
             assert geometric_mean(found) <= 1, f"{name}: errors are {found} times what is allowed"
 
