@@ -13,8 +13,9 @@ from ceit.evaluate import evaluate_checkpoint
 from ceit.runtime.checkpoints import check_same_options, load_checkpoint_state
 from ceit.runtime.distributed import Place
 from ceit.runtime.errors import UsageError
+from ceit.runtime.fields import check
 from ceit.runtime.options import EvaluateOptions, TrainOptions
-from ceit.runtime.setup import prepare_model, prepare_run, resolve
+from ceit.runtime.setup import check_together, prepare_model, prepare_run, resolve
 from ceit.train import train
 
 CPU = Place(torch.device("cpu"))
@@ -246,6 +247,7 @@ def test_metrics_for_tensorboard(options, tmp_path, monkeypatch):
         ({"warmup_epochs": 2, "cooldown_epochs": 2, "epochs": 3}, "must fit in --epochs, 3, got 2 and 2"),
         ({"scale": [0.9, 0.1]}, "--scale must be the smaller number and the larger, got 0.9 0.1"),
         ({"scale": [0.9, 1.1]}, "--scale must be at most 1"),
+        ({"ratio": [1.5, 0.5]}, "--ratio must be the smaller number and the larger, got 1.5 0.5"),
         ({"crop_pct": 1.1}, "--crop-pct must be at most 1, got 1.1"),
         ({"freeze_bn": True}, "--freeze-bn keeps what --checkpoint has, which is not given"),
         ({"data": "digits", "train_split": "a"}, "--train-split and --test-split do not belong to --data digits"),
@@ -271,6 +273,24 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=message):
         train(options(**changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"warmup_epochs": 1, "cooldown_epochs": 1},
+        {"lr": 1e-5, "min_lr": 1e-5, "warmup_lr": 1e-5},
+        {"scale": [0.5, 0.5], "ratio": [1.0, 1.0]},
+        {"sched": "multistep", "decay_milestones": [1, 1]},
+        {"crop_pct": 1.0, "hflip": 1.0, "layer_decay": 1.0, "seed": 2**32 - 1},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_options_may_be_as_large_as_what_bounds_them(options, changes):
+    given = options(**changes)
+    check(given)
+    check_together(given)
+    resolve(given, CPU, None)
 
 
 def test_a_run_is_made_longer_and_loads_images_otherwise_when_it_goes_on(options, tmp_path):

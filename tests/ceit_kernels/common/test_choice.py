@@ -80,9 +80,12 @@ def test_one_that_fails_or_gives_wrong_results_never_wins(clock, wrong):
     assert choice._kept.find(next(iter(choice._kept.everything()))).seconds["library"] is None
 
 
-def test_results_may_differ_by_rounding(clock):
-    assert choose(library=implementation(1e-3, RIGHT * 1.01), dtype=torch.bfloat16) == "library"
-    assert choose(library=implementation(1e-3, RIGHT * 1.0001), dtype=torch.float64) == "plain"
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.05), (torch.float32, 5e-3), (torch.float64, 1e-6)])
+def test_results_may_differ_by_rounding(clock, dtype, most):
+    right = RIGHT.double()
+    for error, winner in ((0.9 * most, "library"), (1.1 * most, "plain")):
+        plain, library = implementation(2e-3, right), implementation(1e-3, right * (1 + error))
+        assert choose(str(error), dtype, plain=plain, library=library) == winner
 
 
 def test_where_not_even_plain_pytorch_can_be_timed_a_later_call_is_measured(clock):

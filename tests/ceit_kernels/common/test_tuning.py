@@ -55,6 +55,16 @@ def test_the_fastest_is_taken_and_a_shape_timed_once(timed):
         assert len(timed) == count
 
 
+@pytest.mark.parametrize(("name", "rows"), [("TILE_M", (64, 128, 32)), ("TILE_M", (16, 32)), ("TILE_P", (8, 16, 4))])
+def test_candidates_are_the_tables_neighbours(name, rows):
+    table = Tiles({name: rows[0], "TILE_E": 32}, num_warps=8, num_stages=2)
+    found = tuning._candidates(table)
+    assert found[0] == table
+    assert all(tiles.sizes["TILE_E"] == 32 for tiles in found)
+    shapes = [(tiles.sizes[name], tiles.num_warps, tiles.num_stages) for tiles in found]
+    assert sorted(shapes) == sorted((r, w, s) for r in rows for w in (4, 8) for s in (1, 2, 3, 4))
+
+
 def test_the_environment_asks_and_the_context_manager_outranks_it(timed, monkeypatch):
     monkeypatch.setenv("CEIT_KERNELS_AUTOTUNE", "1")
     with autotune(False):

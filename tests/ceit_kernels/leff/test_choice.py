@@ -75,7 +75,9 @@ def test_measuring_a_training_step_leaves_no_trace(clock, served, seconds, winne
 
 def test_a_call_that_cannot_be_measured_goes_by_its_width_and_the_chip(clock, monkeypatch):
     monkeypatch.setattr(measuring, "is_capturing", lambda: True)
-    assert choice._rule(192, None) == "triton"
-    assert choice._rule(384, None) == "library"
+    assert [choice._rule(channels, None) for channels in (192, 255, 256, 384)] == ["triton"] * 2 + ["library"] * 2
+    for chip in (80, 86, 89, 90, 100, 120):
+        monkeypatch.setattr(choice, "compute_capability", lambda device_index, chip=chip: chip)
+        assert choice._rule(192, None) == "triton"
     monkeypatch.setattr(choice, "compute_capability", lambda device_index: 130)
     assert choice._rule(192, None) == "library"

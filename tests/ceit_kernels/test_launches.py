@@ -1,0 +1,83 @@
+"""What is launched for CeiT on each chip: grids, tiles, warps and stages.
+
+launches.txt has them; `PYTHONPATH=tests:. python tests/ceit_kernels/test_launches.py` writes it anew. Whatever changes
+there was never timed: `make prove` looks at its machine code, `python -m benchmarks.cycles` estimates it.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from support.leff import make_shape
+from torch._subclasses import FakeTensorMode
+
+from ceit_kernels.add_norm.triton.launch import add_norm_backward_triton, add_norm_forward_triton
+from ceit_kernels.common.launch import record_launches
+from ceit_kernels.lca.triton.launch import lca_backward_triton, lca_forward_triton
+from ceit_kernels.leff.triton.launch_backward import leff_backward_triton
+from ceit_kernels.leff.triton.launch_forward import leff_forward_triton
+from ceit_kernels.leff.triton.launch_inference import leff_inference_triton
+from ceit_kernels.leff.triton.launch_library import leff_inference_library
+
+FILE = Path(__file__).with_name("launches.txt")
+# Of a launch's arguments those that say how the work is shared out.
+SHARES = re.compile(r"(TILE|NUM|FOLD|WEIGHT)_[A-Z]|ROWS|IMAGES|[ST]\d?")
+
+
+def leff_inference(shape, dtype, backend):
+    x, parameters, settings = make_shape(shape, dtype, "frozen")
+    run = leff_inference_library if backend == "library" else leff_inference_triton
+    run(x, parameters, x, settings._replace(backend=backend), dtype)
+
+
+def leff_training(shape, dtype, backend):
+    x, parameters, settings = make_shape(shape, dtype, "batch")
+    settings = settings._replace(backend=backend)
+    out, *saved = leff_forward_triton(x, parameters, None, settings, dtype)
+    needs = [parameter is not None for i, parameter in enumerate(parameters) if i % 6 < 4]
+    leff_backward_triton(out, x, parameters, saved, settings, True, needs)
+
+
+def lca(channels, dtype):
+    x = torch.empty(256, 12, channels, dtype=dtype, device="cuda")
+    call = x, x.new_empty(3 * channels, channels), None, None, channels // 64, 0.125, 0.0, dtype
+    lca_backward_triton(lca_forward_triton(*call), *call, True, True)
+
+
+def add_norm(channels, dtype):
+    x = torch.empty(256, 197, channels, dtype=dtype, device="cuda")
+    weight = x.new_empty(channels)
+    total, out, prefix, *statistics = add_norm_forward_triton(x, x, weight, weight, 1e-6, 1, True, dtype)
+    add_norm_backward_triton(out, total, prefix, total, weight, weight, *statistics, True, True, True)
+
+
+def lines():
+    calls = [
+        (run, (shape, torch.bfloat16, "triton"), chip)
+        for run in (leff_inference, leff_training)
+        for shape, chips in (("small", (80, 90, 100, 120)), ("tiny", (90,)), ("Mix-FFN 14x14x320", (90, 120)))
+        for chip in chips
+    ]
+    calls += [(run, ("small", torch.float32, "triton"), 90) for run in (leff_inference, leff_training)]
+    calls += [(run, ("base", torch.bfloat16, "library"), 90) for run in (leff_inference, leff_training)]
+    calls += [(run, (channels, dtype), 90) for run in (lca, add_norm) for channels, dtype in WIDTHS]
+    for run, arguments, chip in calls:
+        yield f"{run.__name__}: {', '.join(map(str, arguments))}, cc {chip}"
+        with FakeTensorMode(), record_launches(chip) as launches:
+            run(*arguments)
+        for launch in launches:
+            shares = {name: number for name, number in launch.arguments.items() if SHARES.fullmatch(name)}
+            words = [f"{name}={number}" for name, number in sorted(shares.items())]
+            compiled = f"{launch.num_warps} warps, {launch.num_stages} stages"
+            yield f"  {launch.kernel.__name__} {'x'.join(map(str, launch.grid))}, {compiled}: {' '.join(words)}"
+
+
+WIDTHS = (192, torch.bfloat16), (384, torch.bfloat16), (384, torch.float64), (3072, torch.float32)
+
+
+def test_launches_are_those_that_were_looked_at():
+    assert "\n".join(lines()) + "\n" == FILE.read_text()
+
+
+if __name__ == "__main__":
+    FILE.write_text("\n".join(lines()) + "\n")
