@@ -2,6 +2,8 @@
 
 import argparse
 import ast
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,14 @@ def test_every_option_is_used_where_its_command_is(command):
     used = [names for texts, names in WORDS.values() if command in texts or makers & names]
     options = {action.dest for action in parser._actions if action.option_strings and action.dest != "help"}
     assert options <= set().union(*used), "without a test or an example"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("package", ["ceit", "ceit_kernels"])
+def test_a_package_is_run_as_a_command_and_imported_without_a_word(package, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [package, "--help"])
+    runpy.run_module(f"{package}.__main__", run_name="imported")
+    assert not capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(f"{package}.__main__", run_name="__main__")
+    assert f"usage: python -m {package} " in capsys.readouterr().out

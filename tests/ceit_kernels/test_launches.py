@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from ceit_kernels.add_norm.triton.launch import add_norm_backward_triton, add_norm_forward_triton
 from ceit_kernels.common.launch import record_launches
 from ceit_kernels.lca.triton.launch import lca_backward_triton, lca_forward_triton
+from ceit_kernels.leff.norms import BatchNorm
 from ceit_kernels.leff.triton.launch_backward import leff_backward_triton
 from ceit_kernels.leff.triton.launch_forward import leff_forward_triton
 from ceit_kernels.leff.triton.launch_inference import leff_inference_triton
@@ -33,9 +34,19 @@ def leff_inference(shape, dtype, backend):
 def leff_training(shape, dtype, backend):
     x, parameters, settings = make_shape(shape, dtype, "batch")
     settings = settings._replace(backend=backend)
-    out, *saved = leff_forward_triton(x, parameters, None, settings, dtype)
+    norms = [batch_norm(parameters[i + 2 : i + 6]) for i in range(0, len(parameters), 6)]
+    out, *saved = leff_forward_triton(x, parameters, None, settings, dtype, norms)
     needs = [parameter is not None for i, parameter in enumerate(parameters) if i % 6 < 4]
     leff_backward_triton(out, x, parameters, saved, settings, True, needs)
+
+
+def batch_norm(tensors):
+    weight, bias, mean, variance = tensors
+    if mean is None:
+        return None
+    return BatchNorm(
+        mean, variance, weight, bias, training=True, num_batches_tracked=mean.new_empty((), dtype=torch.int64)
+    )
 
 
 def lca(channels, dtype):
