@@ -12,6 +12,8 @@ from test_options import CLASSES, commands
 
 import ceit
 import ceit_kernels
+from ceit.blocks import Block, LCABlock
+from ceit.embed import I2TEmbed
 
 FILE = Path(__file__).with_name("interface.txt")
 
@@ -33,8 +35,17 @@ def lines():
         for name in sorted(package.__all__):
             public = getattr(package, name)
             if callable(public) and not (isinstance(public, type) and issubclass(public, Exception)):
-                arguments = inspect.signature(public).parameters.values()
-                yield f"{package.__name__}.{name}({', '.join(map(text_of, arguments))})"
+                yield call_of(f"{package.__name__}.{name}", public)
+    for part in (Block, LCABlock, I2TEmbed):
+        yield call_of(f"{part.__module__}.{part.__name__}", part)
+    for kind in (ceit.CeiT, ceit_kernels.Frozen):
+        for name, method in vars(kind).items():
+            if callable(method) and not name.startswith("_"):
+                yield call_of(f"{kind.__name__}.{name}", method)
+
+
+def call_of(name, function):
+    return f"{name}({', '.join(map(text_of, inspect.signature(function).parameters.values()))})"
 
 
 def text_of(argument):
