@@ -51,9 +51,9 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
 
 def test_digits_are_not_flipped_and_not_cropped_for_testing_unless_asked(options):
     digits = resolve_data_options(options(data="digits"))
-    assert (digits.hflip, digits.scale, digits.crop_pct) == (0.0, [0.8, 1.0], 1.0)
+    assert (digits.hflip, digits.scale, digits.ratio, digits.crop_pct) == (0.0, [0.8, 1.0], [0.85, 1.18], 1.0)
     folder = resolve_data_options(options())
-    assert (folder.hflip, folder.scale, folder.crop_pct) == (0.5, [0.08, 1.0], None)
+    assert (folder.hflip, folder.scale, folder.ratio, folder.crop_pct) == (0.5, [0.08, 1.0], [3 / 4, 4 / 3], None)
     asked = resolve_data_options(options(data="digits", hflip=0.1, scale=[0.9, 1], crop_pct=0.8))
     assert (asked.hflip, asked.scale, asked.crop_pct) == (0.1, [0.9, 1], 0.8)
     assert resolve_data_options(RunOptions(data="digits")).crop_pct == 1.0

@@ -32,6 +32,7 @@ def run_of(settings, place=CPU, batches=10):
     ("changes", "lr", "min_lr"),
     [
         ({}, 1e-3, 1e-5),
+        ({"lr": 1e-5}, 1e-5, 1e-7),
         ({"lr_base": 5e-4}, 5e-4 * 8 / 512, 5e-4 * 8 / 512 / 100),
         ({"lr_base": 5e-4, "accumulate": 4}, 5e-4 * 32 / 512, 5e-4 * 32 / 512 / 100),
         ({"lr_base": 5e-4, "lr": 0.1}, 0.1, 1e-5),
@@ -41,6 +42,7 @@ def run_of(settings, place=CPU, batches=10):
 def test_the_learning_rate_follows_the_images_per_update_unless_given(options, changes, lr, min_lr):
     settings = resolve(options(**changes), CPU, None)
     assert (settings.lr, settings.min_lr) == (pytest.approx(lr), pytest.approx(min_lr))
+    assert settings.warmup_lr == pytest.approx(min(1e-6, lr / 100))
     shared = resolve(options(**changes), Place(torch.device("cpu"), 0, 4), None)
     assert shared.lr == pytest.approx(lr * (4 if "lr_base" in changes and "lr" not in changes else 1))
 

@@ -60,7 +60,7 @@ class FakeCuda:
         return object()
 
     @contextmanager
-    def graph(self, graph, pool):
+    def graph(self, graph, pool=None, capture_error_mode="global"):
         self.pools.append(pool)
         self.capturing, before = True, len(self.calls)
         try:

@@ -1,0 +1,64 @@
+"""What jobs ask of the machine and say of what they found."""
+
+import pytest
+import torch
+
+from ceit import checkpoint, data
+from ceit.runtime import machine
+from ceit.runtime.distributed import _check_device
+from ceit.runtime.errors import UsageError
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"number {i}")
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "missing"),
+    [
+        ("cuda", {}, None),
+        ("cuda:1", {}, None),
+        ("cuda:2", {}, 2),
+        ("cuda", {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None),
+        ("cuda", {"WORLD_SIZE": "4", "LOCAL_RANK": "2"}, 2),
+        ("cuda", {"LOCAL_RANK": "2"}, None),
+    ],
+)
+def test_each_process_needs_a_gpu_of_its_own(two_gpus, monkeypatch, device, environment, missing):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if missing is None:
+        _check_device(device)
+    else:
+        with pytest.raises(UsageError, match=f"--device {device}: there are 2 GPUs, number {missing} is missing"):
+            _check_device(device)
+
+
+def test_devices_are_the_cpu_and_every_gpu(two_gpus):
+    cpu, *gpus = machine.devices()
+    assert cpu.startswith("cpu ")
+    assert cpu.endswith(f", {torch.get_num_threads()} threads")
+    assert gpus == ["cuda:0 number 0", "cuda:1 number 1"]
+
+
+def test_memory_is_in_megabytes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000)
+    assert machine.peak_memory_mb(torch.device("cuda", 0)) == 3
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrusage", lambda who: resource.struct_rusage([0.0, 0.0, 2_000_000, *[0] * 13]))
+    for system, megabytes in (("linux", 2048), ("darwin", 2)):
+        monkeypatch.setattr("sys.platform", system)
+        assert machine.peak_memory_mb(torch.device("cpu")) == megabytes
+
+
+@pytest.mark.parametrize(("listed", "most"), [(data._listed, 5), (checkpoint._listed, 8)])
+def test_long_lists_are_cut_short_by_a_count(listed, most):
+    names = [f"n{i}" for i in range(most + 2)]
+    assert listed(names[:most]) == ", ".join(names[:most])
+    assert listed(names[: most + 1]) == ", ".join(names[:most]) + " and 1 more"
+    assert listed(names) == ", ".join(names[:most]) + " and 2 more"
