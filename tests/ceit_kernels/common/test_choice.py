@@ -54,6 +54,19 @@ def test_the_fastest_is_taken_and_a_kind_of_call_measured_once(clock):
     assert choose(dtype=torch.float64, fused=implementation(1e-4)) == "fused"
 
 
+def test_autocast_remembers_nothing_of_what_is_measured(clock):
+    seen = []
+
+    def run():
+        seen.append(torch.is_autocast_cache_enabled())
+        return [RIGHT]
+
+    run.seconds = 1e-4
+    assert choose(library=run) == "library"
+    assert set(seen) == {False}
+    assert torch.is_autocast_cache_enabled()
+
+
 def test_deterministic_runs_go_by_the_rule(clock):
     choose()
     torch.use_deterministic_algorithms(True)

@@ -107,8 +107,9 @@ def test_a_file_that_cannot_be_read_is_named_and_replaced(timed, text, monkeypat
     path.parent.mkdir()
     path.write_text(text)
     with autotune():
-        with pytest.warns(UserWarning, match=r"tuning\.json: expected tuned tile sizes"):
+        with pytest.warns(UserWarning, match=r"tuning\.json: expected tuned tile sizes") as warned:
             assert choose(timed) == BEST
+        assert len(warned) == 1
         tuning._kept.forget()
         timed.clear()
         assert choose(timed) == BEST
