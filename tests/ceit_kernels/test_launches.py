@@ -31,8 +31,8 @@ def leff_inference(shape, dtype, backend):
     run(x, parameters, x, settings._replace(backend=backend), dtype)
 
 
-def leff_training(shape, dtype, backend):
-    x, parameters, settings = make_shape(shape, dtype, "batch")
+def leff_training(shape, dtype, backend, kernel_size=3):
+    x, parameters, settings = make_shape(shape, dtype, "batch", kernel_size=kernel_size)
     settings = settings._replace(backend=backend)
     norms = [batch_norm(parameters[i + 2 : i + 6]) for i in range(0, len(parameters), 6)]
     out, *saved = leff_forward_triton(x, parameters, None, settings, dtype, norms)
@@ -66,11 +66,17 @@ def lines():
     calls = [
         (run, (shape, torch.bfloat16, "triton"), chip)
         for run in (leff_inference, leff_training)
-        for shape, chips in (("small", (80, 90, 100, 120)), ("tiny", (90,)), ("Mix-FFN 14x14x320", (90, 120)))
+        for shape, chips in (
+            ("small", (80, 90, 100, 120)),
+            ("tiny", (90,)),
+            ("Mix-FFN 14x14x320", (90, 120)),
+            ("Mix-FFN 56x56x64", (90,)),
+        )
         for chip in chips
     ]
     calls += [(run, ("small", torch.float32, "triton"), 90) for run in (leff_inference, leff_training)]
     calls += [(run, ("base", torch.bfloat16, "library"), 90) for run in (leff_inference, leff_training)]
+    calls += [(leff_training, ("tiny", torch.bfloat16, "library", kernel_size), 90) for kernel_size in (5, 7)]
     calls += [(run, (channels, dtype), 90) for run in (lca, add_norm) for channels, dtype in WIDTHS]
     for run, arguments, chip in calls:
         yield f"{run.__name__}: {', '.join(map(str, arguments))}, cc {chip}"

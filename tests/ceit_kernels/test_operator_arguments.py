@@ -1,11 +1,17 @@
 """Registered operators name a tensor that is not on the device of the others, holds integers or has another shape."""
 
+import re
+
 import pytest
 import torch
 from support.fused_modules import MODULES, make_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ceit_kernels import use_backend
+from ceit_kernels.add_norm.op import add_norm_operator
+from ceit_kernels.i2t.op import size_unsupported_reason
+from ceit_kernels.lca.op import lca_operator
+from ceit_kernels.leff.arguments import kernel_size_unsupported_reason
 
 
 class Recorder(TorchDispatchMode):
@@ -64,3 +70,38 @@ def test_a_gradient_of_another_shape_is_named(recorded, device):
         for changed in (grad_out[:-1], grad_out[None]):
             with pytest.raises(ValueError, match="grad_out: expected shape"):
                 operator(changed, *rest)
+
+
+def of_norm(rows, channels):
+    return add_norm_operator.unsupported(torch.empty(rows, channels, device="meta"))
+
+
+def of_layers(layers, head_dim):
+    return lca_operator.unsupported(torch.empty(1, layers, 2 * head_dim, device="meta"), None, None, None, 2)
+
+
+def of_stem(batch, in_channels, channels):
+    return size_unsupported_reason(torch.empty(batch, in_channels, 8, 8, device="meta"), channels)
+
+
+def of_block(side):
+    return kernel_size_unsupported_reason(torch.empty(1, 1, side, side, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("ask", "within", "beyond", "reason"),
+    [
+        (of_norm, (1, 4096), (1, 4097), "up to 4096 channels, x has 4097"),
+        (of_norm, (2**31 - 4096, 1), (2**31 - 4095, 1), "up to 2147479552 rows, x has 2147479553"),
+        (of_layers, (128, 256), (129, 1), "up to 128 layers, x has 129"),
+        (of_layers, (1, 256), (1, 257), "up to 256 channels, x has 257"),
+        (of_stem, (1, 4, 32), (1, 5, 32), "up to 4 channels, x has 5"),
+        (of_stem, (1, 1, 96), (1, 1, 97), r"\(32, 64, 96\) channels, not 97"),
+        (of_stem, (1, 3, 64), (0, 3, 64), "the batch is empty"),
+        (of_block, (3,), (1,), r"side \(3, 5, 7\), not 1"),
+        (of_block, (7,), (9,), r"side \(3, 5, 7\), not 9"),
+    ],
+)
+def test_kernels_say_the_sizes_that_they_take(ask, within, beyond, reason):
+    assert ask(*within) is None
+    assert re.search(reason, ask(*beyond))

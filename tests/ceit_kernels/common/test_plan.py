@@ -134,7 +134,7 @@ def test_calls_that_launch_something_else_have_plans_of_their_own():
 
 def test_it_counts_which_tensors_begin_at_a_multiple_of_16_bytes_and_nothing_else_of_addresses():
     first, second = torch.randn(2, 96)
-    places = [(0, 0), *((i, 0) for i in range(80)), *((0, i) for i in range(80)), *((i, i + 1) for i in range(0, 80))]
+    places = [(0, 0), *((i, 0) for i in range(80)), *((0, i) for i in range(80)), *((i, i + 1) for i in range(80))]
     for i, j in places:
         check(first[i : i + 4], second[j : j + 4], 2.0)
     assert len(plan._plans) == len({(i % 4 == 0, j % 4 == 0) for i, j in places}) == 4
