@@ -20,7 +20,7 @@ PUBLIC = (
     *("ceit/freezing.py", "ceit/layers.py", "ceit/model.py", "ceit/registry.py", "ceit/shortcuts.py"),
 )
 # Errors elsewhere. It only ever falls: lower it with them.
-BASELINE = 101
+BASELINE = 100
 
 
 def errors() -> list[tuple[str, str]]:

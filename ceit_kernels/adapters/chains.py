@@ -22,7 +22,8 @@ class Chain(NamedTuple):
         drop_child: the child that the result passes before the input is added to it.
         behind: the children that are called after that.
         method: that does it; of a whole model not all children belong to it.
-        ahead: the children that are called before all others, whatever they compute.
+        then: the children that it calls with the result, whatever they compute.
+        of_images: the children that are called with the image that the tokens are.
         gate: the child that the result of the others passes to multiply the input (squeeze-and-excitation): these take
             the mean over the pixels.
         pool: the child that takes that mean, if one does.
@@ -33,12 +34,14 @@ class Chain(NamedTuple):
     drop_child: str | None = None
     behind: tuple[str, ...] = ()
     method: str = "forward"
-    ahead: tuple[str, ...] = ()
+    then: tuple[str, ...] = ()
+    of_images: tuple[str, ...] = ()
     gate: str | None = None
     pool: str | None = None
 
 
 _EFFICIENTNET = "timm.models._efficientnet_blocks"
+_SEGFORMER = "transformers.models.segformer.modeling_segformer"
 _SKIP = "has_skip", "drop_path"
 _WHOLE = Chain(("conv_stem", "bn1", "blocks", "conv_head", "bn2"), method="forward_features")
 
@@ -62,17 +65,25 @@ _CHAINS: dict[str, Chain] = {
     ),
     "timm.models.efficientformer_v2.ConvNorm": Chain(("conv", "bn")),
     "timm.models.efficientformer_v2.ConvMlpWithNorm": Chain(("fc1", "mid", "drop1", "fc2", "drop2")),
-    "timm.models.efficientformer_v2.EfficientFormerV2Block": Chain(("mlp", "ls2"), True, "drop_path2"),
+    "timm.models.efficientformer_v2.EfficientFormerV2": Chain(
+        ("stem", "stages"), method="forward_features", then=("norm",)
+    ),
+    "timm.models.efficientformer_v2.EfficientFormerV2Stage": Chain(("downsample", "blocks")),
     "timm.models.efficientnet.EfficientNet": _WHOLE,
     "timm.models.efficientvit_mit.ConvNormAct": Chain(("dropout", "conv", "norm", "act")),
     "timm.models.efficientvit_mit.DSConv": Chain(("depth_conv", "point_conv")),
     "timm.models.efficientvit_mit.MBConv": Chain(("inverted_conv", "depth_conv", "point_conv")),
     "timm.models.mobilenetv3.MobileNetV3": Chain(_WHOLE.children[:3], method="forward_features"),
+    "timm.models.pvt_v2.MlpWithDepthwiseConv": Chain(
+        ("fc1", "relu", "dwconv", "act", "drop", "fc2"), of_images=("dwconv",)
+    ),
+    "timm.models.pvt_v2.PyramidVisionTransformerV2": Chain(("patch_embed", "stages"), method="forward_features"),
     "timm.models.tiny_vit.ConvLayer": Chain(("blocks",)),
     "timm.models.tiny_vit.MBConv": Chain(("conv1", "act1", "conv2", "act2", "conv3"), True, "drop_path", ("act3",)),
-    "timm.models.tiny_vit.NormMlp": Chain(("fc1", "act", "drop1", "fc2", "drop2"), ahead=("norm",)),
+    "timm.models.tiny_vit.NormMlp": Chain(("norm", "fc1", "act", "drop1", "fc2", "drop2")),
     "timm.models.tiny_vit.PatchEmbed": Chain(("conv1", "act", "conv2")),
     "timm.models.tiny_vit.PatchMerging": Chain(("conv1", "act1", "conv2", "act2", "conv3")),
+    "timm.models.tiny_vit.TinyVit": Chain(("patch_embed", "stages"), method="forward_features"),
     "torchvision.models.efficientnet.MBConv": Chain(("block",), "use_res_connect", "stochastic_depth"),
     "torchvision.models.efficientnet.FusedMBConv": Chain(("block",), "use_res_connect", "stochastic_depth"),
     "torchvision.models.mobilenetv2.InvertedResidual": Chain(("conv",), "use_res_connect"),
@@ -81,6 +92,8 @@ _CHAINS: dict[str, Chain] = {
     "torchvision.ops.misc.SqueezeExcitation": Chain(
         ("fc1", "activation", "fc2"), gate="scale_activation", pool="avgpool"
     ),
+    f"{_SEGFORMER}.SegformerDepthWiseConv": Chain(("dwconv",)),
+    f"{_SEGFORMER}.SegformerMixMLP": Chain(("fc1", "dwconv", "activation_fn", "fc2"), of_images=("dwconv",)),
 }
 
 

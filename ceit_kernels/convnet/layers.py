@@ -1,23 +1,27 @@
-"""What a module computes, as a list of convolutions with what follows them."""
+"""What the modules of a frozen model compute, found by following their calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.chains import Chain, chain_of
+from ..adapters.recipes import recipe_of
 from ..common.children import child_reason, held, qualified_name
 from ..leff.activations import MODULES, activation_name
 from ..leff.norms import of_module
 from ..linear.module import LINEAR
+from .steps import Attention, ConvLayer, Gate, Norm, NotConvolutions, Step, Upsample
 
-__all__ = ["ConvLayer", "NotConvolutions", "Unit", "layers_of", "units_of"]
+__all__ = ["Steps", "convolution_of", "steps_of"]
 
 _BATCH_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
+_LAYER_NORMS = nn.LayerNorm, "timm.layers.norm.LayerNorm"
 _LAYER_SCALES = "timm.layers.layer_scale.LayerScale2d", "timm.layers.layer_scale.LayerScale"  # images', tokens'
 # Which do nothing in evaluation mode.
 _IDLE = (
@@ -26,194 +30,249 @@ _IDLE = (
     nn.Dropout2d,
     "timm.layers.drop.DropPath",
     "torchvision.ops.stochastic_depth.StochasticDepth",
+    "transformers.models.segformer.modeling_segformer.SegformerDropPath",
 )
 _SIGMOIDS = nn.Sigmoid, "timm.layers.activations.Sigmoid"
 _HARDSIGMOIDS = nn.Hardsigmoid, "timm.layers.activations.HardSigmoid"
 _DEPTHWISE_SIDES = 3, 5, 7
 
 
-class NotConvolutions(Exception):
-    """A module is something else than convolutions one after another; the text says what."""
-
-
-@dataclass(frozen=True)
-class ConvLayer:
-    """``after(activation(convolution(x) * scale + shift) + added)``.
-
-    Attributes:
-        weight: (outputs, inputs, side, side), or (channels, 1, side, side) where it is depthwise.
-        scale, shift: (outputs,), of the convolution's bias and the norms behind it.
-        stride, padding: of the convolution.
-        is_depthwise: whether each channel has a kernel of its own.
-        activation: a name.
-        added: the index of the layer whose input is added; None where nothing is.
-        after: the activation behind that.
-        gate: multiplies the input of a pointwise layer; None where nothing does.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
-    stride: int
-    padding: int
-    is_depthwise: bool
-    activation: str = "identity"
-    added: int | None = None
-    after: str = "identity"
-    gate: Gate | None = None
-
-    @property
-    def side(self) -> int:
-        """Of the kernel."""
-        return self.weight.shape[-1]
-
-    @property
-    def inputs(self) -> int:
-        """Channels that it takes."""
-        return self.weight.shape[0 if self.is_depthwise else 1]
-
-    @property
-    def keeps_size(self) -> bool:
-        """Whether the result has as many pixels as the input."""
-        return self.stride == 1 and 2 * self.padding == self.side - 1
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether it computes each pixel by itself."""
-        return (self.side, self.stride, self.padding) == (1, 1, 0)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Squeeze-and-excitation: what two linear layers make of the mean over all pixels, behind a sigmoid.
-
-    Attributes:
-        layers: the one that reduces the channels, and the one that gives as many as there were.
-        hard: whether the sigmoid is a hardsigmoid.
-    """
-
-    layers: tuple[ConvLayer, ConvLayer]
-    hard: bool
-
-
-def layers_of(module: nn.Module) -> tuple[list[ConvLayer], bool]:
-    """The layers of a module in evaluation mode, behind the children that it calls ahead of them.
-
-    Returns:
-        The layers, and whether channels are the last dimension (linear layers of tokens), not the second (images).
+def steps_of(module: nn.Module) -> Steps:
+    """The steps of a module in evaluation mode, behind the children that it calls ahead of them.
 
     Raises:
         NotConvolutions: it has others, or something was done to it that calls of its parts would show.
     """
-    found = _Layers()
+    found = Steps()
     found.call("the module", module)
     if found.gate is not None:
         raise NotConvolutions("the module ends with a gate")
-    return found.layers, bool(found.of_tokens)
+    pointwise = all(isinstance(s, Norm) or (isinstance(s, ConvLayer) and s.is_pointwise) for s in found.steps)
+    if found.takes_tokens != bool(found.of_tokens) or (found.takes_tokens and not pointwise):
+        raise NotConvolutions("the module takes tokens without saying of what image")
+    if found.value != len(found.steps):
+        raise NotConvolutions("the module gives another value than its last")
+    return found
 
 
-class _Layers:
-    """The layers of what was called so far."""
+class Steps:
+    """The steps of what was called so far.
+
+    Attributes:
+        steps: step i makes value i + 1; value 0 is the input.
+        value: what the next call reads.
+        inputs: channels of the input.
+        of_tokens: whether channels are the last dimension of the value, not the second of images; None where that is
+            not known.
+        takes_tokens: whether they were that of the input.
+        gate: what multiplies the value.
+    """
 
     def __init__(self) -> None:
-        self.layers: list[ConvLayer] = []
-        self.of_tokens: bool | None = None  # whether channels are the last dimension
-        self.read = 0  # results of layers before this one are read by others than the next layer
-        self.gate: Gate | None = None  # which multiplies what the layers give
+        self.steps: list[Step] = []
+        self.value = 0
+        self.inputs: int | None = None
+        self.of_tokens: bool | None = None
+        self.takes_tokens = False
+        self.gate: Gate | None = None
+        self._shared: set[int] = set()  # values that others than the next step read
 
     def call(self, name: str, module: nn.Module) -> None:
+        """A module is called with the value."""
         kind = type(module)
         reason = child_reason(name, module, (kind,))
         if reason is not None:
             raise NotConvolutions(reason)
         if kind is nn.Conv2d or kind in LINEAR:
-            self._append(name, _convolution(name, module) if kind is nn.Conv2d else _linear(module), kind in LINEAR)
+            self._convolve(name, convolution_of(name, module) if kind is nn.Conv2d else _linear(module), kind in LINEAR)
         elif child_reason(name, module, _IDLE) is None:
             pass
         elif not self.of_tokens and (kind is nn.BatchNorm2d or qualified_name(kind) == _BATCH_NORM_ACT):
-            self._norm(name, module)
+            self._fold_norm(name, module)
             for child in module._modules:
                 self.call(f"{name}.{child}", module._modules[child] or nn.Identity())
+        elif kind is nn.LayerNorm or qualified_name(kind) in _LAYER_NORMS:
+            self.norm(name, module)
         elif qualified_name(kind) == _LAYER_SCALES[bool(self.of_tokens)]:
             gamma = _exact(held(module, "gamma"))
             self._multiply_add(name, gamma, torch.zeros_like(gamma))
         elif child_reason(name, module, MODULES) is None and activation_name(module) is not None:
             self._activate(name, str(activation_name(module)))
+        elif kind is nn.Upsample:
+            self._upsample(name, module)
+        elif (recipe := recipe_of(module)) is not None:
+            recipe(self, name, module)
         else:
             self._chain(name, module)
 
-    def _append(self, name: str, layer: ConvLayer, of_tokens: bool) -> None:
-        if self.layers and (self.layers[-1].weight.shape[0], self.of_tokens) != (layer.inputs, of_tokens):
-            raise NotConvolutions(f"{name} takes {layer.inputs} channels of other tensors than it gets")
+    def calls(self, name: str, module: nn.Module, children: Iterable[str]) -> None:
+        """Children are called one after another; those that are missing or None are left out."""
+        for child in children:
+            called = module._modules.get(child)
+            if called is not None:
+                self.call(f"{name}.{child}", called)
+
+    def call_on_image(self, name: str, module: nn.Module) -> None:
+        """A module is called with the image that the tokens are."""
+        before, self.of_tokens = self.of_tokens, False
+        self.call(name, module)
+        self.of_tokens = before
+
+    def branch(self, value: int, name: str, module: nn.Module, *children: str) -> int:
+        """Children are called with another value; returns the value that they make."""
+        self.value = value
+        self._shared.add(value)
+        self.calls(name, module, children)
+        return self.value
+
+    @contextmanager
+    def shortcut(self, name: str) -> Iterator[None]:
+        """The value is added to what is made of it within."""
+        first = self.value
+        self._shared.add(first)
+        yield
+        self.add(name, first)
+
+    def only(self, name: str, module: nn.Module, children: Collection[str], own: Collection[str] = ()) -> None:
+        """A module has no other children that do anything, and no other tensors of its own.
+
+        Raises:
+            NotConvolutions: it has.
+        """
+        for child, other in module._modules.items():
+            if other is not None and child not in children and child_reason(child, other, _IDLE) is not None:
+                raise NotConvolutions(f"{name} has {child}")
+        tensors = (tensor for kind in (module._parameters, module._buffers) for tensor in kind if tensor not in own)
+        if other := next(tensors, None):
+            raise NotConvolutions(f"{name} has {other} of its own")
+
+    @staticmethod
+    def refuse(reason: str) -> NoReturn:
+        """Say that a module is something else."""
+        raise NotConvolutions(reason)
+
+    def append(self, step: Step) -> int:
+        """The next step; returns the value that it makes."""
+        self.steps.append(step)
+        self._shared.update(value for value in step.sources if value != len(self.steps) - 1)
+        self.value = len(self.steps)
+        return self.value
+
+    def channels(self, value: int) -> int | None:
+        """Of a value; None for an input that nothing has read."""
+        return self.steps[value - 1].channels if value else self.inputs
+
+    def norm(self, name: str, module: Any, window: int = 0) -> None:
+        """LayerNorm of tokens; ``window`` as of ``Norm``."""
+        reason = child_reason(name, module, _LAYER_NORMS)
+        if reason or len(module.normalized_shape) != 1:
+            raise NotConvolutions(reason or f"{name} is no norm of channels")
+        (width,), weight, bias = module.normalized_shape, held(module, "weight"), held(module, "bias")
+        self._read(name, width, of_tokens=True)
+        weight, bias = (None if tensor is None else tensor.detach() for tensor in (weight, bias))
+        self.append(Norm((self.value,), weight, bias, module.eps, width, window))
+
+    def attention(self, name: str, sources: tuple[int, int, int], **settings: Any) -> int:
+        """Attention of three values with the settings of ``Attention``; returns its value."""
+        step = Attention(sources, **settings)
+        widths = step.key_channels, step.key_channels, step.value_channels
+        for source, first, head, width in zip(sources, step.firsts, step.steps, widths, strict=True):
+            if first + (step.heads - 1) * head + width > (self.channels(source) or 0):
+                raise NotConvolutions(f"{name} has more heads than channels")
+        if step.window and (step.mixing or step.key_channels != step.value_channels):
+            raise NotConvolutions(f"{name} mixes heads within windows, or has values of other channels than keys")
+        return self.append(step)
+
+    def add(self, name: str, value: int) -> None:
+        """Another value is added."""
+        layer = self._last(name)
+        if layer.added is not None or self.channels(value) != layer.channels:
+            raise NotConvolutions(f"the shortcut of {name} ends behind another one, or has other channels")
+        self._shared.add(value)
+        self.steps[-1] = replace(layer, added=value)
+
+    def _read(self, name: str, channels: int, of_tokens: bool) -> None:
+        """A layer reads the value."""
+        if self.value == 0 and self.inputs is None:
+            self.inputs, self.takes_tokens = channels, of_tokens
+        elif (self.channels(self.value), self.of_tokens) != (channels, of_tokens):
+            raise NotConvolutions(f"{name} takes {channels} channels of other tensors than it gets")
+        self.of_tokens = of_tokens
+
+    def _convolve(self, name: str, layer: ConvLayer, of_tokens: bool) -> None:
+        self._read(name, layer.inputs, of_tokens)
         if self.gate is not None and not layer.is_pointwise:
             raise NotConvolutions(f"{name} follows a gate and is not pointwise")
-        self.layers.append(replace(layer, gate=self.gate))
-        self.of_tokens, self.gate = of_tokens, None
+        self.append(replace(layer, sources=(self.value,), gate=self.gate))
+        self.gate = None
+
+    def convolve(self, name: str, module: nn.Module, weight: Tensor) -> None:
+        """An ``nn.Conv2d`` is called, with another weight."""
+        self._convolve(name, replace(convolution_of(name, module), weight=weight), False)
+
+    @staticmethod
+    def pointwise(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Weight (outputs, inputs) and bias of a pointwise ``nn.Conv2d``, in float64."""
+        reason = child_reason(name, module, (nn.Conv2d,))
+        layer = None if reason else convolution_of(name, module)
+        if layer is None or not layer.is_pointwise:
+            raise NotConvolutions(reason or f"{name} is not pointwise")
+        return _exact(layer.weight).flatten(1), layer.shift
 
     def _chain(self, name: str, module: nn.Module) -> None:
         chain = chain_of(module)
         if chain is None:
             raise NotConvolutions(f"{name} is a {type(module).__name__}")
-        state: dict[str, Any] = module._modules
-        adds = chain.adds_input
-        adds = getattr(module, adds) not in (None, False) if isinstance(adds, str) else adds
-        called = (
-            *chain.ahead,
-            *chain.children,
-            *(() if chain.drop_child is None else (chain.drop_child,)),
-            *chain.behind,
-            *filter(None, (chain.gate, chain.pool)),
-        )
-        for child, other in state.items():
-            reason = chain.method == "forward" and other is not None and child not in called
-            if reason and child_reason(child, other, _IDLE) is not None:
-                raise NotConvolutions(f"{name} has {child}")
-        own = [*module._parameters, *module._buffers]
-        if own:
-            raise NotConvolutions(f"{name} has {own[0]} of its own")
-        if self.layers and any(state.get(child) is not None for child in chain.ahead):
-            raise NotConvolutions(f"{name} begins with {chain.ahead[0]}")
+        if chain.method == "forward":
+            called = *chain.children, chain.drop_child, *chain.behind, chain.gate, chain.pool
+            self.only(name, module, tuple(filter(None, called)))
         if chain.gate is not None:
             self._gate(name, module, chain)
             return
-        first = len(self.layers)
-        self.read = first if adds else self.read
-        for children in (chain.children, chain.behind):
-            for child in children:
-                if state.get(child) is not None:
-                    self.call(f"{name}.{child}", state[child])
-            if adds and children is chain.children:
-                drop_path = chain.drop_child and state.get(chain.drop_child)
-                if drop_path:
-                    self.call(f"{name}.{chain.drop_child}", drop_path)
-                self._add(name, first)
+        adds = getattr(module, chain.adds_input) if isinstance(chain.adds_input, str) else chain.adds_input
+        if adds in (None, False):
+            self._call_chain(name, module, chain)
+        else:
+            with self.shortcut(name):
+                self._call_chain(name, module, chain)
+                self.calls(name, module, filter(None, (chain.drop_child,)))
+        self.calls(name, module, chain.behind)
+
+    def _call_chain(self, name: str, module: nn.Module, chain: Chain) -> None:
+        for child in chain.children:
+            if child in chain.of_images:
+                self.call_on_image(f"{name}.{child}", module._modules[child] or nn.Identity())
+            else:
+                self.calls(name, module, (child,))
 
     def _gate(self, name: str, module: Any, chain: Chain) -> None:
-        within, children = _Layers(), module._modules
-        for child in chain.children:
-            within.call(f"{name}.{child}", children[child])
+        within, children = Steps(), module._modules
+        within.calls(name, module, chain.children)
         reason = child_reason("the gate", children[chain.gate], _SIGMOIDS + _HARDSIGMOIDS)
         pool = children[chain.pool] if chain.pool else nn.AdaptiveAvgPool2d(1)
         reason = reason or child_reason("the pooling", pool, (nn.AdaptiveAvgPool2d,))
         if reason or pool.output_size not in (1, (1, 1)) or getattr(module, "add_maxpool", False):
             raise NotConvolutions(reason or f"{name} takes more than the mean of all pixels")
-        if len(within.layers) != 2 or not all(layer.is_pointwise for layer in within.layers):
+        layers = [layer for layer in within.steps if isinstance(layer, ConvLayer) and layer.is_pointwise]
+        if len(layers) != 2 or len(within.steps) != 2:
             raise NotConvolutions(f"{name} has other layers than two pointwise ones")
-        reducing, expanding = within.layers
-        channels = self._last(name).weight.shape[0]
-        if not channels == reducing.inputs == expanding.weight.shape[0] or expanding.activation != "identity":
+        reducing, expanding = layers
+        channels = self._last(name).channels
+        if not channels == reducing.inputs == expanding.channels or expanding.activation != "identity":
             raise NotConvolutions(f"{name} does not gate the {channels} channels that it gets")
         hard = child_reason("the gate", children[chain.gate], _HARDSIGMOIDS) is None
         self.gate = Gate((reducing, expanding), hard)
 
     def _last(self, name: str) -> ConvLayer:
+        """The layer that has made the value, which nothing else reads."""
+        last = self.steps[-1] if self.steps else None
         if self.gate is not None:
             raise NotConvolutions(f"{name} follows a gate")
-        if len(self.layers) <= self.read:
+        if not isinstance(last, ConvLayer) or self.value != len(self.steps) or self.value in self._shared:
             raise NotConvolutions(f"no convolution comes right before {name}")
-        return self.layers[-1]
+        return last
 
-    def _norm(self, name: str, module: Any) -> None:
+    def _fold_norm(self, name: str, module: Any) -> None:
         norm = of_module(module)
         if norm is None or norm.training or norm.running_var is None:
             raise NotConvolutions(f"{name} takes statistics of the batch")
@@ -226,25 +285,34 @@ class _Layers:
         layer = self._last(name)
         if layer.activation != "identity" or layer.added is not None:
             raise NotConvolutions(f"{name} follows an activation or a shortcut")
-        self.layers[-1] = replace(layer, scale=layer.scale * scale, shift=layer.shift * scale + shift)
+        self.steps[-1] = replace(layer, scale=layer.scale * scale, shift=layer.shift * scale + shift)
 
     def _activate(self, name: str, activation: str) -> None:
-        layer = self._last(name)
-        which = "activation" if layer.added is None else "after"
         if activation == "identity":
             return
+        last = self.steps[-1] if self.steps and self.value == len(self.steps) else None
+        if isinstance(last, Upsample) and last.activation == "identity":
+            self.steps[-1] = replace(last, activation=activation)
+            return
+        layer = self._last(name)
+        which = "activation" if layer.added is None else "after"
         if getattr(layer, which) != "identity":
             raise NotConvolutions(f"{name} follows an activation")
-        self.layers[-1] = replace(layer, **{which: activation})
+        self.steps[-1] = replace(layer, **{which: activation})
 
-    def _add(self, name: str, first: int) -> None:
-        layer = self._last(name)
-        if layer.added is not None or layer.is_depthwise:
-            raise NotConvolutions(f"the shortcut of {name} ends behind another one or a depthwise convolution")
-        around = self.layers[first:]
-        if not all(each.keeps_size for each in around) or around[0].inputs != layer.weight.shape[0]:
-            raise NotConvolutions(f"the shortcut of {name} has another shape than what it is added to")
-        self.layers[-1] = replace(layer, added=first)
+    def _upsample(self, name: str, module: Any) -> None:
+        factor, channels = module.scale_factor, self.channels(self.value)
+        whole = isinstance(factor, float | int) and factor == int(factor) and module.size is None
+        if (
+            not whole
+            or channels is None
+            or module.mode != "bilinear"
+            or module.align_corners
+            or self.of_tokens
+            or self.gate is not None
+        ):
+            raise NotConvolutions(f"{name} is not bilinear by a whole factor")
+        self.append(Upsample((self.value,), channels, int(factor)))
 
 
 def _exact(tensor: Any) -> Tensor:
@@ -254,10 +322,15 @@ def _exact(tensor: Any) -> Tensor:
 def _linear(module: Any) -> ConvLayer:
     weight, bias = held(module, "weight").detach(), held(module, "bias")
     shift = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else _exact(bias)
-    return ConvLayer(weight[:, :, None, None], torch.ones_like(shift), shift, 1, 0, False)
+    return ConvLayer((), weight[:, :, None, None], torch.ones_like(shift), shift, 1, 0, False)
 
 
-def _convolution(name: str, module: Any) -> ConvLayer:
+def convolution_of(name: str, module: Any) -> ConvLayer:
+    """An ``nn.Conv2d``.
+
+    Raises:
+        NotConvolutions: its settings are others than the compiled code knows.
+    """
     weight, bias = held(module, "weight"), held(module, "bias")
     outputs, (side, other_side) = weight.shape[0], weight.shape[2:]
     depthwise = 1 < module.groups == outputs == module.in_channels and side in _DEPTHWISE_SIDES
@@ -269,67 +342,4 @@ def _convolution(name: str, module: Any) -> ConvLayer:
     if tuple(module.dilation) != (1, 1) or module.padding_mode != "zeros":
         raise NotConvolutions(f"{name} has dilation={module.dilation}, padding_mode={module.padding_mode}")
     shift = torch.zeros(outputs, dtype=torch.float64) if bias is None else _exact(bias)
-    return ConvLayer(weight.detach(), torch.ones_like(shift), shift, stride, padding[0], depthwise)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Layers of which the compiled code needs no result but the last.
-
-    Attributes:
-        layers: a pointwise one, one that mixes neighbours and a pointwise one; None for those that are missing. One
-            with a gate is by itself.
-        added: what is added to the result: 0 nothing, 1 the input, 2 the input of the unit before.
-    """
-
-    layers: tuple[ConvLayer | None, ConvLayer | None, ConvLayer | None]
-    added: int
-
-    @property
-    def after(self) -> str:
-        """The activation behind what is added."""
-        return next(layer.after for layer in reversed(self.layers) if layer is not None)
-
-
-def units_of(layers: list[ConvLayer]) -> list[Unit]:
-    """The layers in units.
-
-    Raises:
-        NotConvolutions: a shortcut goes around more than two units.
-    """
-    units: list[Unit] = []
-    starts: list[int] = []
-    for start, *roles in _groups(layers):
-        starts.append(start)
-        last = next(layer for layer in reversed(roles) if layer is not None)
-        added = 0 if last.added is None else len(starts) - starts.index(last.added)
-        if added > 2:
-            raise NotConvolutions("a shortcut goes around more convolutions than one compiled call keeps")
-        units.append(Unit((roles[0], roles[1], roles[2]), added))
-    return units
-
-
-def _groups(layers: list[ConvLayer]) -> Iterator[tuple[int, ConvLayer | None, ConvLayer | None, ConvLayer | None]]:
-    """The first index and the layers of each unit."""
-    begins = {layer.added for layer in layers}
-    begins |= {i + 1 for i, layer in enumerate(layers) if layer.added is not None}
-    begins |= {i for i, layer in enumerate(layers) if layer.gate is not None}
-    at = 0
-    while at < len(layers):
-        end = next((i for i in range(at + 1, len(layers)) if i in begins), len(layers))
-        if layers[at].gate is not None:
-            yield at, None, None, layers[at]
-            at += 1
-            continue
-        start = at
-        roles: list[ConvLayer | None] = [None, None, None]
-        mixes = [not layer.is_pointwise for layer in layers[at : min(end, at + 3)]]
-        if (mixes[:2] == [False, True] and layers[at + 1].is_depthwise) or mixes in ([False, False], [False] * 3):
-            roles[0], at = layers[at], at + 1
-        if not layers[at].is_pointwise:
-            roles[1], at = layers[at], at + 1
-        # A pointwise layer ahead of a depthwise one belongs to that.
-        expands = at + 1 < end and layers[at].is_pointwise and layers[at + 1].is_depthwise
-        if at < end and layers[at].is_pointwise and not (expands and at > start and roles[0] is None):
-            roles[2], at = layers[at], at + 1
-        yield start, roles[0], roles[1], roles[2]
+    return ConvLayer((), weight.detach(), torch.ones_like(shift), shift, stride, padding[0], depthwise)

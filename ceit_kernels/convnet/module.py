@@ -1,4 +1,4 @@
-"""Modules of a frozen model that are convolutions one after another: one compiled call on the CPU."""
+"""Modules of a frozen model whose layers the compiled code knows: one call on the CPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .. import backends
 from ..adapters.chains import Chain, chain_of
 from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, unsupported_reason
-from ..leff.activations import INDICES
-from .layers import ConvLayer, NotConvolutions, Unit, layers_of, units_of
+from .layers import Steps, steps_of
+from .prepack import Prepacking
+from .steps import Attention, ConvLayer, Norm, NotConvolutions, Size
+from .units import fits
 
 __all__ = ["FrozenConvnet"]
 
@@ -30,8 +32,9 @@ class _Prepacked:
 
     Attributes:
         tensor, sizes: of the kernels.
-        of_tokens: whether channels are the last dimension, not the second of images.
-        channels, dtype: of the input.
+        steps: what the modules compute.
+        dtype: of the input.
+        operators: whose backends they follow.
         modules, classes: the modules within, and their classes then.
         states, states_then: what all modules have, and what they had then.
         hooks: of all modules.
@@ -39,14 +42,15 @@ class _Prepacked:
 
     tensor: Tensor
     sizes: list[int]
-    of_tokens: bool
-    channels: int
+    steps: Steps
     dtype: torch.dtype
+    operators: tuple[str, ...]
     modules: list[nn.Module]
     classes: list[type]
     states: list[dict]
     hooks: list[dict]
     states_then: list[dict] = field(init=False)
+    fitting: dict[Size, bool] = field(default_factory=dict)  # whether images of a size are computed
 
     def is_intact(self) -> bool:
         """Whether nothing was done to the modules since: no hook, and every attribute as it was."""
@@ -59,9 +63,10 @@ class _Prepacked:
 
     def serves(self, x: Tensor) -> bool:
         """Whether a call may read it: eager inference on images of the dtype."""
+        of_tokens = self.steps.takes_tokens
         return (
-            (x.dim() > 1 if self.of_tokens else x.dim() == 4)
-            and x.shape[-1 if self.of_tokens else 1] == self.channels
+            (x.dim() > 1 if of_tokens else x.dim() == 4)
+            and x.shape[-1 if of_tokens else 1] == self.steps.inputs
             and x.dtype == self.dtype
             and x.device.type == "cpu"
             and x.numel() > 0
@@ -71,14 +76,21 @@ class _Prepacked:
             and autocast_dtype(x) is None
             and not _has_any_global_hook()
             and self.is_intact()
-            and backends.choose("leff", x, x.dtype).backend == "native"
+            and (of_tokens or self._fits((x.shape[2], x.shape[3])))
+            and all(backends.choose(name, x, x.dtype).backend == "native" for name in self.operators)
         )
+
+    def _fits(self, size: Size) -> bool:
+        found = self.fitting.get(size)
+        if found is None:
+            found = self.fitting[size] = fits(self.steps.steps, size)
+        return found
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result, in memory as x is."""
-        if self.of_tokens:
+        if self.steps.takes_tokens:
             rows = x.shape[1:-1].numel() if x.dim() > 2 else x.shape[0]
-            tokens = x.contiguous().view(-1, rows, 1, self.channels)
+            tokens = x.contiguous().view(-1, rows, 1, x.shape[-1])
             return torch.ops.ceit._convnet_infer(tokens, self.tensor, self.sizes, False).view(*x.shape[:-1], -1)
         planar = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
         images = x.contiguous() if planar else x.permute(0, 2, 3, 1)
@@ -98,7 +110,8 @@ class FrozenConvnet:
         """What runs a call, and why."""
         if not self._prepacked.is_intact():
             return "plain", "something was done to a part of it since it was frozen"
-        return "native", "frozen; convolutions one after another, in one call"
+        what = "convolutions and attention" if "attention" in self._prepacked.operators else "convolutions"
+        return "native", f"frozen; {what} one after another, in one call"
 
     def uncalled(self) -> list[nn.Module]:
         """The modules that are not called."""
@@ -112,25 +125,23 @@ class FrozenConvnet:
             The names of the children that are not called any more; None where the module is something else.
         """
         try:
-            layers, of_tokens = layers_of(module)
-            units = units_of(layers)
+            steps = steps_of(module)
         except NotConvolutions:
             return None
-        weights = [each.weight for layer in layers for each in (layer, *(layer.gate.layers if layer.gate else ()))]
-        if len(weights) < 1 + of_tokens or any(weight.dtype != weights[0].dtype for weight in weights):
+        weights = _weights(steps)
+        layers = [step for step in steps.steps if not isinstance(step, Norm)]
+        if len(layers) < 1 + steps.takes_tokens or any(weight.dtype != weights[0].dtype for weight in weights):
             return None  # a linear layer by itself is frozen as such
-        if backends.current_backend("leff") not in ("auto", "native"):
-            return None
-        if backends.choose("leff", weights[0], weights[0].dtype).backend != "native":
-            return None
+        for operator in _operators(steps):
+            if backends.current_backend(operator) not in ("auto", "native"):
+                return None
+            if backends.choose(operator, weights[0], weights[0].dtype).backend != "native":
+                return None
         chain = chain_of(module) or Chain(())
-        called = [
-            name
-            for name in module._modules
-            if (chain.method == "forward" or name in chain.children) and name not in chain.ahead
-        ]
+        whole = chain.method != "forward"
+        called = [name for name in module._modules if not whole or name in chain.children]
         within = [part for name in called for part in (module._modules[name] or nn.Identity()).modules()]
-        prepacked = module.__dict__["_prepacked"] = _prepack(units, layers[0], of_tokens, [module, *within])
+        prepacked = module.__dict__["_prepacked"] = _prepack(steps, weights[0], [module, *within])
         prepacked.states_then = list(map(dict, prepacked.states))
         module.__class__ = _frozen_class(type(module), chain)
         return called
@@ -152,9 +163,10 @@ def _frozen_class(found: type[nn.Module], chain: Chain) -> type:
     def forward(self: Any, x: Any, *arguments: Any, **options: Any) -> Any:
         prepacked = self._prepacked
         if not (arguments or options) and isinstance(x, Tensor) and prepacked.serves(x):
-            for name in chain.ahead:
-                x = self._modules[name](x)
-            return prepacked(x)
+            out = prepacked(x)
+            for name in chain.then:
+                out = self._modules[name](out)
+            return out
         return plain(self, x, *arguments, **options)
 
     return type(
@@ -164,42 +176,36 @@ def _frozen_class(found: type[nn.Module], chain: Chain) -> type:
     )
 
 
-def _prepack(units: list[Unit], first: ConvLayer, of_tokens: bool, modules: list[nn.Module]) -> _Prepacked:
-    parameters: list[Tensor] = []
-    sizes: list[int] = []
-    for unit in units:
-        gate = unit.layers[2] and unit.layers[2].gate
-        present = sum(1 << i for i, part in enumerate((*unit.layers, gate)) if part is not None)
-        sizes += [present, unit.added, INDICES[unit.after]]
-        for layer in filter(None, unit.layers):
-            _append(layer, parameters, sizes)
-        if gate is not None:
-            sizes.append(int(gate.hard))
-            for layer in gate.layers:
-                _append(layer, parameters, sizes)
-    weight = first.weight
+def _weights(steps: Steps) -> list[Tensor]:
+    """All tensors that are of the model's dtype."""
+    found: list[Tensor | None] = []
+    for step in steps.steps:
+        if isinstance(step, ConvLayer):
+            found += [layer.weight for layer in (step, *(step.gate.layers if step.gate else ()))]
+        elif isinstance(step, Norm):
+            found += [step.weight, step.bias]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _operators(steps: Steps) -> tuple[str, ...]:
+    """What its settings of backends are those of."""
+    return ("leff", "attention") if any(isinstance(step, Attention) for step in steps.steps) else ("leff",)
+
+
+def _prepack(steps: Steps, like: Tensor, modules: list[nn.Module]) -> _Prepacked:
+    made = Prepacking(steps.steps)
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     attributes = [vars(module) for module in modules]
     children = [state["_modules"] for state in attributes]
     tensors = [state[name] for state in attributes for name in ("_parameters", "_buffers") if state[name]]
     return _Prepacked(
-        torch.ops.ceit._convnet_prepack(weight, parameters, sizes),
-        sizes,
-        of_tokens,
-        first.inputs,
-        weight.dtype,
+        torch.ops.ceit._convnet_prepack(like, made.parameters, made.sizes),
+        made.sizes,
+        steps,
+        like.dtype,
+        _operators(steps),
         modules[1:],
         list(map(type, modules[1:])),
         [*attributes, *children, *tensors],
         [state[kind] for state in attributes for kind in kinds],
     )
-
-
-def _append(layer: ConvLayer, parameters: list[Tensor], sizes: list[int]) -> None:
-    where = layer.side, layer.stride, layer.padding, INDICES[layer.activation]
-    sizes += [int(layer.is_depthwise), layer.inputs, layer.weight.shape[0], *where]
-    if layer.is_depthwise:
-        taps = layer.weight.double().flatten(1).t() * layer.scale
-        parameters += [taps.contiguous(), layer.shift]
-    else:
-        parameters += [layer.weight.permute(0, 2, 3, 1).contiguous(), layer.scale, layer.shift]

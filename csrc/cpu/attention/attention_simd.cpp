@@ -1,6 +1,5 @@
 // Self-attention a tile of queries at a time: scores, softmax and weighted sum while they are in cache.
-#include "../tile.h"
-#include "calls.h"
+#include "parts.h"
 
 namespace ceit::attention {
 namespace CEIT_CAPABILITY {
@@ -9,22 +8,6 @@ using namespace ceit::CEIT_CAPABILITY;
 
 namespace {
 
-// Rows of one head of one image, in a tensor (B, tokens, parts, heads, channels).
-template <class T>
-struct Rows {
-  T* data;
-  int64_t stride;
-  CEIT_INLINE Rows(void* tensor, const Shape& shape, int64_t tokens, int64_t parts, int64_t part, int64_t task)
-      : stride(parts * shape.heads * shape.channels) {
-    const int64_t image = task / shape.heads, head = task % shape.heads;
-    data = static_cast<T*>(tensor) + image * tokens * stride + (part * shape.heads + head) * shape.channels;
-  }
-  CEIT_INLINE Rows(const Operand& of, const Shape& shape, int64_t task)
-      : data(static_cast<T*>(of.data) + of.offset + task / shape.heads * of.image + task % shape.heads * of.head),
-        stride(of.token) {}
-  CEIT_INLINE T* row(int64_t index) const { return data + index * stride; }
-};
-
 // Queries of one head of one image that are worked on together: those from query `at` of all on, before `end`.
 struct QueryTile {
   int64_t task, first, count;
@@ -32,6 +15,26 @@ struct QueryTile {
       : task(at / shape.queries),
         first(at % shape.queries),
         count(min_of(min_of(shape.queries - first, end - at), kQueries)) {}
+};
+
+// Rows of the result of a head, whose image may be a window of a larger one.
+template <class T>
+class Result {
+ public:
+  CEIT_INLINE Result(const ForwardCall& call, int64_t task)
+      : rows_(call.out, call.shape, call.shape.queries, 1, 0, task), window_(call.window), width_(call.width) {
+    if (!window_) return;
+    const int64_t image = task / call.shape.heads, across = width_ / window_;
+    const int64_t first = image / across * window_ * width_ + image % across * window_;
+    rows_.data += (first - image * call.shape.queries) * rows_.stride;
+  }
+  CEIT_INLINE T* row(int64_t index) const {
+    return rows_.row(window_ ? index / window_ * width_ + index % window_ : index);
+  }
+
+ private:
+  Rows<T> rows_;
+  int64_t window_, width_;
 };
 
 template <class T>
@@ -44,13 +47,10 @@ Rows<const T> gradient_of(const void* grad_out, const Shape& shape, int64_t task
   return Rows<const T>(const_cast<void*>(grad_out), shape, shape.queries, 1, 0, task);
 }
 
-// Packed queries carry it and the scale, so that scores are exponents of two.
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
 // Asks for rows that are going to be read, or written, while others are computed.
-template <bool written = false, class T>
-CEIT_INLINE void prefetch(const Rows<T>& rows, int64_t first, int64_t count, int64_t channels) {
-  constexpr int64_t line = 64 / sizeof(T);
+template <bool written = false, class Rows>
+CEIT_INLINE void prefetch(const Rows& rows, int64_t first, int64_t count, int64_t channels) {
+  constexpr int64_t line = 64 / sizeof(*rows.row(0));
   for (int64_t row = first; row < first + count; ++row)
     for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(rows.row(row) + c, written, 2);
 }
@@ -68,83 +68,6 @@ CEIT_INLINE void prefetch_next(const Operand& q, const Operand& k, const Operand
   const int64_t last = shape.tokens * (tile.first + tile.count) / shape.queries;
   prefetch(Rows<const T>(k, shape, tile.task + 1), first, last - first, shape.channels);
   prefetch(Rows<const T>(v, shape, tile.task + 1), first, last - first, shape.channels);
-}
-
-// Strides of a head's packed matrices.
-template <class Acc>
-struct Layout {
-  int64_t channels, tokens;                // from row to row of matrices with so many columns
-  int64_t padded_channels, padded_tokens;  // rows
-  explicit Layout(const Shape& shape)
-      : channels(row_stride<Acc>(shape.channels)),
-        tokens(row_stride<Acc>(shape.tokens)),
-        padded_channels(ceil_div(shape.channels, Lanes<Acc>::count) * Lanes<Acc>::count),
-        padded_tokens(ceil_div(shape.tokens, kRowMultiple) * kRowMultiple) {}
-  // Elements of a matrix with a row for each channel and a column for each token, and so on. Rows of scores are read
-  // as columns of the last tile, so beyond their end.
-  int64_t channels_by_tokens() const { return padded_channels * tokens; }
-  int64_t tokens_by_channels() const { return padded_tokens * channels; }
-  int64_t queries_by_channels() const { return kQueries * channels; }
-  int64_t queries_by_tokens() const { return kQueries * tokens + kRowMultiple; }
-};
-
-// to = factor * rows, in the type that is computed in.
-template <class T, class Acc>
-void pack(const Rows<const T>& from, int64_t first, int64_t count, int64_t channels, Acc factor, Matrix<Acc> to) {
-  for (int64_t row = 0; row < count; ++row)
-    for (int64_t c = 0; c < channels; c += Lanes<Acc>::count)
-      store(to.data + row * to.stride + c, factor * load(from.row(first + row) + c, int(channels - c)));
-}
-
-// The transposed rows; `to` is zero beyond them.
-template <class T, class Acc>
-void pack_transposed(const Rows<const T>& from, int64_t count, int64_t channels, Acc* to, int64_t stride) {
-  transpose(from.data, from.stride, count, channels, to, stride);
-}
-
-// rows = factor * from, in the type of the tensor; the factor may differ between rows.
-template <class T, class Acc, class Factor>
-void unpack(Matrix<const Acc> from, const Rows<T>& to, int64_t first, int64_t count, int64_t channels, Factor factor) {
-  for (int64_t row = 0; row < count; ++row) {
-    const Acc by = factor(row);
-    for (int64_t c = 0; c < channels; c += Lanes<Acc>::count)
-      store(to.row(first + row) + c, by * load(from.data + row * from.stride + c), int(channels - c));
-  }
-}
-
-// Takes columns beyond the last token out of the softmax.
-template <class Acc>
-class Tail {
- public:
-  explicit Tail(int64_t tokens) : start_(tokens / Lanes<Acc>::count * Lanes<Acc>::count) {
-    for (int i = 0; i < Lanes<Acc>::count; ++i) added_[i] = start_ + i < tokens ? Acc(0) : -Acc(INFINITY);
-    if (start_ == tokens) start_ = -1;
-  }
-  CEIT_INLINE void mask(Acc* row) const {
-    if (start_ >= 0) store(row + start_, load(row + start_) + load(added_));
-  }
-
- private:
-  int64_t start_;
-  alignas(64) Acc added_[Lanes<Acc>::count];
-};
-
-// row = visit(index, 2^(row - largest))
-template <class Acc, class Visit>
-CEIT_INLINE void powers_of_two(Acc* row, int64_t tokens, Acc largest, Visit visit) {
-  for (int64_t i = 0; i < tokens; i += Lanes<Acc>::count)
-    store(row + i, visit(i, power_of_two(load(row + i) - largest)));
-}
-
-// scores += log2(e) * bias, of which rows are `tokens` apart.
-template <class T, class Acc>
-CEIT_INLINE void add_bias(const T* bias, Matrix<Acc> scores, int64_t rows, int64_t tokens) {
-  for (int64_t i = 0; i < rows; ++i) {
-    Acc* row = scores.data + i * scores.stride;
-    for_vectors<Acc>(tokens, [&](int64_t j, auto count) {
-      store(row + j, load(row + j, count) + Acc(kLog2E) * load(bias + i * tokens + j, count), count);
-    });
-  }
 }
 
 // Scores become the softmax times the sum of each row. One pass for all rows at a time, so that reductions overlap.
@@ -215,7 +138,7 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     }
     pack<T, Acc>(Rows<const T>(call.q, shape, task), first, count, channels, Acc(call.scale * kLog2E),
                  {queries.get(), layout.channels});
-    const Rows<T> out(call.out, shape, shape.queries, 1, 0, task);
+    const Result<T> out(call, task);
     prefetch<true>(out, first, count, channels);
     prefetch_next<T>(call.q, call.k, call.v, shape, tile, end);
     multiply<Acc>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens},
@@ -228,8 +151,8 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     softmax<Acc>({scores.get(), layout.tokens}, count, shape.tokens, tail, largest, sums);
     multiply<Acc>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
                   count, shape.tokens, channels, false);
-    unpack<T, Acc>({results.get(), layout.channels}, out, first, count, channels,
-                   [&](int64_t row) { return Acc(1) / sums[row]; });
+    unpack<Acc>({results.get(), layout.channels}, out, first, count, channels,
+                [&](int64_t row) { return Acc(1) / sums[row]; });
     if (call.statistics) {
       Acc* to = static_cast<Acc*>(call.statistics) + (task * shape.queries + first) * 2;
       for (int64_t i = 0; i < count; ++i) to[2 * i] = largest[i], to[2 * i + 1] = sums[i];
@@ -285,15 +208,15 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
                     {grad_keys.get(), layout.channels}, tokens, count, channels, first > 0);
       multiply<Acc>({p.get(), 1, layout.tokens}, {grad_out.get(), layout.channels},
                     {grad_values.get(), layout.channels}, tokens, count, channels, first > 0);
-      unpack<T, Acc>({grad_queries.get(), layout.channels}, dq, first, count, channels,
-                     [&](int64_t) { return Acc(call.scale); });
+      unpack<Acc>({grad_queries.get(), layout.channels}, dq, first, count, channels,
+                  [&](int64_t) { return Acc(call.scale); });
     }
     for (int64_t row = shape.queries; row < tokens; ++row)
       std::memset(static_cast<void*>(dq.row(row)), 0, sizeof(T) * size_t(channels));
-    unpack<T, Acc>({grad_keys.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 1, task), 0, tokens,
-                   channels, [](int64_t) { return Acc(kLn2); });
-    unpack<T, Acc>({grad_values.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 2, task), 0, tokens,
-                   channels, [](int64_t) { return Acc(1); });
+    unpack<Acc>({grad_keys.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 1, task), 0, tokens,
+                channels, [](int64_t) { return Acc(kLn2); });
+    unpack<Acc>({grad_values.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 2, task), 0, tokens,
+                channels, [](int64_t) { return Acc(1); });
   }
 }
 

@@ -1,4 +1,4 @@
-// What the kernels of convolutional layers take on the CPU, and the table of their implementations.
+// What the kernels of convolutional layers take on the CPU, and the tables of their implementations.
 #pragma once
 
 #include "../../types.h"
@@ -17,10 +17,20 @@ struct DepthwiseCall {
   void* out;  // (end - begin, channels)
 };
 
-// Elements `begin` to `end`, in their place.
+// data = activation(data + added), elements `begin` to `end`.
 struct ActivateCall {
   Activation activation;
+  const void* added;  // or null
   void* data;
+};
+
+// out = activation(upsampled x), bilinear between the centres of pixels, rows `begin` to `end` of the result.
+struct UpsampleCall {
+  int64_t height, width, channels;  // of x
+  int factor;
+  Activation activation;
+  const void* x;
+  void* out;
 };
 
 // sums (channels,) of rows `begin` to `end`, in the type accumulated in.
@@ -45,11 +55,11 @@ struct ScaleCall {
 };
 
 struct Kernels {
-  Kernel<DepthwiseCall> depthwise;
   Kernel<ActivateCall> activate;
   Kernel<SumCall> sum;
   Kernel<GateCall> gate;
   Kernel<ScaleCall> scale;
+  Kernel<UpsampleCall> upsample;
 };
 
 }  // namespace ceit::convnet

@@ -1,5 +1,5 @@
 // Inference of convolutional layers and its registration. The schemas are in ceit_kernels/convnet.
-#include "convnet.h"
+#include "net.h"
 
 namespace ceit::convnet {
 namespace {

@@ -1,5 +1,5 @@
 // LeFF's inference image by image, and its registration. The schemas are in ceit_kernels/leff.
-#include "../convnet/convnet.h"
+#include "../convnet/unit.h"
 #include "../scalar.h"
 #include "inference.h"
 

@@ -103,7 +103,7 @@ def test_a_whole_model_computes_fused_and_frozen_what_it_does_plain(name):
         with torch.no_grad():
             torch.testing.assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-12)
     rows = [row for row in explain(frozen) if row.operator == "leff"]
-    assert len(rows) >= 3
+    assert rows
     assert all(row.reason.startswith("frozen") for row in rows)
 
 

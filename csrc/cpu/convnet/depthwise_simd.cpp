@@ -3,7 +3,7 @@
 #include "../activations.h"
 #include "calls.h"
 
-namespace ceit::convnet {
+namespace ceit::convnet::depthwise {
 namespace CEIT_CAPABILITY {
 
 using namespace ceit::CEIT_CAPABILITY;
@@ -70,65 +70,15 @@ void convolve_side(const DepthwiseCall& call, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void depthwise(const DepthwiseCall& call, int64_t begin, int64_t end) {
+void convolve_map(const DepthwiseCall& call, int64_t begin, int64_t end) {
   if (call.side == 3) convolve_side<T, 3>(call, begin, end);
   if (call.side == 5) convolve_side<T, 5>(call, begin, end);
   if (call.side == 7) convolve_side<T, 7>(call, begin, end);
 }
 
-template <class T>
-void activate_elements(const ActivateCall& call, int64_t begin, int64_t end) {
-  using Acc = acc_t<T>;
-  T* data = static_cast<T*>(call.data);
-  with_activation(call.activation, [&](auto kind) {
-    for_vectors<Acc>(begin, end, [&](int64_t i, auto count) {
-      store(data + i, activate<decltype(kind)::value, Acc>(load(data + i, count)), count);
-    });
-  });
-}
-
-template <class T>
-void sum(const SumCall& call, int64_t begin, int64_t end) {
-  using Acc = acc_t<T>;
-  Acc* sums = static_cast<Acc*>(call.sums);
-  for (int64_t i = begin; i < end; ++i) {
-    const T* row = static_cast<const T*>(call.rows) + i * call.channels;
-    for_vectors<Acc>(call.channels, [&](int64_t c, auto count) {
-      store(sums + c, (i == begin ? splat(Acc(0)) : load(sums + c, count)) + load(row + c, count), count);
-    });
-  }
-}
-
-template <class T>
-void gate(const GateCall& call, int64_t begin, int64_t end) {
-  using Acc = acc_t<T>;
-  for_vectors<Acc>(begin, end, [&](int64_t c, auto count) {
-    const Vec<Acc> x = load(static_cast<const T*>(call.x) + c, count);
-    const Vec<Acc> hard = smaller<Acc>(larger<Acc>(x + Acc(3), splat(Acc(0))), splat(Acc(6))) * (Acc(1) / Acc(6));
-    store(static_cast<Acc*>(call.gates) + c, call.hard ? hard : sigmoid<Acc>(x), count);
-  });
-}
-
-template <class T>
-void scale(const ScaleCall& call, int64_t begin, int64_t end) {
-  using Acc = acc_t<T>;
-  for (int64_t i = begin; i < end; ++i) {
-    const T* row = static_cast<const T*>(call.rows) + i * call.channels;
-    T* out = static_cast<T*>(call.out) + i * call.channels;
-    for_vectors<Acc>(call.channels, [&](int64_t c, auto count) {
-      store(out + c, load(row + c, count) * load(static_cast<const Acc*>(call.gates) + c, count), count);
-    });
-  }
-}
-
-template <class T>
-constexpr Kernels kernels_of() {
-  return {depthwise<T>, activate_elements<T>, sum<T>, gate<T>, scale<T>};
-}
-
 }  // namespace
 
-extern const Kernels kernels[3] = {kernels_of<float>(), kernels_of<Bf16>(), kernels_of<double>()};
+extern const Kernel<DepthwiseCall> kernels[3] = {convolve_map<float>, convolve_map<Bf16>, convolve_map<double>};
 
 }  // namespace CEIT_CAPABILITY
-}  // namespace ceit::convnet
+}  // namespace ceit::convnet::depthwise

@@ -1,4 +1,4 @@
-// Convolutional layers of images one after another at inference, their weights prepacked and norms folded. Maps are
+// Convolutional layers of an image one after another at inference, their weights prepacked and norms folded. Maps are
 // (pixels, channels); what layers in a row need of each other goes between them while it is in cache.
 #pragma once
 
@@ -70,18 +70,16 @@ struct Gate {
 };
 
 // Layers of which no result is needed but the last: a pointwise one, one that mixes neighbours and a pointwise one, of
-// which some may be missing; or a gate and a pointwise one. Numbers: which there are (bits), what is added to the
-// result (0 nothing, 1 the input, 2 the input of the unit before), the activation behind that; then those of the
-// layers.
+// which some may be missing; or a gate and a pointwise one. Numbers: which there are (bits), the activation behind what
+// is added to the result; then those of the layers.
 template <class T>
 struct Unit {
   std::optional<Layer<T>> expanding, mixing, contracting;
   std::optional<Gate<T>> gate;
-  int64_t added;
   Activation after;
   Unit(Numbers& numbers, gemm::Packer<T>& packer);
   Unit(const Layer<T>& expanding, const Layer<T>& mixing, const Layer<T>& contracting)
-      : expanding(expanding), mixing(mixing), contracting(contracting), added(0), after(Activation::identity) {}
+      : expanding(expanding), mixing(mixing), contracting(contracting), after(Activation::identity) {}
   Map hidden(const Map& in) const { return expanding ? expanding->map(in) : in; }
   Map mixed(const Map& in) const { return mixing ? mixing->map(hidden(in)) : hidden(in); }
   Map map(const Map& in) const { return contracting ? contracting->map(mixed(in)) : mixed(in); }
@@ -102,20 +100,5 @@ template <class T, class Run>
 void from_planes(const T* planes, const Map& map, T* pixels, const Run& run);
 template <class T, class Run>
 void to_planes(const T* pixels, const Map& map, T* planes, const Run& run);
-
-template <class T>
-struct Net {
-  std::vector<Unit<T>> units;
-  Net(const std::vector<int64_t>& sizes, gemm::Packer<T>& packer);
-  Map map(Map in) const;
-  // Elements of an image's memory.
-  int64_t memory(const Map& in) const;
-  // One image, from `x` to `out`, which are (channels, pixels) where they are planar.
-  template <class Run>
-  void infer(const Map& in, bool planar, const T* x, T* memory, T* out, const Run& run) const;
-
- private:
-  int64_t largest(Map in) const;  // elements of a map, in whole lines of the cache
-};
 
 }  // namespace ceit::convnet

@@ -1,4 +1,4 @@
-#include "convnet.h"
+#include "unit.h"
 
 #include "../capability.h"
 #include "../scalar.h"
@@ -6,6 +6,9 @@
 namespace ceit::convnet {
 
 CEIT_DECLARE_TABLE(Kernels, kernels, 3)
+namespace depthwise {
+CEIT_DECLARE_TABLE(Kernel<DepthwiseCall>, kernels, 3)
+}
 
 namespace {
 
@@ -128,11 +131,12 @@ class UnitRun {
     activate(begin, end);
   }
 
-  // The activation behind the residual.
+  // What follows the last layer: the residual where no GEMM has added it, and the activation behind that.
   void activate(int64_t begin, int64_t end) const {
-    if (unit_.after == Activation::identity) return;
+    const T* added = unit_.contracting || !unit_.mixing->depthwise ? nullptr : residual_;
+    if (unit_.after == Activation::identity && !added) return;
     const int64_t channels = result_.channels;
-    chosen(kIndex<T>).activate({unit_.after, out_}, begin * channels, end * channels);
+    chosen(kIndex<T>).activate({unit_.after, added, out_}, begin * channels, end * channels);
   }
 
   // Rows `begin` to `end` of the result, by a few of them and the hidden rows that they need.
@@ -190,7 +194,7 @@ class UnitRun {
     for_rows(begin, end, [&](int64_t y, int64_t left, int64_t right, int64_t done) {
       for (int dy = 0; dy < layer.side; ++dy) call.rows[dy] = hidden.inside(y * layer.stride - layer.padding + dy);
       call.out = to + done * mixed_.channels;
-      chosen(kIndex<T>).depthwise(call, left, right);
+      depthwise::chosen(kIndex<T>)(call, left, right);
     });
   }
 
@@ -319,7 +323,6 @@ Layer<T>::Layer(Numbers& numbers, gemm::Packer<T>& packer)
 template <class T>
 Unit<T>::Unit(Numbers& numbers, gemm::Packer<T>& packer) {
   const int64_t layers = numbers.next();
-  added = numbers.next();
   after = gemm::activation_of(numbers.next());
   if (layers & 1) expanding.emplace(numbers, packer);
   if (layers & 2) mixing.emplace(numbers, packer);
@@ -327,70 +330,13 @@ Unit<T>::Unit(Numbers& numbers, gemm::Packer<T>& packer) {
   if (layers & 8) gate.emplace(numbers, packer);
 }
 
-template <class T>
-Net<T>::Net(const std::vector<int64_t>& sizes, gemm::Packer<T>& packer) {
-  Numbers numbers(sizes);
-  while (!numbers.end()) units.emplace_back(numbers, packer);
-}
-
-template <class T>
-Map Net<T>::map(Map in) const {
-  for (const Unit<T>& unit : units) in = unit.map(in);
-  return in;
-}
-
-template <class T>
-int64_t Net<T>::largest(Map in) const {
-  int64_t elements = in.elements();
-  for (const Unit<T>& unit : units) {
-    in = unit.map(in);
-    elements = std::max(elements, in.elements());
-  }
-  return ceil_div(elements, 32) * 32;
-}
-
-template <class T>
-int64_t Net<T>::memory(const Map& in) const {
-  int64_t hidden = 0;
-  Map map = in;
-  for (const Unit<T>& unit : units) {
-    hidden = std::max(hidden, unit.memory(map));
-    map = unit.map(map);
-  }
-  return 3 * largest(in) + hidden;
-}
-
-template <class T>
-template <class Run>
-void Net<T>::infer(const Map& in, bool planar, const T* x, T* memory, T* out, const Run& run) const {
-  const int64_t size = largest(in);
-  T* maps[3] = {memory, memory + size, memory + 2 * size};
-  Map map = in;
-  const T *from = x, *before = nullptr;
-  if (planar) {
-    from_planes(x, map, maps[0], run);
-    from = maps[0];
-  }
-  for (size_t i = 0; i < units.size(); ++i) {
-    const Unit<T>& unit = units[i];
-    T* to = i + 1 == units.size() && !planar ? out : maps[(i + 1) % 3];
-    const T* residual = unit.added == 0 ? nullptr : unit.added == 1 ? from : before;
-    unit.infer(map, from, residual, memory + 3 * size, to, run);
-    map = unit.map(map);
-    before = from, from = to;
-  }
-  if (planar) to_planes(from, map, out, run);
-}
-
-#define CEIT_INSTANTIATE_RUN(T, Run)                                                      \
-  template void from_planes(const T*, const Map&, T*, const Run&);                        \
-  template void to_planes(const T*, const Map&, T*, const Run&);                          \
-  template void Unit<T>::infer(const Map&, const T*, const T*, T*, T*, const Run&) const; \
-  template void Net<T>::infer(const Map&, bool, const T*, T*, T*, const Run&) const;
+#define CEIT_INSTANTIATE_RUN(T, Run)                               \
+  template void from_planes(const T*, const Map&, T*, const Run&); \
+  template void to_planes(const T*, const Map&, T*, const Run&);   \
+  template void Unit<T>::infer(const Map&, const T*, const T*, T*, T*, const Run&) const;
 #define CEIT_INSTANTIATE(T)            \
   template struct Layer<T>;            \
   template struct Unit<T>;             \
-  template struct Net<T>;              \
   CEIT_INSTANTIATE_RUN(T, gemm::Alone) \
   CEIT_INSTANTIATE_RUN(T, gemm::Threads)
 CEIT_INSTANTIATE(float)
