@@ -111,3 +111,27 @@ def error_of(call, arguments):
         call(**arguments)
     except (TypeError, ValueError, OSError) as error:
         return str(error)
+
+
+SMALLEST = {
+    "CeiT": {
+        "img_size": 4, "patch_size": 1, "in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 1, "num_heads": 1,
+        "mlp_ratio": 1.0, "leff_local_size": 1,
+    },
+    "FusedLeFF": {"in_features": 1, "hidden_features": 1, "out_features": 1, "kernel_size": 1, "num_prefix_tokens": 0},
+    "FusedAttention": {"dim": 1, "num_heads": 1},
+    "FusedLCAAttention": {"dim": 1, "num_heads": 1},
+    "FusedImage2Tokens": {"in_chans": 1, "out_chans": 1, "kernel_size": 1, "stride": 1},
+}  # fmt: skip
+LARGEST = {
+    "CeiT": dict.fromkeys((f"{name}_rate" for name in ("drop", "pos_drop", "proj_drop", "drop_path")), 1.0),
+    "FusedAttention": {"attn_drop": 1.0, "proj_drop": 1.0},
+    "FusedLCAAttention": {"proj_drop": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_least_and_the_most_that_is_allowed_is_taken(name):
+    make, good = CALLS[name]
+    make(**{**good, **SMALLEST[name]})
+    make(**{**good, **LARGEST.get(name, {})})

@@ -1,8 +1,10 @@
 """Compiling ahead of the first step, for a GPU that is not there, and on one."""
 
 import copy
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,8 @@ import torch
 from torch import nn
 
 from ceit import CeiT
-from ceit_kernels import add_norm, fuse, warm_up
+from ceit_kernels import add_norm, fuse, use_backend, warm_up
+from ceit_kernels.backends import current_backend
 from ceit_kernels.common import compile_ahead
 from ceit_kernels.common.compile_ahead import compile_launches
 from ceit_kernels.warm_up import launches_of
@@ -77,6 +80,29 @@ def test_kernels_are_compiled_once_and_it_is_told_how_far_it_is(chip, tmp_path):
     assert compile_launches(launches, 2, lambda *numbers: None) == 0
     for launch in launches:
         launch.kernel.device_caches.clear()
+
+
+@pytest.mark.parametrize(
+    ("setting", "recorded"), [("auto", ["auto", "triton", "library"]), ("leff=library", ["library"])]
+)
+def test_every_pipeline_that_the_first_call_measures_is_compiled(monkeypatch, caplog, setting, recorded):
+    module, asked = sys.modules[warm_up.__module__], []
+    model = nn.Linear(1, 1)
+    monkeypatch.setattr(model, "parameters", lambda: [SimpleNamespace(device=torch.device("cuda", 1))])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(module, "compute_capability", lambda index: 80 + index)
+
+    def launches(*call):
+        asked.append((*call, current_backend("leff")))
+        return [len(asked)]
+
+    monkeypatch.setattr(module, "launches_of", launches)
+    monkeypatch.setattr(module, "compile_launches", lambda found, threads, progress: 10 * len(found) + threads)
+    with use_backend(setting), caplog.at_level("INFO", "ceit_kernels"):
+        count = warm_up(model, (2, 3), torch.float16, training=False, threads=4)
+    assert asked == [(model, (2, 3), torch.float16, False, 81, backend) for backend in recorded]
+    assert count == 10 * len(recorded) + 4
+    assert f"{count} kernels of Linear are compiled" in caplog.text
 
 
 def test_threads_parse_sources_in_turn(monkeypatch):
