@@ -128,3 +128,5 @@ def test_fewer_images_than_a_batch_is_an_error(options):
     settings = resolve_data_options(options(batch_size=64))
     with pytest.raises(UsageError, match="--batch-size 64: the training split has only 34 images"):
         create_train_loader(open_split(settings, training=True), settings, CONFIG, CPU)
+    settings = resolve_data_options(options(batch_size=34))
+    assert len(create_train_loader(open_split(settings, training=True), settings, CONFIG, CPU)) == 1

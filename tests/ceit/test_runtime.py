@@ -7,6 +7,7 @@ from ceit import checkpoint, data
 from ceit.runtime import machine
 from ceit.runtime.distributed import _check_device
 from ceit.runtime.errors import UsageError
+from ceit.runtime.progress import progress_bar
 
 
 @pytest.fixture
@@ -62,3 +63,11 @@ def test_long_lists_are_cut_short_by_a_count(listed, most):
     assert listed(names[:most]) == ", ".join(names[:most])
     assert listed(names[: most + 1]) == ", ".join(names[:most]) + " and 1 more"
     assert listed(names) == ", ".join(names[:most]) + " and 2 more"
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.1), (False, 5.0)])
+def test_progress_is_shown_often_on_a_terminal_and_rarely_in_a_file(monkeypatch, terminal, seconds):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with progress_bar(10, "testing", True) as bar, progress_bar(10, "testing", False) as hidden:
+        assert (bar.total, bar.mininterval, bar.leave, bar.disable) == (10, seconds, False, False)
+        assert hidden.disable
