@@ -131,7 +131,9 @@ def test_what_differs_from_the_model_is_not_kept(trained, tmp_path, monkeypatch,
         return lambda images: function(images) + 2e-4 * 10
 
     monkeypatch.setitem(exporting._FORMATS, "safetensors", (write, load_wrong))
-    with pytest.raises(ExportFailed, match=r"safetensors: outputs differ from the model's by 0\.00.*, expected 0\.0001"):
+    with pytest.raises(
+        ExportFailed, match=r"safetensors: outputs differ from the model's by 0\.00.*, expected 0\.0001"
+    ):
         export(options_for(trained, tmp_path, "safetensors"))
     assert os.listdir(tmp_path / "out") == [".lock"]
     words = ["export", "--checkpoint", trained[1], "--output", str(tmp_path / "out"), "--format", "safetensors"]

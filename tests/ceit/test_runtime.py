@@ -1,5 +1,7 @@
 """What jobs ask of the machine and say of what they found."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from ceit import checkpoint, data
 from ceit.runtime import machine
 from ceit.runtime.distributed import _check_device
 from ceit.runtime.errors import UsageError
-from ceit.runtime.progress import progress_bar
+from ceit.runtime.progress import EpochProgress, TrainingFailed, progress_bar
 
 
 @pytest.fixture
@@ -71,3 +73,22 @@ def test_progress_is_shown_often_on_a_terminal_and_rarely_in_a_file(monkeypatch,
     with progress_bar(10, "testing", True) as bar, progress_bar(10, "testing", False) as hidden:
         assert (bar.total, bar.mininterval, bar.leave, bar.disable) == (10, seconds, False, False)
         assert hidden.disable
+
+
+def test_an_epochs_losses_are_read_ten_at_a_time_with_the_accuracy_so_far():
+    shown, images = [], []
+    progress = EpochProgress(SimpleNamespace(update=images.append, set_postfix_str=shown.append))
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    for step in range(10):
+        assert progress.losses == []
+        progress.add(torch.tensor(step / 8), logits, torch.tensor([0, 1, 1, 1]))
+    assert progress.losses == [step / 8 for step in range(10)]
+    assert images == [4] * 10
+    assert shown == ["loss 1.125, accuracy 50.0%"]
+    progress.read()
+    progress.add(torch.tensor(0.5), logits, torch.tensor([0, 1, 0, 0]))
+    progress.read()
+    assert shown[1:] == ["loss 0.500, accuracy 54.5%"]
+    progress.add(torch.tensor(torch.inf), logits, torch.tensor([0, 1, 0, 0]))
+    with pytest.raises(TrainingFailed, match="the loss of step 12 of this epoch is inf: try a lower --lr"):
+        progress.read()
