@@ -1,9 +1,14 @@
 import pytest
 import torch
-from support import where
+from support import instances, where
 
 from ceit_kernels import backends
 from ceit_kernels.common import plan
+
+if where.UNDER_TTSEM:
+    from ttsem import pidraces
+
+    instances.teach_tickets(pidraces)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -21,6 +21,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
@@ -116,7 +117,11 @@ def source(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, chip: int = 90) -> Code:
     """The machine code of a recorded launch."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **nvidia_options(launch.num_warps)}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **nvidia_options(launch.num_warps, launch.registers),
+    }
     compiled = triton.compile(source(launch), target=GPUTarget("cuda", chip, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -198,9 +198,12 @@ KERNELS: dict[str, KernelCost] = {
         tokens=image_tokens,
         prefix=prefix_tokens,
     ),
-    "add_norm_forward_kernel": _cost("x branch weight bias", "total out prefix mean rstd"),
-    "add_norm_backward_kernel": _cost("dout dtotal total weight mean rstd", "dx partial", dprefix=first_tokens),
-    "add_norm_parameters_kernel": _cost("partial", "dweight dbias"),
+    "add_norm_forward_kernel": _cost("x branch weight bias", "total out prefix mean rstd tickets"),
+    "add_norm_backward_kernel": _cost(
+        "dout dtotal total weight mean rstd partial tickets",
+        "dx partial tickets dweight dbias",
+        dprefix=first_tokens,
+    ),
     # The second axis is the heads', each of which sweeps over all channels of x.
     "lca_forward_kernel": _cost("weight bias seed", "out", _lca_flops, x=swept(1)),
     "lca_backward_scores_kernel": _cost("weight bias seed grad", "q dq p ds", _lca_flops, x=swept(1)),

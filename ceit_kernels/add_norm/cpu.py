@@ -65,7 +65,7 @@ def add_norm_forward_cpu(
         _forward(source, None, weight, bias, eps, None, out, mean, rstd)
         out = out.to(out_dtype)
     prefix = (x if total is None else total)[:, :num_prefix_tokens].clone() if num_prefix_tokens else None
-    return total, out, prefix, mean, rstd
+    return total, out, prefix, mean, rstd, None
 
 
 def add_norm_backward_cpu(

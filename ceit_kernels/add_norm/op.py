@@ -14,6 +14,7 @@ from ..common.autocast import is_autocast_enabled
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.operator import Operator, gradients_like
 from .cpu import add_norm_backward_cpu, add_norm_forward_cpu, total_dtype
+from .triton import TICKETS
 
 __all__ = ["add_norm_operator", "layer_norm_dtype"]
 
@@ -34,11 +35,11 @@ class _AddNorm(Operator):
     schema = (
         "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, float eps, int num_prefix_tokens, "
         "bool need_statistics, ScalarType? out_dtype, str backend) "
-        "-> (Tensor total, Tensor out, Tensor prefix, Tensor mean, Tensor rstd)"
+        "-> (Tensor total, Tensor out, Tensor prefix, Tensor mean, Tensor rstd, Tensor tickets)"
     )
     backward_schema = (
         "(Tensor grad_out, Tensor? grad_total, Tensor? grad_prefix, Tensor total, Tensor? weight, Tensor? bias, "
-        "Tensor mean, Tensor rstd, bool need_input, bool need_weight, bool need_bias, str backend) "
+        "Tensor mean, Tensor rstd, Tensor? tickets, bool need_input, bool need_weight, bool need_bias, str backend) "
         "-> (Tensor, Tensor, Tensor)"
     )
     differentiable = returned = 3
@@ -85,14 +86,14 @@ class _AddNorm(Operator):
     def forward(self, x, branch, weight, bias, eps, num_prefix_tokens, need_statistics, out_dtype, backend):
         settings = num_prefix_tokens, need_statistics, out_dtype or total_dtype(x, branch)
         if x.numel() == 0:
-            return _results(x.new_zeros, x, branch, *settings)
+            return _results(x.new_zeros, x, branch, *settings, backend)
         if backend == "native":
             return add_norm_forward_cpu(x, branch, weight, bias, eps, *settings)
         return _triton("forward")(x, branch, weight, bias, eps, *settings)
 
     def fake(self, x, branch, weight, bias, eps, num_prefix_tokens, need_statistics, out_dtype, backend):
         settings = num_prefix_tokens, need_statistics, out_dtype or total_dtype(x, branch)
-        return _results(x.new_empty, x, branch, *settings)
+        return _results(x.new_empty, x, branch, *settings, backend)
 
     def autocast(self, dtype, *inputs):
         x, branch, *rest, out_dtype, backend = inputs
@@ -100,8 +101,8 @@ class _AddNorm(Operator):
 
     def save(self, ctx, inputs, results):
         x, branch, weight, bias, *_, ctx.backend = inputs
-        total, _, _, mean, rstd = results
-        ctx.save_for_backward(x if branch is None else total, weight, bias, mean, rstd)
+        total, _, _, *saved = results
+        ctx.save_for_backward(x if branch is None else total, weight, bias, *saved)
         ctx.dtypes = x.dtype, None if branch is None else branch.dtype
 
     def gradients(self, backward, ctx, grad_total, grad_out, grad_prefix, *_):
@@ -117,7 +118,7 @@ class _AddNorm(Operator):
         grads = (None if dtype is None or grad is None else grad.to(dtype) for dtype in ctx.dtypes)
         return *grads, *parameters
 
-    def check_backward(self, grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, *needs_and_backend):
+    def check_backward(self, grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, tickets, *rest):
         check_shape("grad_out", grad_out, *total.shape)
         if grad_total is not None:
             check_shape("grad_total", grad_total, *total.shape)
@@ -125,7 +126,9 @@ class _AddNorm(Operator):
             check_shape("grad_prefix", grad_prefix, total.shape[0], "P", total.shape[-1])
         for name, tensor in (("mean", mean), ("rstd", rstd)):
             check_shape(name, tensor, *total.shape[:-1])
-        _, *needs, _ = needs_and_backend
+        _, *needs, backend = rest
+        if backend == "triton" and total.numel():
+            check_shape("tickets", tickets, TICKETS)
         for name, parameter, need in (("weight", weight, needs[0]), ("bias", bias, needs[1])):
             if need and parameter is None:
                 raise ValueError(f"need_{name}: expected False where {name} is None, got True")
@@ -136,11 +139,11 @@ class _AddNorm(Operator):
         if tensors[3].numel() == 0:
             return gradients_like(tensors[3:6], needs, torch.zeros_like)
         if backend == "native":
-            return add_norm_backward_cpu(*tensors, *needs)
+            return add_norm_backward_cpu(*tensors[:-1], *needs)
         return _triton("backward")(*tensors, *needs)
 
     def fake_backward(self, *inputs):
-        return gradients_like(inputs[3:6], inputs[8:11])
+        return gradients_like(inputs[3:6], inputs[9:12])
 
 
 @cache
@@ -149,7 +152,7 @@ def _triton(phase: str) -> Callable[..., Any]:
     return resolve_name(f"{__package__}.triton.launch:add_norm_{phase}_triton")
 
 
-def _results(make, x, branch, num_prefix_tokens, need_statistics, out_dtype) -> tuple[Tensor | None, ...]:
+def _results(make, x, branch, num_prefix_tokens, need_statistics, out_dtype, backend) -> tuple[Tensor | None, ...]:
     dtype = total_dtype(x, branch)
     acc_dtype = torch.promote_types(dtype, torch.float32)
     return (
@@ -157,6 +160,7 @@ def _results(make, x, branch, num_prefix_tokens, need_statistics, out_dtype) -> 
         make(x.shape, dtype=out_dtype),
         make((x.shape[0], num_prefix_tokens, x.shape[2]), dtype=dtype) if num_prefix_tokens else None,
         *(make(x.shape[:-1], dtype=acc_dtype) if need_statistics else None for _ in range(2)),
+        make(TICKETS, dtype=torch.int32) if need_statistics and backend == "triton" else None,
     )
 
 

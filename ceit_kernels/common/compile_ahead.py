@@ -51,7 +51,9 @@ def compile_launches(launches: Sequence[Launch], threads: int, progress: Callabl
             # A dtype stands for a tensor whose address is a multiple of 16, as PyTorch's allocations are.
             arguments = [a.dtype if isinstance(a, Tensor) else a for a in launch.arguments.values()]
             options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-            launch.kernel.warmup(*arguments, grid=launch.grid, **options, **nvidia_options(launch.num_warps))
+            launch.kernel.warmup(
+                *arguments, grid=launch.grid, **options, **nvidia_options(launch.num_warps, launch.registers)
+            )
         total = len(workers.futures)
         progress(0, total)
         for done, _ in enumerate(as_completed(workers.futures), 1):

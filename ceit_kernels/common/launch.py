@@ -41,6 +41,7 @@ class Launch:
         arguments: every argument by its name in the kernel, compile-time constants included.
         num_warps: warps of 32 threads per program instance.
         num_stages: depth of the software pipeline of its loops.
+        registers: of a thread at most, on NVIDIA's chips.
     """
 
     kernel: Any
@@ -48,6 +49,7 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    registers: int = 255
 
 
 def cdiv(total: int, size: int) -> int:
@@ -118,16 +120,23 @@ def has_launch_hooks() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], known: Mapping[str, Any], num_warps: int, num_stages: int = 2) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    known: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int = 2,
+    registers: int = 255,
+) -> None:
     """Launch ``kernel`` on the device of its tensors, on that device's current stream.
 
     It takes what it has a name for of ``known``; a pointer ``p_...`` that is not among them is None.
     """
     arguments = {name: known.get(name) if name.startswith("p_") else known[name] for name in kernel.arg_names}
     if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        _recorder.append(Launch(kernel, grid, arguments, num_warps, num_stages, registers))
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages, **nvidia_options(num_warps)}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **nvidia_options(num_warps, registers)}
     on_gpu = next((a for a in arguments.values() if isinstance(a, torch.Tensor) and a.is_cuda), None)
     with nullcontext() if on_gpu is None else torch.cuda.device(on_gpu.device):
         compiled = kernel[grid](**arguments, **options)
@@ -135,7 +144,7 @@ def launch(kernel: Any, grid: tuple[int, ...], known: Mapping[str, Any], num_war
         this_thread.tape.add_launch(kernel, compiled, grid, list(arguments.values()), options)
 
 
-def nvidia_options(num_warps: int) -> dict[str, int]:
+def nvidia_options(num_warps: int, registers: int) -> dict[str, int]:
     """Compiler options for NVIDIA alone, none elsewhere.
 
     Left to itself the assembler may stop at 64 or 128 registers a thread and spill the rest, for more program instances
@@ -143,4 +152,4 @@ def nvidia_options(num_warps: int) -> dict[str, int]:
     """
     if torch.version.hip is not None or num_warps > 8:
         return {}
-    return {"maxnreg": 255}
+    return {"maxnreg": registers}

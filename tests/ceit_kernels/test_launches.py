@@ -22,7 +22,7 @@ from ceit_kernels.leff.triton.launch_library import leff_inference_library
 
 FILE = Path(__file__).with_name("launches.txt")
 # Of a launch's arguments those that say how the work is shared out.
-SHARES = re.compile(r"(TILE|NUM|FOLD|WEIGHT)_[A-Z]|ROWS|IMAGES|[ST]\d?")
+SHARES = re.compile(r"(TILE|NUM|FOLD|WEIGHT)_[A-Z]|ROWS|IMAGES|GROUP|[ST]\d?")
 
 
 def leff_inference(shape, dtype, backend):

@@ -72,7 +72,9 @@ def _dump(cubin: bytes, option: str) -> str:
 
 
 def compile_for_nvidia(launch: Launch, compute_capability: int) -> MachineCode:
-    compiled = _compile(launch, GPUTarget("cuda", compute_capability, 32), **nvidia_options(launch.num_warps))
+    compiled = _compile(
+        launch, GPUTarget("cuda", compute_capability, 32), **nvidia_options(launch.num_warps, launch.registers)
+    )
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(cubin, "-res-usage"))}
     return MachineCode(
@@ -105,6 +107,26 @@ def assert_alike(launches: list[Launch], others: list[Launch], chip: int, other:
         instructions = [c.ptx.partition("\t.file\t")[0] for c in (code, same)]
         assert instructions[0].replace(f"sm_{chip}", "") == instructions[1].replace(f"sm_{other}", ""), name
         assert (code.registers, code.local_bytes) == (same.registers, same.local_bytes), name
+
+
+def assert_reads_behind_tickets(ptx: str, tickets: int) -> None:
+    """Partial results (loads that leave L1 out) are read behind a ticket: the stores of all threads, a barrier, the
+    ticket of one, which publishes and acquires for the whole GPU, a barrier, the loads; and so for every ticket.
+    """
+    names = {
+        "s": r"\bst\.global",
+        "b": r"\bbar\.sync\s+0;",
+        "t": r"\batom\.global\.acq_rel\.gpu\.add|\batom\.acq_rel\.gpu\.global\.add|\batom\.global\.gpu\.acq_rel\.add",
+        "l": r"\bld\.global\S*\.cg\b",
+    }
+    pattern = "|".join(f"(?P<{name}>{expression})" for name, expression in names.items())
+    order = "".join(str(match.lastgroup) for match in re.finditer(pattern, ptx))
+    stores, *behind = order.split("t")
+    assert len(behind) == tickets
+    assert "l" not in stores
+    for before, after in zip([stores, *behind], behind, strict=False):
+        assert re.search("sb+$", before), order
+        assert re.match("b+(s?)b*l", after), order
 
 
 def assert_efficient(launch: Launch, chip: int, tensor_cores: bool = True, wide_loads: bool = True) -> None:

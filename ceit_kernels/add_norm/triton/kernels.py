@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from ...common.kernel import kernel
+from ...common.partials import store_rows, sum_by_last
 
-__all__ = ["add_norm_backward_kernel", "add_norm_forward_kernel", "add_norm_parameters_kernel"]
+__all__ = ["add_norm_backward_kernel", "add_norm_forward_kernel"]
 
 
 @triton.jit
@@ -38,10 +39,15 @@ def _prefix_rows(m, N, P, STRIDE, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C:
 
 @kernel
 def add_norm_forward_kernel(
-    p_x, p_branch, p_weight, p_bias, p_total, p_out, p_prefix, p_mean, p_rstd, M, N, P, EPS: tl.constexpr,
-    C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
+    p_x, p_branch, p_weight, p_bias, p_total, p_out, p_prefix, p_mean, p_rstd, p_tickets, M, N, P, EPS: tl.constexpr,
+    C: tl.constexpr, TICKETS: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """total = x + branch, where there is a branch, its LayerNorm, its prefix tokens and its statistics (M,)."""
+    """total = x + branch, where there is a branch, its LayerNorm, its prefix tokens and its statistics (M,). The
+    counters (TICKETS,) of the backward kernel start at 0.
+    """
+    if p_tickets is not None:
+        if tl.program_id(0) == 0:
+            tl.store(p_tickets + tl.arange(0, TICKETS), tl.zeros((TICKETS,), dtype=tl.int32))
     m = tl.program_id(0) * TILE_R
     start = m.to(tl.int64) * C
     offsets, mask = _rows(m, M, C, TILE_R, TILE_C)
@@ -74,10 +80,13 @@ def add_norm_forward_kernel(
 
 @kernel
 def add_norm_backward_kernel(
-    p_dout, p_dtotal, p_dprefix, p_total, p_weight, p_mean, p_rstd, p_dx, p_partial, M, N, P, STRIDE, ROWS,
-    C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
+    p_dout, p_dtotal, p_dprefix, p_total, p_weight, p_mean, p_rstd, p_dx, p_partial, p_tickets, p_dweight, p_dbias,
+    M, N, P, STRIDE, ROWS, T, C: tl.constexpr, GROUP: tl.constexpr, TILE_T: tl.constexpr, TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, C), where wanted, and partial sums (T, 2, C) of dout * hat and dout over ROWS rows each, where wanted."""
+    """dx (M, C), and the gradients (C,) of weight and bias, where wanted, from partial sums (T, 2, C) of dout * hat and
+    dout over ROWS rows each.
+    """
     i_t = tl.program_id(0)
     o_c = tl.arange(0, TILE_C)
     b_dweight = tl.zeros((TILE_R, TILE_C), dtype=ACC)
@@ -110,27 +119,11 @@ def add_norm_backward_kernel(
                 b_dx += tl.load(p_dprefix + o_prefix, mask=mask & m_prefix, other=0.0).to(ACC)
             tl.store(p_dx + start + offsets, b_dx.to(p_dx.dtype.element_ty), mask=mask)
     if p_partial is not None:
-        p_row = p_partial + i_t.to(tl.int64) * (2 * C) + o_c
-        tl.store(p_row, tl.sum(b_dweight, axis=0), mask=o_c < C)
-        tl.store(p_row + C, tl.sum(b_dbias, axis=0), mask=o_c < C)
-
-
-@kernel
-def add_norm_parameters_kernel(
-    p_partial, p_dweight, p_dbias, T, C: tl.constexpr, TILE_T: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr
-):
-    """Gradients (C,) of weight and bias, where wanted, from T partial sums (T, 2, C)."""
-    o_c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    m_c = o_c < C
-    b_dweight = tl.zeros((TILE_T, TILE_C), dtype=ACC)
-    b_dbias = tl.zeros((TILE_T, TILE_C), dtype=ACC)
-    for t in range(0, T, TILE_T):
-        o_t = t + tl.arange(0, TILE_T)
-        mask = (o_t < T)[:, None] & m_c[None, :]
-        p_rows = p_partial + o_t[:, None] * (2 * C) + o_c[None, :]
-        b_dweight += tl.load(p_rows, mask=mask, other=0.0)
-        b_dbias += tl.load(p_rows + C, mask=mask, other=0.0)
-    if p_dweight is not None:
-        tl.store(p_dweight + o_c, tl.sum(b_dweight, axis=0).to(p_dweight.dtype.element_ty), mask=m_c)
-    if p_dbias is not None:
-        tl.store(p_dbias + o_c, tl.sum(b_dbias, axis=0).to(p_dbias.dtype.element_ty), mask=m_c)
+        m_c = o_c < C
+        store_rows(p_partial, i_t, tl.sum(b_dweight, axis=0), tl.sum(b_dbias, axis=0), o_c, m_c, C)
+        last, b_weight, b_bias = sum_by_last(p_partial, p_tickets, i_t, T, o_c, m_c, C, GROUP, TILE_T, TILE_C, ACC)
+        if last:
+            if p_dweight is not None:
+                tl.store(p_dweight + o_c, b_weight.to(p_dweight.dtype.element_ty), mask=m_c)
+            if p_dbias is not None:
+                tl.store(p_dbias + o_c, b_bias.to(p_dbias.dtype.element_ty), mask=m_c)

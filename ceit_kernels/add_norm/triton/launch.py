@@ -11,12 +11,14 @@ from triton import next_power_of_2
 
 from ...common.launch import cdiv, launch
 from ...common.plan import buffer, buffers_like, planned
-from .kernels import add_norm_backward_kernel, add_norm_forward_kernel, add_norm_parameters_kernel
+from . import TICKETS
+from .kernels import add_norm_backward_kernel, add_norm_forward_kernel
 
 __all__ = ["add_norm_backward_triton", "add_norm_forward_triton"]
 
 _TILE = 2048  # elements that a program instance of 4 warps holds of each tensor: 16 a thread, in float64 8
 _PARTS = 528  # partial sums of the parameters' gradients: 4 program instances for each SM of an H100
+_GROUP = cdiv(_PARTS, TICKETS - 8)  # of which the sums are summed again, of about as many
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -60,22 +62,24 @@ def add_norm_forward_triton(
         shape = (x.shape[0], num_prefix_tokens, x.shape[2])
         prefix = buffer(shape, source.dtype, x.device)
     mean, rstd = (buffer(x.shape[:-1], statistics_dtype(source), x.device) for _ in range(2))
+    tickets = buffer((TICKETS,), torch.int32, x.device) if need_statistics else None
     constants, num_warps = _tiles(source)
     rows = _token_arguments(x, num_prefix_tokens)
     known = {"p_x": x, "p_branch": branch, "p_weight": weight, "p_bias": bias, "p_total": total, "p_out": out}
-    known |= {"p_prefix": prefix, "p_mean": mean, "p_rstd": rstd, "EPS": eps, **rows, **constants}
+    known |= {"p_prefix": prefix, "p_mean": mean, "p_rstd": rstd, "p_tickets": tickets}
+    known |= {"EPS": eps, "TICKETS": TICKETS, **rows, **constants}
     launch(add_norm_forward_kernel, (cdiv(rows["M"], constants["TILE_R"]),), known, num_warps)
-    return total, out, prefix, *((mean, rstd) if need_statistics else (None, None))
+    return total, out, prefix, *((mean, rstd, tickets) if need_statistics else (None,) * 3)
 
 
 def add_norm_backward_triton(
     grad_out: Tensor, grad_total: Tensor | None, grad_prefix: Tensor | None, *others: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """At most two launches; the gradients of the sum, the weight and the bias, None for those that are not needed.
+    """One launch; the gradients of the sum, the weight and the bias, None for those that are not needed.
 
     Args:
         grad_out, grad_total, grad_prefix: gradients of the results.
-        others: total, weight, bias, mean, rstd, need_input, need_weight and need_bias.
+        others: total, weight, bias, mean, rstd, tickets, need_input, need_weight and need_bias.
     """
     prefix, tokens, stride = _in_one_piece(grad_prefix)
     return _backward(grad_out, grad_total, prefix, *others, tokens, stride)
@@ -95,7 +99,7 @@ def _in_one_piece(prefix: Tensor | None) -> tuple[Tensor | None, int, int]:
     return prefix.contiguous(), tokens, tokens * channels
 
 
-@planned(tensors=8)
+@planned(tensors=9)
 def _backward(
     grad_out: Tensor,
     grad_total: Tensor | None,
@@ -105,6 +109,7 @@ def _backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    tickets: Tensor,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
@@ -116,23 +121,15 @@ def _backward(
     per_part = cdiv(cdiv(rows["M"], constants["TILE_R"]), _PARTS) * constants["TILE_R"]
     parts = cdiv(rows["M"], per_part)
     grad = buffer(total.shape, total.dtype, total.device) if need_input else None
+    grad_weight, grad_bias = buffers_like((weight, bias), (need_weight, need_bias))
     partial = None
     if need_weight or need_bias:
-        partial = buffer((parts, 2, total.shape[-1]), mean.dtype, total.device)
+        partial = buffer((parts + cdiv(parts, _GROUP), 2, total.shape[-1]), mean.dtype, total.device)
     known = {"p_dout": grad_out, "p_dtotal": grad_total, "p_dprefix": grad_prefix, "p_total": total, "p_mean": mean}
-    known |= {
-        "p_weight": weight,
-        "p_rstd": rstd,
-        "p_dx": grad,
-        "p_partial": partial,
-        "ROWS": per_part,
-        "STRIDE": stride,
-    }
-    known |= {**rows, **constants}
-    launch(add_norm_backward_kernel, (parts,), known, num_warps)
-    if partial is None:
-        return grad, None, None
-    grad_weight, grad_bias = buffers_like((weight, bias), (need_weight, need_bias))
-    known |= {"p_dweight": grad_weight, "p_dbias": grad_bias, "T": parts, "TILE_T": 64, "TILE_C": 32}
-    launch(add_norm_parameters_kernel, (cdiv(total.shape[-1], known["TILE_C"]),), known, num_warps=4)
+    known |= {"p_weight": weight, "p_rstd": rstd, "p_dx": grad, "p_partial": partial, "p_tickets": tickets}
+    known |= {"p_dweight": grad_weight, "p_dbias": grad_bias, "ROWS": per_part, "STRIDE": stride, "T": parts}
+    known |= {"GROUP": _GROUP, "TILE_T": min(32, 2 * constants["TILE_R"]), **rows, **constants}
+    # With more an SM would not hold 4 of them. Wider types spill, and so do the shortest rows.
+    registers = 128 if total.dtype.itemsize <= 2 and 256 <= constants["TILE_C"] <= _TILE else 255
+    launch(add_norm_backward_kernel, (parts,), known, num_warps, registers=registers)
     return grad, grad_weight, grad_bias

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ...common.activations import activate
+from ...common.partials import store_rows
 
 __all__ = [
     "ONE",
@@ -17,7 +18,6 @@ __all__ = [
     "pass_prefix",
     "scale_and_shift",
     "store_moments",
-    "store_rows",
     "token_rows",
     "zeros",
 ]
@@ -136,14 +136,6 @@ def scale_and_shift(vectors, eps, o_e, m_e, TILE_E: tl.constexpr, ACC: tl.conste
             b_shift += tl.load(p_norm_bias + o_e, mask=m_e, other=0.0).to(ACC)
     # Or every thread would load and compute the vectors for all the columns of the GEMM's tile that it holds.
     return compute_once(b_scale), compute_once(b_shift)
-
-
-@triton.jit
-def store_rows(p_partial, i_t, b_0, b_1, o_e, m_e, E: tl.constexpr):
-    """Row pair i_t of a partial result (T, 2, E)."""
-    p_row = p_partial + i_t * (2 * E) + o_e
-    tl.store(p_row, b_0, mask=m_e)
-    tl.store(p_row + E, b_1, mask=m_e)
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import triton.language as tl
 
 from ...common.activations import activate, activate_with_slope
 from ...common.kernel import kernel
-from .kernels_common import gradient_rows, norm_gradient, norm_rows, normalize, store_rows
+from ...common.partials import store_rows
+from .kernels_common import gradient_rows, norm_gradient, norm_rows, normalize
 
 __all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel"]
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ...common.activations import activate_with_slope
 from ...common.kernel import kernel
+from ...common.partials import store_rows
 from .kernels_common import (
     ONE,
     PLAIN,
@@ -14,7 +15,6 @@ from .kernels_common import (
     normalize,
     pass_prefix,
     store_moments,
-    store_rows,
     token_rows,
     zeros,
 )

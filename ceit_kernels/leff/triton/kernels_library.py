@@ -9,7 +9,8 @@ import triton.language as tl
 
 from ...common.activations import activate
 from ...common.kernel import kernel
-from .kernels_common import scale_and_shift, store_rows
+from ...common.partials import store_rows
+from .kernels_common import scale_and_shift
 from .kernels_depthwise import load_taps, outside
 
 __all__ = ["leff_depthwise_inference_kernel"]

@@ -3,7 +3,8 @@
 import triton.language as tl
 
 from ...common.kernel import kernel
-from .kernels_common import norm_gradient, norm_rows, normalize, pass_prefix, store_rows, token_rows
+from ...common.partials import store_rows
+from .kernels_common import norm_gradient, norm_rows, normalize, pass_prefix, token_rows
 from .kernels_reduce import gradient_of_sums, sum_pairs
 
 __all__ = ["leff_norm_gradient_kernel", "leff_norm_kernel", "leff_norm_sums_kernel"]

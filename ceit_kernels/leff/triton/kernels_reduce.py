@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from ...common.kernel import kernel
-from .kernels_common import ONE, store_rows
+from ...common.partials import store_rows
+from .kernels_common import ONE
 
 __all__ = [
     "gradient_of_sums",

@@ -4,7 +4,8 @@ import triton.language as tl
 
 from ...common.activations import activate_with_slope
 from ...common.kernel import kernel
-from .kernels_common import norm_rows, normalize, store_rows, token_rows
+from ...common.partials import store_rows
+from .kernels_common import norm_rows, normalize, token_rows
 
 __all__ = ["leff_moments_kernel", "leff_slope_kernel"]
 

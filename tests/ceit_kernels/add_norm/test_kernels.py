@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import add_norm
+from support import add_norm, instances
 from support.add_norm import EPS, SHAPES, make_inputs, run
 from support.where import ANY_SIZE_DTYPES, DTYPES, INTERPRETING, UNDER_TTSEM
 
@@ -105,6 +105,35 @@ def test_two_runs_give_the_same_bits():
     inputs, grads = make_inputs((3, 197, 64), torch.float32)
     first, second = (run("triton", inputs, grads, 2) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_any_order_of_program_instances_gives_the_same_bits_again_and_again(monkeypatch):
+    monkeypatch.setattr("ceit_kernels.add_norm.triton.launch._GROUP", 2)
+    inputs, grads = make_inputs((1, 37, 192), torch.float32)
+    expected = run("triton", inputs, grads, 2)
+    instances.shuffle(monkeypatch, 0)
+    found = run("triton", inputs, grads, 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with use_backend("add_norm=triton"):
+        total, out = add_layer_norm(*leaves, EPS)
+    first, second = (torch.autograd.grad((total, out), leaves, grads[:2], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_gradients_are_the_same_bits_a_thousand_times_on_two_streams():
+    inputs, grads = make_inputs((64, 197, 384), torch.bfloat16)
+    expected = run("triton", inputs, grads, 1)[3:]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(500):
+        torch.cuda.synchronize()
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(run("triton", inputs, grads, 1)[3:])
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for each in found for a, b in zip(each, expected, strict=True))
 
 
 @pytest.mark.parametrize("branch", [True, False])

@@ -6,6 +6,7 @@ from support.where import DEVICE
 from torch import nn
 
 from ceit_kernels import BackendError, FusedAddNorm, add_layer_norm, use_backend
+from ceit_kernels.add_norm.triton import TICKETS
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
@@ -58,7 +59,8 @@ def test_opcheck_of_the_backward_operator(needs, others):
     total, grad_out, weight, bias = make_tensors(requires_grad=False)
     rest = (torch.randn_like(total), torch.randn_like(total[:, :2])) if others else (None, None)
     mean, rstd = total.mean(-1), total.var(-1).rsqrt()
-    arguments = (grad_out, *rest, total, weight, bias, mean, rstd, *needs, "triton")
+    tickets = torch.zeros(TICKETS, dtype=torch.int32, device=DEVICE)
+    arguments = (grad_out, *rest, total, weight, bias, mean, rstd, tickets, *needs, "triton")
     torch.library.opcheck(torch.ops.ceit.add_norm_backward.default, arguments)
 
 
