@@ -135,6 +135,9 @@ def test_the_table_says_what_ran():
     comparison = compare({"plain": result([1.0, 1.0]), "fused": result([1.0, 1.0], **fused)})
     text = StringIO()
     show_comparison(comparison, Console(file=text, width=100))
+    words = text.getvalue().split()
+    for word, count in (("99.00%", 2), ("100", 2), ("500", 2), ("process", 1), ("tensors", 0), ("epochs", 1)):
+        assert words.count(word) == count, word
     assert "lca: triton" in text.getvalue()
     assert "leff: PyTorch" in text.getvalue()
     assert "leff: no other implementation yet" in text.getvalue()
