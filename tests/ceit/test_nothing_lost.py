@@ -164,6 +164,12 @@ def test_what_killed_runs_left_half_written_is_removed(tmp_path):
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "last.pt"]
 
 
+def test_folders_are_made_with_those_that_they_are_in(tmp_path):
+    for _ in range(2):
+        with claimed(tmp_path / "runs" / "of today" / "first") as folder:
+            assert folder.is_dir()
+
+
 def test_two_writers_of_a_file_do_not_share_a_half_written_one(tmp_path):
     names = []
 

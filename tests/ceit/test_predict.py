@@ -102,9 +102,10 @@ def test_outputs_beyond_the_named_classes_are_numbers(trained, tmp_path):
 
 
 def test_explaining_draws_a_picture_for_each_image(trained, tmp_path):
-    predict(options_for(trained, explain=str(tmp_path / "why"), batch_size=2))
-    assert sorted(os.listdir(tmp_path / "why")) == ["001-0.png", "002-0.png", "003-0.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "why").iterdir())
+    folder = tmp_path / "pictures" / "why"
+    predict(options_for(trained, explain=str(folder), batch_size=2))
+    assert sorted(os.listdir(folder)) == ["001-0.png", "002-0.png", "003-0.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -49,6 +49,9 @@ def test_a_run_leaves_options_metrics_result_and_checkpoints(options, tmp_path):
     assert [record["epoch"] for record in records] == [1, 2, 3]
     keys = {"epoch", "train_loss", "test_loss", "test_accuracy", "test_top5", "images_per_second", "lr", "seconds"}
     assert all(set(record) == keys for record in records)
+    speeds = [record["images_per_second"] for record in records]
+    assert speeds == [pytest.approx(8 * (34 // 8) / record["seconds"]) for record in records]
+    assert (result.images_per_second, result.epochs, result.processes) == (sorted(speeds)[1], 3, 1)
     written = json.loads((folder / "result.json").read_text())
     assert written["accuracy"] == result.accuracy == records[-1]["test_accuracy"]
     assert written["best_accuracy"] == max(record["test_accuracy"] for record in records)

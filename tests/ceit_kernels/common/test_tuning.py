@@ -116,6 +116,13 @@ def test_a_file_that_cannot_be_read_is_named_and_replaced(timed, text, monkeypat
     assert not timed
 
 
+def test_the_file_is_made_with_the_folders_that_it_is_in(timed, monkeypatch, tmp_path):
+    monkeypatch.setenv("CEIT_KERNELS_TUNING_CACHE", str(tmp_path / "cache" / "of mine" / "tuning.json"))
+    with autotune():
+        choose(timed)
+    assert kept.cache_path().exists()
+
+
 def test_what_another_process_wrote_meanwhile_is_kept(timed):
     with autotune():
         choose(timed)
