@@ -12,8 +12,8 @@ from .harness.compare import Comparison, Worker, compare
 from .harness.implementations import COSTLY, IMPLEMENTATIONS
 from .harness.instructions import INSTRUCTIONS, limit_instructions
 from .harness.measure import Clock, Result, measure_workload
-from .harness.targets import Target, TargetResult, judge, targets_of
-from .workloads import Workload, plan, scaling_plan
+from .harness.targets import Target, TargetResult, judge, targets_of, targets_of_others
+from .workloads import OTHERS, Workload, others_plan, plan, scaling_plan
 
 _MINUTES = 12.0
 # Of the run's time for all but the scaling curves, which come last.
@@ -31,7 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--only": {
         "default": "",
         "metavar": "NAME",
-        "help": "the workload of this name, or all with this in their names, such as leff-tiny, training or scaling",
+        "help": "the workload of this name, or all with this in their names, such as leff-tiny, training or scaling; "
+        "others has models of other libraries, which no other run takes",
     },
     "--quick": {"action": "store_true", "help": "a few workloads and implementations: a minute or two"},
     "--targets": {
@@ -96,10 +97,13 @@ class Session:
         self.base, self._quick, self._seconds = compare, quick, seconds
         limited = not (only or targets or compare)
         self.clock = Clock(60 * (minutes or (_MINUTES if limited else math.inf)))
-        self.targets = targets_of(self.device) if targets else []
+        others = only.startswith(OTHERS)
+        found = targets_of_others if others else targets_of
+        self.targets = found(self.device) if targets else []
         if targets and not self.targets:
             raise UsageError(f"--targets: none are set for {self.device.type}, only for the CPU (--device cpu)")
-        workloads = [target.workload for target in self.targets] or plan(self.device, quick=quick)
+        workloads = others_plan() if others else plan(self.device, quick=quick)
+        workloads = [target.workload for target in self.targets] or workloads
         if not (targets or compare or quick) and (not only or only.startswith("scaling")):
             workloads += scaling_plan(self.device)
         self.cases = {workload: self._implementations(workload) for workload in select_workloads(workloads, only)}

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ceit import layers
 from ceit.registry import create_model
 
+from . import libraries
+
 SIZES = {"tiny": 192, "small": 384, "base": 768}  # channels of CeiT-T, S and B
 PHASES = ("inference", "training")
 _HEAD_DIM, _LAYERS, _PATCH = 64, 12, 16
@@ -42,6 +44,7 @@ _OPERATORS: dict[str, Callable[[int], nn.Module]] = {
     "add_norm": Residual,
 }
 OPERATORS = (*_OPERATORS, "model")
+OTHERS = "others"  # the models of other libraries
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Workload:
     """What is computed: an operator or a model at one size, phase, dtype and batch.
 
     Attributes:
-        operator: one of `OPERATORS`; "model" is a whole CeiT.
-        size: one of `SIZES`.
+        operator: one of `OPERATORS`; "model" is a whole CeiT. Or `OTHERS`.
+        size: one of `SIZES`; of another library's model its name in `libraries.MODELS`.
         phase: "inference" or "training", which is forward and backward without an optimizer.
         dtype: "float32", "bfloat16" or "float16", of parameters and activations.
         batch: images.
@@ -72,7 +75,8 @@ class Workload:
     def name(self) -> str:
         """The workload's name, as `--only` takes it."""
         point = f"-{self.axis}{getattr(self, self.axis)}" if self.axis else f"-b{self.batch}"
-        return f"{'scaling-' if self.axis else ''}{self.operator}-{self.size}-{self.phase}-{self.dtype}{point}"
+        size = f"{self.size}-{self.image_size}" if self.operator == OTHERS else self.size
+        return f"{'scaling-' if self.axis else ''}{self.operator}-{size}-{self.phase}-{self.dtype}{point}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -92,9 +96,14 @@ class Workload:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the input: images (B, 3, H, W) for a model and the stem, tokens (B, N, C) for the others."""
-        if self.operator in ("model", "i2t"):
+        if self.is_model or self.operator == "i2t":
             return self.batch, 3, self.image_size, self.image_size
         return self.batch, self.tokens, SIZES[self.size]
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a whole model, CeiT or another library's."""
+        return self.operator in ("model", OTHERS)
 
     @property
     def input_gradient(self) -> bool:
@@ -104,7 +113,7 @@ class Workload:
     @property
     def served(self) -> bool:
         """Whether it is measured frozen too: inference of what is served as it is."""
-        return not self.training and self.operator in ("leff", "model")
+        return not self.training and (self.is_model or self.operator == "leff")
 
     def make_module(self) -> nn.Module:
         """The plain module on the CPU in float32, the same one in every process, in the phase's mode."""
@@ -112,13 +121,17 @@ class Workload:
         if self.operator == "model":
             depth = {} if self.depth is None else {"depth": self.depth}
             module = create_model(f"ceit_{self.size}_patch16_224", fused=False, img_size=self.image_size, **depth)
+        elif self.operator == OTHERS:
+            module = libraries.MODELS[self.size]()
+            libraries.randomize(module)
         else:
             module = _OPERATORS[self.operator](SIZES[self.size])
         for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
             # Fresh statistics are those of no norm at all, which would hide a wrong folding.
             nn.init.uniform_(norm.running_mean, -0.1, 0.1)
             nn.init.uniform_(norm.running_var, 0.5, 1.5)
-        return module.train(self.training)
+        module.train(self.training)  # whose result is None in TinyViT
+        return module
 
     def make_inputs(self, count: int, device: torch.device) -> list[Tensor]:
         """`count` inputs on a device, the same in every process."""
@@ -173,6 +186,19 @@ def plan(device: torch.device, *, quick: bool = False) -> list[Workload]:
         return [*_workloads(rows, "bfloat16"), *_workloads(rows, "float32")]
     workloads = _workloads(_QUICK_PLAN if quick else _CPU_PLAN, "float32")
     return workloads + (_workloads(_CPU_BFLOAT16_PLAN, "bfloat16") if not quick and has_bfloat16(device) else [])
+
+
+def others_plan() -> list[Workload]:
+    """Models of other libraries at inference, one image and eight, and training of SegFormer-B0."""
+    inference = [
+        Workload(OTHERS, name, "inference", "float32", batch, libraries.image_size(name))
+        for name in libraries.MODELS
+        for batch in (1, 8)
+    ]
+    trained = [name for name in libraries.MODELS if name == "segformer_b0"]
+    return inference + [
+        Workload(OTHERS, name, "training", "float32", 4, side) for name in trained for side in (256, 512)
+    ]
 
 
 def scaling_plan(device: torch.device) -> list[Workload]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ceit_kernels
 
-from ..workloads import Workload
+from ..workloads import OTHERS, Workload
 from .instructions import UNLIMITED, exceeding
 
 IMPLEMENTATIONS = {
@@ -101,10 +101,12 @@ def absence(implementation: str, workload: Workload, device: torch.device) -> st
         return "CUDA graphs need a GPU"
     if implementation == "frozen" and not workload.served:
         return "taken for inference of LeFF and of whole models only"
-    if implementation == "compile-max-autotune" and on_cpu and operator == "model":
+    if implementation == "compile-max-autotune" and on_cpu and workload.is_model:
         return "on the CPU taken for operators only: for a model it tunes for minutes"
     if implementation in ("channels-last", "rewrite") and operator in ("lca", "attention", "add_norm"):
         return "the plain operator has no convolution and no foldable norm"
+    if implementation in ("rewrite", FLOOR) and operator == OTHERS:
+        return "there is nothing of CeiT in it"
     if implementation == FLOOR and operator not in ("leff", "model"):
         return "there is no feed-forward layer in it"
     return None

@@ -219,7 +219,7 @@ def _postponement(implementation: str, workload: Workload, clock: Clock) -> str 
     """Why an implementation waits for a run without a limit, None if it does not."""
     if implementation not in COSTLY or clock.seconds == math.inf:
         return None
-    takes_minutes = workload.operator == "model" and (implementation == "compile-max-autotune" or workload.batch > 1)
+    takes_minutes = workload.is_model and (implementation == "compile-max-autotune" or workload.batch > 1)
     short = takes_minutes or clock.used(0.7)
     return f"the run's time is short; python -m benchmarks --only {workload.name} times it" if short else None
 

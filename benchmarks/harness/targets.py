@@ -11,7 +11,7 @@ import torch
 
 from ceit_kernels.common.extension import cpu_code
 
-from ..workloads import Workload, has_bfloat16
+from ..workloads import Workload, has_bfloat16, others_plan
 from .instructions import UNLIMITED, exceeding
 from .measure import Result
 from .statistics import Ratio, median_ratio
@@ -87,8 +87,7 @@ def targets_of(device: torch.device) -> list[Target]:
     """The targets for a device, by the instructions that it runs; none for a GPU."""
     if device.type != "cpu":
         return []
-    found, least = [], _AVX512 if cpu_code() == "avx512" else _LESS
-    prepared = tuple(name for name in _PREPARED if name not in UNLIMITED) if exceeding() else _PREPARED
+    found, least, prepared = [], _AVX512 if cpu_code() == "avx512" else _LESS, _prepared()
     for size in ("tiny", "small"):
         found += [
             Target(Workload("leff", size, "inference", "float32", 16), "frozen", _FREEZING, least.leff_inference),
@@ -101,6 +100,24 @@ def targets_of(device: torch.device) -> list[Target]:
         workloads = [Workload("model", size, "inference", "bfloat16", n) for size in ("tiny", "small") for n in (1, 16)]
         found += [Target(workload, "frozen", _FREEZING, 1.3) for workload in workloads]
     return found
+
+
+def targets_of_others(device: torch.device) -> list[Target]:
+    """The targets of other libraries' models for a device; none for a GPU."""
+    if device.type != "cpu":
+        return []
+    found = []
+    for workload in others_plan():
+        if workload.training:
+            found.append(Target(workload, "fused", _LIVE, 1.2))
+        else:
+            found += [Target(workload, "frozen", _prepared(), 1.0), Target(workload, "fused", ("plain",), 1.15)]
+    return found
+
+
+def _prepared() -> tuple[str, ...]:
+    """Who prepares a model once and takes no more than the instructions that are allowed."""
+    return tuple(name for name in _PREPARED if name not in UNLIMITED) if exceeding() else _PREPARED
 
 
 def judge(target: Target, result: Result) -> TargetResult:

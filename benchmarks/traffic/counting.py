@@ -87,8 +87,21 @@ class FlashAttention(TorchFunctionMode):
         return _flash_attention(*args, **(kwargs or {}))
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
-    return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, scale=scale)[0]
+def _flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    if attn_mask is not None:  # which that kernel does not take
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+        )
+    return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
 
 
 class _Counter(TorchDispatchMode):

@@ -195,6 +195,23 @@ def test_exact_name_chooses_one_workload():
     assert select_workloads(workloads, "leff") == workloads
 
 
+def test_models_of_other_libraries_are_measured_where_they_are_asked_for():
+    cases = Session(only="others", device="cpu").cases
+    assert {w.operator for w in cases} == {"others"}
+    assert len({w.name for w in cases}) == len(cases)
+    assert not {w.operator for w in plan(CPU) + plan(CPU, quick=True)} & {"others"}
+    targets = Session(only="others", targets=True, device="cpu").targets
+    assert {(t.workload.phase, t.ours, t.speedup) for t in targets} == {
+        ("inference", "fused", 1.15),
+        ("inference", "frozen", 1.0),
+        ("training", "fused", 1.2),
+    }
+    assert {t.workload for t in targets} == set(cases)
+    small = Workload("others", "mobilenetv2_100", "inference", "float32", 1, 32)
+    assert entry(small, "frozen").status == "timed"
+    assert implementations.absence("mlp", small, CPU) == "there is nothing of CeiT in it"
+
+
 def test_slower_commit_fails_the_run(monkeypatch):
     slower = compare.Comparison(LCA, "fused", "fused", [1.0], [2.0], Ratio(2.0, 2.0, 2.0), "slower")
     monkeypatch.setattr("benchmarks.session.compare", lambda *args: slower)
