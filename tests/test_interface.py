@@ -4,6 +4,7 @@ interface.txt has them; `PYTHONPATH=tests:. python tests/test_interface.py` writ
 for users: it belongs into the changelog.
 """
 
+import ast
 import dataclasses
 import inspect
 from pathlib import Path
@@ -56,6 +57,15 @@ def text_of(argument):
 
 def test_options_arguments_and_defaults_are_those_that_users_know():
     assert "\n".join(lines()) + "\n" == FILE.read_text()
+
+
+def test_values_are_frozen_but_for_options_and_what_a_run_changes():
+    changing = set()
+    for path in (path for package in (ceit, ceit_kernels) for path in Path(package.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            decorators = map(ast.unparse, node.decorator_list) if isinstance(node, ast.ClassDef) else ()
+            changing |= {node.name for found in decorators if "dataclass" in found and "frozen=True" not in found}
+    assert {name for name in changing if not name.endswith("Options")} == {"Run", "_Kind", "_Prepacked"}
 
 
 if __name__ == "__main__":
