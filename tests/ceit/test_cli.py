@@ -1,6 +1,8 @@
 import argparse
 import dataclasses
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,13 @@ def test_progress_shows_loss_accuracy_and_speed_and_each_epoch_is_logged(train_a
     assert "loss " in bar
     assert "accuracy " in bar
     assert sum("test loss" in message for message in caplog.messages) == 2
+    result = json.loads((Path(train_arguments[train_arguments.index("--output") + 1]) / "result.json").read_text())
+    size, first, second, end = caplog.messages
+    assert size == f"ceit_tiny_patch16_224: {result['parameters'] / 1e6:.2f} million parameters, 3 classes"
+    assert [message.partition(":")[0] for message in (first, second)] == ["epoch 1/2", "epoch 2/2"]
+    assert second.endswith(f" test accuracy {result['accuracy']:.2f}%, {second.split()[-2]} images/s")
+    best = f"best {result['best_accuracy']:.2f}% after epoch {result['best_epoch']}"
+    assert f"test accuracy {result['accuracy']:.2f}% ({best}), {result['images_per_second']:,.0f} images/s" in end
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,21 @@ def test_checkpoints_that_cannot_be_resumed_from_are_named(options, tmp_path, sp
 FORMAT_KEYS = ("format", "model", "optimizer", "epoch", "options", "classes", "history", "step_losses")
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    path, done = tmp_path / "last.pt", []
+
+    def fsync(descriptor):
+        assert os.fstat(descriptor).st_size == 4, "what was written has left the process"
+        done.append("fsync")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    write_atomically(path, lambda file: file.write(b"half"))
+    assert done == ["fsync", "replace"]
+    assert [each.name for each in tmp_path.iterdir()] == ["last.pt"]
+
+
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"epoch": 1})
