@@ -4,6 +4,7 @@ launches.txt has them; `PYTHONPATH=tests:. python tests/ceit_kernels/test_launch
 there was never timed: `make prove` looks at its machine code, `python -m benchmarks.cycles` estimates it.
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ceit_kernels.leff.triton.launch_backward import leff_backward_triton
 from ceit_kernels.leff.triton.launch_forward import leff_forward_triton
 from ceit_kernels.leff.triton.launch_inference import leff_inference_triton
 from ceit_kernels.leff.triton.launch_library import leff_inference_library
+from ceit_kernels.leff.triton.tiles import inference_contract_tiles
 
 FILE = Path(__file__).with_name("launches.txt")
 # Of a launch's arguments those that say how the work is shared out.
@@ -78,6 +80,9 @@ def lines():
     calls += [(run, ("base", torch.bfloat16, "library"), 90) for run in (leff_inference, leff_training)]
     calls += [(leff_training, ("tiny", torch.bfloat16, "library", kernel_size), 90) for kernel_size in (5, 7)]
     calls += [(run, (channels, dtype), 90) for run in (lca, add_norm) for channels, dtype in WIDTHS]
+    for channels, chip in itertools.product((8, 40, 96, 128, 256, 512), (80, 100)):
+        tiles = inference_contract_tiles(channels, torch.bfloat16, chip, has_residual=False).sizes
+        yield f"{channels} outputs of inference, cc {chip}: {' '.join(f'{name}={size}' for name, size in tiles.items())}"
     for run, arguments, chip in calls:
         yield f"{run.__name__}: {', '.join(map(str, arguments))}, cc {chip}"
         with FakeTensorMode(), record_launches(chip) as launches:
@@ -85,7 +90,7 @@ def lines():
         for launch in launches:
             shares = {name: number for name, number in launch.arguments.items() if SHARES.fullmatch(name)}
             words = [f"{name}={number}" for name, number in sorted(shares.items())]
-            compiled = f"{launch.num_warps} warps, {launch.num_stages} stages"
+            compiled = f"{launch.num_warps} warps, {launch.num_stages} stages, {launch.registers} registers"
             yield f"  {launch.kernel.__name__} {'x'.join(map(str, launch.grid))}, {compiled}: {' '.join(words)}"
 
 

@@ -47,9 +47,9 @@ def test_a_chip_is_that_of_the_tensors_or_of_the_record(two_gpus, monkeypatch):
 
 
 def test_threads_may_have_all_registers_that_a_chip_has_for_them(monkeypatch):
-    assert [nvidia_options(warps) for warps in (1, 8, 16)] == [{"maxnreg": 255}, {"maxnreg": 255}, {}]
+    assert [nvidia_options(warps, 255) for warps in (1, 8, 16)] == [{"maxnreg": 255}, {"maxnreg": 255}, {}]
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert nvidia_options(4) == {}
+    assert nvidia_options(4, 255) == {}
 
 
 def test_launches_go_to_the_device_of_the_tensors(two_gpus, monkeypatch):
