@@ -82,7 +82,8 @@ def lines():
     calls += [(run, (channels, dtype), 90) for run in (lca, add_norm) for channels, dtype in WIDTHS]
     for channels, chip in itertools.product((8, 40, 96, 128, 256, 512), (80, 100)):
         tiles = inference_contract_tiles(channels, torch.bfloat16, chip, has_residual=False).sizes
-        yield f"{channels} outputs of inference, cc {chip}: {' '.join(f'{name}={size}' for name, size in tiles.items())}"
+        words = [f"{name}={size}" for name, size in tiles.items()]
+        yield f"{channels} outputs of inference, cc {chip}: {' '.join(words)}"
     for run, arguments, chip in calls:
         yield f"{run.__name__}: {', '.join(map(str, arguments))}, cc {chip}"
         with FakeTensorMode(), record_launches(chip) as launches:
