@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ceit_kernels import FusedAddNorm, FusedAttention, FusedLeFF, FusedLinear
-from ceit_kernels.block import EncoderParts, LayersParts, encoder_inference, layers_inference
+from ceit_kernels.block import (
+    EncoderParts,
+    LayersParts,
+    encoder_inference,
+    encoder_training,
+    layers_inference,
+)
 from ceit_kernels.common.sync_norm import BATCH_NORMS
 
 from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
@@ -121,6 +127,10 @@ class Block(nn.Module):
         return None if found is None else found[0]
 
     def _every_token(self, x: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        found = self._trained(x, grid_size) if torch.is_grad_enabled() and is_eager(x) else None
+        return self._by_operators(x, grid_size) if found is None else found
+
+    def _by_operators(self, x: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         x, y, class_token = self.add_norm(x, None, self.norm1, 1)
         x, y = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
         if self.training and not isinstance(self.drop_path, nn.Identity):
@@ -128,6 +138,15 @@ class Block(nn.Module):
         else:
             x = self.leff(y, grid_size, residual=x)
         return x, class_token
+
+    def _trained(self, x: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor] | None:
+        """The block with gradients in one compiled call; None if its parts have to be called one by one."""
+        drop_path = self.drop_path
+        if not is_exactly(drop_path, DropPath) or not drop_path.training:
+            return encoder_training(x, encoder_parts(self), grid_size)
+        return encoder_training(
+            x, _parts_beside(self, True), grid_size, lambda: drop_path(x.new_ones(x.shape[0], 1, 1))
+        )
 
     def _class_token(self, x: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         x, y, class_token = self.add_norm(x, None, self.norm1, 1)
@@ -160,10 +179,15 @@ _KNOWN = {
 
 
 def encoder_parts(block: Block) -> EncoderParts | None:
-    """The children that compute a block at inference; None if other modules do so too."""
+    """The children that compute a block without stochastic depth; None if other modules do so too."""
     drop_path = block.drop_path
     idle = is_exactly(drop_path, nn.Identity) or (is_exactly(drop_path, DropPath) and not drop_path.training)
-    if not idle or not is_exactly(block.add_norm, FusedAddNorm):
+    return _parts_beside(block, idle)
+
+
+def _parts_beside(block: Block, known: bool) -> EncoderParts | None:
+    """The children beside stochastic depth, where that is known."""
+    if not known or not is_exactly(block.add_norm, FusedAddNorm):
         return None
     return EncoderParts(block.norm1, block.attn, block.norm2, block.leff)
 

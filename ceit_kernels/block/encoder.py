@@ -18,7 +18,7 @@ from ..leff.cpu import leff_sizes
 from ..leff.grid import token_grid
 from .arguments import CallArguments, are_readable, attention_tensors, can_run_fused
 
-__all__ = ["EncoderParts", "encoder_arguments", "encoder_inference"]
+__all__ = ["OPERATORS", "EncoderParts", "encoder_arguments", "encoder_inference"]
 
 torch.library.define(
     "ceit::_encoder_infer",
@@ -26,7 +26,7 @@ torch.library.define(
     "Tensor(a!) out, Tensor(b!) class_tokens) -> ()",
 )
 
-_OPERATORS = ("add_norm", "linear", "attention", "leff")
+OPERATORS = ("add_norm", "linear", "attention", "leff")
 
 Block = TypeVar("Block", bound=nn.Module)
 
@@ -66,7 +66,7 @@ def encoder_inference(
         ValueError: the tokens make no such image.
     """
     in_bfloat16 = autocast_dtype(x) is torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16)
-    if not can_run_fused(x, 3, _OPERATORS, torch.bfloat16 if in_bfloat16 else None):
+    if not can_run_fused(x, 3, OPERATORS, torch.bfloat16 if in_bfloat16 else None):
         return None
     arguments = encoder_arguments(x, [parts_of(block) for block in blocks], grid_size, class_token_only)
     if arguments is None:

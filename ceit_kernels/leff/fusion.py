@@ -176,6 +176,10 @@ class BlockFusion(Fusion, attributes_of(nn.Module)):
             return None
         return pack(weights, biases, norms), tuple([norm.eps if norm else 0.0 for norm in norms]), self._activations()
 
+    def training_parts(self) -> tuple[list[Tensor], list[Tensor | None], list, tuple[str, str]] | None:
+        """Weights and biases of the layers, the norms, and activations; None where the kernels do not serve it."""
+        return None if self.plain_reason() is not None else (*self._tensors(), self._activations())
+
 
 class FrozenBlock(Prepacked, attributes_of(BlockFusion)):
     """What is put before a fused class of the block: norms folded, and prepacked on the CPU."""

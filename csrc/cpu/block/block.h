@@ -20,9 +20,10 @@ class Norm {
     call_.weight = packer.vector("norm.weight", channels, 1);
     call_.bias = packer.vector("norm.bias", channels);
   }
-  // out = the norm of rows `begin` to `end` of x.
+  // out = the norm of rows `begin` to `end` of x, with the mean and reciprocal deviation of each where they are wanted.
   template <class Out>
-  void operator()(const T* x, Out* out, int64_t begin, int64_t end) const;
+  void operator()(const T* x, Out* out, int64_t begin, int64_t end, acc_t<T>* mean = nullptr,
+                  acc_t<T>* rstd = nullptr) const;
 
  private:
   add_norm::ForwardCall call_{};

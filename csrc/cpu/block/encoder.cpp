@@ -2,16 +2,8 @@
 // keys and values of all tokens, and of the rest one row an image.
 #include <vector>
 
-#include "../capability.h"
 #include "../scalar.h"
-#include "block.h"
-
-namespace ceit::add_norm {
-CEIT_DECLARE_TABLE(Kernels, kernels, 3)
-}
-namespace ceit::attention {
-CEIT_DECLARE_TABLE(Kernels, kernels, 3)
-}
+#include "parts.h"
 
 namespace ceit::block {
 namespace {
@@ -29,21 +21,6 @@ struct Memory {
         attended(arena.take<T>(rows * of.channels)),
         leff(arena.take<T>(of.memory())) {}
 };
-
-// Attention of the first `queries` of `tokens` tokens of each image: attended (images, queries, channels).
-template <class T, class Tokens, class Run>
-void attend(const Attention<T, Tokens>& block, int64_t images, int64_t tokens, int64_t queries, int64_t channels,
-            const T* qkv, T* attended, const Run& run) {
-  const int64_t heads = block.heads;
-  STD_TORCH_CHECK(heads > 0 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
-  attention::ForwardCall call{};
-  call.shape = {images, tokens, heads, channels / heads, queries};
-  call.scale = block.scale, call.out = attended;
-  call.q = attention::part_of(qkv, call.shape, 0), call.k = attention::part_of(qkv, call.shape, 1),
-  call.v = attention::part_of(qkv, call.shape, 2);
-  run(call.shape.all_queries(),
-      [&](int64_t begin, int64_t end) { attention::chosen(kIndex<T>).forward(call, begin, end); });
-}
 
 // One row an image: the token that asks, what attention gives it, their sum and its norm.
 template <class T, class Tokens>
@@ -71,17 +48,6 @@ class ClassTokens {
 };
 
 }  // namespace
-
-template <class T>
-template <class Out>
-void Norm<T>::operator()(const T* x, Out* out, int64_t begin, int64_t end) const {
-  add_norm::ForwardCall call = call_;
-  call.rows = end - begin;
-  call.x = x + begin * call.channels, call.out = out + begin * call.channels;
-  const add_norm::Kernels& kernels = add_norm::chosen(kIndex<T>);
-  (std::is_same_v<T, Out> ? kernels.forward : kernels.forward_to_bf16)(call, 0,
-                                                                       ceil_div(call.rows, add_norm::kTileRows));
-}
 
 template <class T, class Tokens>
 void infer_encoder(const Encoder<T, Tokens>& encoder, int64_t images, int64_t rows, const Tokens* x, Tokens* out) {
@@ -162,9 +128,8 @@ void infer_layers(const Layers<T>& layer, int64_t images, int64_t layers, const 
 #define CEIT_INSTANTIATE(T, Tokens)                                                                 \
   template void infer_encoder(const Encoder<T, Tokens>&, int64_t, int64_t, const Tokens*, Tokens*); \
   template void infer_class_token(const Attention<T, Tokens>&, int64_t, int64_t, int64_t, const Tokens*, Rows<Tokens>);
-#define CEIT_INSTANTIATE_ALIKE(T)                                          \
-  CEIT_INSTANTIATE(T, T)                                                   \
-  template void Norm<T>::operator()(const T*, T*, int64_t, int64_t) const; \
+#define CEIT_INSTANTIATE_ALIKE(T) \
+  CEIT_INSTANTIATE(T, T)          \
   template void infer_layers(const Layers<T>&, int64_t, int64_t, const T*, T*);
 CEIT_INSTANTIATE_ALIKE(float)
 CEIT_INSTANTIATE_ALIKE(Bf16)

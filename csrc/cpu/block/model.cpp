@@ -1,6 +1,6 @@
 // A whole CeiT at inference, from images to logits, of what was prepacked for it once.
 #include "../scalar.h"
-#include "block.h"
+#include "parts.h"
 
 namespace ceit::block {
 namespace {

@@ -1,5 +1,6 @@
 #include "../capability.h"
 #include "../gemm/packing.h"
+#include "../gemm/weight_gradient.h"
 #include "training.h"
 
 namespace ceit::leff {
@@ -32,64 +33,6 @@ template <class T>
 void take_moments(T* z, int64_t tokens, int64_t channels, gemm::Range tiles, acc_t<T>* moments) {
   chosen(kIndex<T>).moments({{1, tokens, channels}, {z, tokens}, moments}, tiles.begin, tiles.end);
 }
-
-// The sum over images of A^T B for their tokens' rows A (tokens, rows) and B (tokens, columns), of which B comes in
-// parts: each thread has a sum of its own, the first that of all in the end.
-template <class T>
-class WeightGradient {
- public:
-  using Acc = acc_t<T>;
-  WeightGradient(bool wanted, const Tensor& like, int64_t rows, int64_t columns, int64_t tokens)
-      : wanted_(wanted),
-        rows_(rows),
-        columns_(columns),
-        tokens_(tokens),
-        sum_(new_empty(like, {wanted ? rows : 0, columns}, kDtype<Acc>)) {}
-
-  // Of one image, in memory of a thread.
-  class OfImage {
-   public:
-    OfImage(const WeightGradient& all, gemm::Arena& memory, const gemm::Place& place, const T* a) : all_(all) {
-      if (!all.wanted_) return;
-      Acc* own = memory.take<Acc>(all.rows_ * all.columns_);
-      sum_ = place.thread ? own : all.sum();
-      a_ = memory.take<T>(all.rows_ * gemm::transposed_stride(all.tokens_));
-      accumulate_ = !place.first;
-      if (!memory.counts()) gemm::transpose(a, all.tokens_, all.rows_, a_);
-    }
-    void add(const Part& part, const T* b, int64_t stride) const {
-      if (!all_.wanted_) return;
-      gemm::Call<T, Acc> call = gemm::unpacked_call<T, Acc>(b, stride, all_.tokens_, part.count);
-      call.a = a_, call.a_stride = gemm::transposed_stride(all_.tokens_);
-      call.out = sum_ + part.first, call.out_stride = all_.columns_, call.accumulate = accumulate_;
-      gemm::multiply(call, 0, all_.rows_);
-    }
-
-   private:
-    const WeightGradient& all_;
-    Acc* sum_ = nullptr;
-    T* a_ = nullptr;
-    bool accumulate_ = false;
-  };
-
-  // With what threads beyond the first left at the start of their memory.
-  Tensor take(const gemm::Memory& memory) const {
-    Acc* to = sum();
-    torch::stable::parallel_for(0, sum_.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = 1; thread < memory.threads; ++thread) {
-        const Acc* from = static_cast<const Acc*>(memory.of(thread));
-        for (int64_t i = begin; i < end; ++i) to[i] += from[i];
-      }
-    });
-    return sum_;
-  }
-
- private:
-  Acc* sum() const { return static_cast<Acc*>(sum_.data_ptr()); }
-  bool wanted_;
-  int64_t rows_, columns_, tokens_;
-  Tensor sum_;
-};
 
 template <class T>
 Tensor expand_of(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t tokens,
@@ -159,10 +102,9 @@ Tensor contract_backward_of(const ContractBackward& c) {
   T *z2 = elements<T>("z2", c.z2, images * tokens * hidden), *g2 = elements<T>("g2", c.g2, images * g_rows * hidden);
   const void* norm = elements<acc_t<T>>("norm", c.norm, 5 * hidden);
   acc_t<T>* sums = elements<acc_t<T>>("sums", c.sums, images * 2 * hidden);
-  const WeightGradient<T> gradient(c.need_weight, c.z2, outputs, hidden, tokens);
-  using OfImage = typename WeightGradient<T>::OfImage;
   gemm::Arena counting;
-  OfImage(gradient, counting, {}, nullptr);
+  const gemm::WeightGradient<T> gradient(c.need_weight, c.z2, outputs, hidden, tokens, counting);
+  const int64_t before = counting.bytes();
   counting.take<T>(c.need_weight ? parts * tokens * kChannels : 0);
   gemm::Memory memory;
   with_linear<T>(gemm::transposed(c.weight), std::nullopt, [&](gemm::Call<T> linear) {
@@ -170,9 +112,8 @@ Tensor contract_backward_of(const ContractBackward& c) {
       gemm::Call<T> matmul = linear;
       matmul.a = dz3 + image * tokens * outputs;
       matmul.out = g2 + (image * g_rows + g_rows - tokens) * hidden;
-      gemm::Arena arena(place.memory);
-      const OfImage of_image(gradient, arena, place, matmul.a);
-      T* scratch = c.need_weight ? arena.take<T>(parts * tokens * kChannels) : nullptr;
+      const auto of_image = gradient.of_image(place, matmul.a);
+      T* scratch = c.need_weight ? reinterpret_cast<T*>(static_cast<char*>(place.memory) + before) : nullptr;
       run(parts, [&](int64_t begin, int64_t end) {
         ActivateBackwardCall call{};
         call.shape = {1, tokens, hidden};
@@ -186,7 +127,7 @@ Tensor contract_backward_of(const ContractBackward& c) {
           gemm::multiply(matmul, gemm::Range{0, tokens}, part.panels);
           call.activated = activated, call.first = part.first, call.stride = part.count;
           chosen(kIndex<T>).activate_backward(call, part.panels.begin, part.panels.end);
-          of_image.add(part, activated, part.count);
+          of_image.add(part.first, part.count, activated, part.count);
         }
       });
     });
@@ -203,17 +144,14 @@ std::tuple<Tensor, Tensor> expand_backward_of(const ExpandBackward& c) {
   const void* coefficients = elements<acc_t<T>>("gradient", c.gradient, 4 * hidden);
   const Tensor dx = new_empty(c.x, {c.need_x ? images : 0, rows, channels});
   T* to = static_cast<T*>(dx.data_ptr());
-  const WeightGradient<T> gradient(c.need_weight, c.x, channels, hidden, c.tokens);  // transposed
-  using OfImage = typename WeightGradient<T>::OfImage;
   gemm::Arena counting;
-  OfImage(gradient, counting, {}, nullptr);
+  const gemm::WeightGradient<T> gradient(c.need_weight, c.x, channels, hidden, c.tokens, counting);  // transposed
   gemm::Memory memory;
   with_linear<T>(gemm::transposed(c.weight), std::nullopt, [&](gemm::Call<T> linear) {
     memory = gemm::for_images(images, counting.bytes(), [&](int64_t image, gemm::Place place, auto run) {
       const int64_t start = image * rows + prefix;
       T* dz1 = g1 + start * hidden;  // in the place of g1
-      gemm::Arena arena(place.memory);
-      const OfImage of_image(gradient, arena, place, x + start * channels);
+      const auto of_image = gradient.of_image(place, x + start * channels);
       run(ceil_div(hidden, kChannels), [&](int64_t begin, int64_t end) {
         GradientCall call{};
         call.shape = {1, c.tokens, hidden};
@@ -223,7 +161,7 @@ std::tuple<Tensor, Tensor> expand_backward_of(const ExpandBackward& c) {
           const Part part(index, hidden);
           call.first = part.first, call.last = part.first + part.count;
           if (coefficients) chosen(kIndex<T>).gradient(call, 0, row_tiles(call.shape, c.tokens));
-          of_image.add(part, dz1 + part.first, hidden);
+          of_image.add(part.first, part.count, dz1 + part.first, hidden);
         }
       });
       if (!c.need_x) return;

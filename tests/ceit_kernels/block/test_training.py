@@ -1,0 +1,161 @@
+"""An encoder block's training step in one compiled call forward and one backward on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from support.accuracy import assert_as_accurate_over_draws
+from torch import nn
+
+from ceit.blocks import Block, encoder_parts
+from ceit_kernels import fuse, use_backend
+from ceit_kernels.block import encoder_training
+from ceit_kernels.common.sync_norm import SyncBatchNorm2d
+
+GRID = (4, 5)
+
+
+def make_block(dtype=torch.float32, **options) -> Block:
+    torch.manual_seed(0)
+    block = Block(24, 3, **{"qkv_bias": True, **options})
+    for module in block.modules():
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return block.to(dtype)
+
+
+def make_tokens(batch=3, dtype=torch.float32, seed=1):
+    return torch.randn(batch, 21, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def step(block, x, grads=None):
+    """Tokens and class token, the gradients of x and of all parameters, and the buffers behind a step."""
+    block = copy.deepcopy(block)
+    x = x.clone().requires_grad_()
+    torch.manual_seed(2)
+    results = block.forward_with_class_token(x, GRID, False)
+    grads = grads or [torch.cos(torch.arange(r.numel()).view(r.shape) * 0.7).to(r.dtype) for r in results]
+    torch.autograd.backward(results, grads)
+    return [*results, x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The results of all calls for fused blocks, None where one ran by its operators."""
+    found = []
+
+    def spy(*arguments):
+        result = encoder_training(*arguments)
+        if arguments[1] is not None:
+            found.append(result)
+        return result
+
+    monkeypatch.setattr("ceit.blocks.encoder_training", spy)
+    return found
+
+
+def test_is_as_accurate_as_plain_pytorch(calls):
+    plain = make_block()
+    fused, exact = fuse(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    names = [
+        "out",
+        "class token",
+        "x",
+        *(n for n, _ in plain.named_parameters()),
+        *(n for n, _ in plain.named_buffers()),
+    ]
+
+    def draws():
+        for seed in range(12):
+            x = make_tokens(3, seed=seed)
+            yield [t.float() for t in step(fused, x)], [t.float() for t in step(plain, x)], step(exact, x.double())
+
+    assert_as_accurate_over_draws(names, draws())
+    assert None not in calls
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "frozen"),
+    [
+        (1, {}, ""),
+        (2, {"qkv_bias": False, "kernel_size": 5, "mlp_ratio": 1.4}, ""),
+        (5, {"drop_path": 0.4}, ""),
+        (3, {"drop_path": 0.4, "with_bn": False, "qk_scale": 0.3}, ""),
+        (3, {"mlp_ratio": 9.0}, "leff.bn2"),
+        (2, {"drop_path": 0.4}, "."),
+    ],
+    ids=["one image", "other sizes", "stochastic depth", "no norms", "one frozen norm", "evaluation"],
+)
+def test_agrees_to_rounding_in_float64(calls, batch, options, frozen):
+    plain, x = make_block(torch.float64, **options), make_tokens(batch, torch.float64)
+    if frozen:
+        (plain if frozen == "." else plain.get_submodule(frozen)).eval()
+    expected, found = step(plain, x), step(fuse(plain), x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert None not in calls
+
+
+def test_parameters_that_want_no_gradient_get_none(calls):
+    block, x = fuse(make_block(torch.float64)), make_tokens(2, torch.float64)
+    whole = step(block, x)[3:]
+    for i, parameter in enumerate(block.parameters()):
+        parameter.requires_grad_(i % 3 == 0)
+    for found, expected, parameter in zip(step(block, x)[3:], whole, block.parameters(), strict=False):
+        assert found is None if not parameter.requires_grad else torch.equal(found, expected)
+    for parameter in (*block.norm1.parameters(), *block.attn.parameters(), *block.norm2.parameters()):
+        parameter.requires_grad_(False)
+    block.leff.bn3.requires_grad_(True)
+    block(x, GRID).sum().backward()  # nor does x want one
+    torch.testing.assert_close(block.leff.bn3.bias.grad, x.new_full((24,), 40.0))
+    assert None not in calls
+
+
+def test_a_sum_that_only_one_result_enters_and_several_gradients_at_once():
+    block, x = fuse(make_block(torch.float64)), make_tokens(2, torch.float64).requires_grad_()
+    out, class_token = block.forward_with_class_token(x, GRID, False)
+    assert torch.equal(torch.autograd.grad(class_token.sum(), x, retain_graph=True)[0].sum(), x.new_tensor(48.0))
+    grads = torch.randn(3, *out.shape, dtype=out.dtype)
+    together = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    for grad, found in zip(grads, together, strict=True):
+        torch.testing.assert_close(found, torch.autograd.grad(out, x, grad, retain_graph=True)[0])
+    first = torch.autograd.grad(out.sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="is differentiable once"):
+        first.sum().backward()
+
+
+def test_declines_where_someone_would_notice(calls):
+    block, x = fuse(make_block(drop_path=0.2)), make_tokens()
+
+    def declines():
+        calls.clear()
+        state = torch.get_rng_state()
+        block(x, GRID)
+        drawn = not torch.equal(torch.get_rng_state(), state)
+        return calls in ([], [None]) and drawn  # by the operators, not by the call
+
+    assert not declines()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert declines()
+    for operator in ("add_norm", "linear", "attention", "leff"):
+        with use_backend(f"{operator}=reference"):
+            assert declines()
+    for module in (block.norm1, block.attn, block.attn.proj, block.leff, block.leff.bn1, block.drop_path):
+        handle = module.register_forward_hook(lambda *_: None)
+        assert declines(), module
+        handle.remove()
+    block.attn.proj_drop.p = 0.5
+    assert declines()
+    block.attn.proj_drop.p = 0.0
+    with torch.no_grad():
+        assert declines()
+    block.leff.bn1.__class__ = SyncBatchNorm2d
+    assert not declines()  # one process
+    block.attn.qkv.weight.data = block.attn.qkv.weight.data.t().contiguous().t()
+    assert declines()
+    parts = encoder_parts(block.eval().requires_grad_(False))
+    assert encoder_training(x, parts, GRID) is None
+    assert encoder_training(x.bfloat16().requires_grad_(), parts, GRID) is None
+    assert encoder_training(x[:0].requires_grad_(), parts, GRID) is None
+    assert encoder_training(x.requires_grad_(), None, GRID) is None
+    assert encoder_training(x[:1].requires_grad_(), parts, GRID) is None  # the strided weight
