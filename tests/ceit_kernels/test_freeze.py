@@ -126,7 +126,8 @@ def test_plain_modules_are_fused_in_the_snapshot_alone():
 
 
 def test_has_no_parameters_and_gives_no_gradients():
-    frozen = freeze(make_model())
+    frozen = freeze(make_model().train())
+    assert not any(module.training for module in frozen.modules())
     assert not list(frozen.parameters())
     assert not frozen(X).requires_grad
     with pytest.raises(RuntimeError, match=r"x: expected an input without gradient.*got requires_grad=True"):

@@ -93,6 +93,17 @@ def test_autocast_on_a_cpu_leaves_the_dtypes_alone():
     assert total.dtype == out.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "branch", [None, torch.randn(3, 32), torch.randn(3, 32).bfloat16()], ids=lambda b: str(type(b))
+)
+def test_autocast_reaches_a_direct_call_of_the_operator(branch):
+    x, rest = torch.randn(3, 32), (torch.ones(32), torch.zeros(32), 1e-6, 0, False, None, "native")
+    expected = torch.ops.ceit.add_norm(x, branch, *rest)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.ops.ceit.add_norm(x, branch, *rest)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.LayerNorm((5, 32)), nn.BatchNorm1d(5), nn.Identity()], ids=str)
 def test_module_takes_any_norm(norm):
     arguments = good_arguments()
