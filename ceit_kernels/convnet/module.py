@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from operator import eq
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ class _Prepacked:
         if any(self.hooks) or list(map(type, self.modules)) != self.classes:
             return False
         try:
-            return all(map(eq, self.states, self.states_then))
+            return self.states == self.states_then
         except (RuntimeError, ValueError):  # another tensor: of equal objects one look is enough
             return False
 
@@ -194,7 +193,7 @@ def _operators(steps: Steps) -> tuple[str, ...]:
 
 def _prepack(steps: Steps, like: Tensor, modules: list[nn.Module]) -> _Prepacked:
     made = Prepacking(steps.steps)
-    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    kinds = "_forward_hooks", "_forward_pre_hooks"  # others have nothing to do without gradients
     attributes = [vars(module) for module in modules]
     children = [state["_modules"] for state in attributes]
     tensors = [state[name] for state in attributes for name in ("_parameters", "_buffers") if state[name]]

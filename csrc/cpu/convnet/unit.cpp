@@ -37,21 +37,38 @@ struct Rows {
   const T* inside(int64_t y) const { return y < 0 || y >= map.height ? nullptr : of(y); }
 };
 
+// Copies elements by 16 bytes at a time, the last of which may overlap: most are few.
+template <class T>
+void copy_elements(const T* from, int64_t count, T* to) {
+  constexpr int64_t step = 16 / int64_t(sizeof(T));
+  if (count < step) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i + step <= count; i += step) std::memcpy(to + i, from + i, 16);
+  std::memcpy(to + count - step, from + count - step, 16);
+}
+
 // The patches (pixels, side * side * channels) of pixels `begin` to `end` of a row of the result.
 template <class T>
 void copy_patches(const Layer<T>& layer, const Rows<const T>& from, int64_t y, int64_t begin, int64_t end, T* to) {
-  const int64_t width = from.map.width, channels = layer.in;
-  for (int64_t x = begin; x < end; ++x)
-    for (int dy = 0; dy < layer.side; ++dy, to += layer.side * channels) {
-      const T* row = from.inside(y * layer.stride - layer.padding + dy);
+  const int64_t width = from.map.width, channels = layer.in, line = layer.side * channels;
+  for (int dy = 0; dy < layer.side; ++dy, to += line) {
+    const T* row = from.inside(y * layer.stride - layer.padding + dy);
+    T* at = to;
+    for (int64_t x = begin; x < end; ++x, at += layer.depth()) {
       const int64_t first = x * layer.stride - layer.padding;
+      if (row && first >= 0 && first + layer.side <= width) {
+        copy_elements(row + first * channels, line, at);
+        continue;
+      }
       const int64_t left = row ? std::min<int64_t>(layer.side, std::max<int64_t>(0, -first)) : layer.side;
       const int64_t right = std::max(left, std::min<int64_t>(layer.side, width - first));
-      std::fill(to, to + left * channels, T{});
-      if (left < right)
-        std::copy(row + (first + left) * channels, row + (first + right) * channels, to + left * channels);
-      std::fill(to + right * channels, to + layer.side * channels, T{});
+      std::fill(at, at + left * channels, T{});
+      if (left < right) copy_elements(row + (first + left) * channels, (right - left) * channels, at + left * channels);
+      std::fill(at + right * channels, at + line, T{});
     }
+  }
 }
 
 // Runs a unit on one image.
@@ -255,6 +272,11 @@ class UnitRun {
 
 template <class T, class Run>
 void from_planes(const T* planes, const Map& map, T* pixels, const Run& run) {
+  if (map.channels < 4)  // a picture's
+    return run(map.pixels(), [&](int64_t begin, int64_t end) {
+      for (int64_t c = 0; c < map.channels; ++c)
+        for (int64_t i = begin; i < end; ++i) pixels[i * map.channels + c] = planes[c * map.pixels() + i];
+    });
   run(ceil_div(map.pixels(), kPlanePixels), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPlanePixels, count = std::min(map.pixels(), end * kPlanePixels) - first;
     gemm::transpose(planes + first, map.pixels(), map.channels, count, pixels + first * map.channels, map.channels);
