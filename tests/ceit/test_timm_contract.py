@@ -82,6 +82,7 @@ def test_model_features_then_head(images):
 def test_reset_classifier_keeps_the_type_of_the_model_and_refuses_other_pools():
     model = small().double()
     model.reset_classifier(3)
+    assert (model.head.in_features, model.head.out_features) == (model.embed_dim, 3)
     assert model.head.weight.dtype == torch.float64
     assert not model.head.training
     with pytest.raises(ValueError, match="global_pool: expected 'token', 'avg' or '', got 'map'"):

@@ -76,6 +76,18 @@ def test_tokens_that_make_no_image_are_refused(tokens, grid_size, message):
         token_grid(tokens, 1, grid_size)
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("make", [LocallyEnhancedFeedForward, FusedLeFF])
+def test_an_image_has_the_grid_that_it_has(make, layout):
+    leff = make(4, num_prefix_tokens=0, layout=layout)
+    x = torch.randn(2, 3, 5, 4) if layout == "NHWC" else torch.randn(2, 4, 3, 5)
+    for grid_size in (None, (3, 5)):
+        assert leff(x, grid_size).shape == x.shape
+    for grid_size in ((5, 3), (3, 4), (2, 5)):
+        with pytest.raises(ValueError, match=r"grid_size: expected None or \(3, 5\) like the image x, got"):
+            leff(x, grid_size)
+
+
 def test_wrong_inputs_are_named():
     with pytest.raises(ValueError, match=r"x: expected shape \(B, N, 4\), got \(2, 10, 5\)"):
         FusedLeFF(4)(torch.randn(2, 10, 5))
