@@ -1,5 +1,6 @@
 """What jobs ask of the machine and say of what they found."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -92,3 +93,31 @@ def test_an_epochs_losses_are_read_ten_at_a_time_with_the_accuracy_so_far():
     progress.add(torch.tensor(torch.inf), logits, torch.tensor([0, 1, 0, 0]))
     with pytest.raises(TrainingFailed, match="the loss of step 12 of this epoch is inf: try a lower --lr"):
         progress.read()
+
+
+def test_compiling_shows_how_far_it_is(monkeypatch):
+    shown, asked = [], []
+
+    class Bar(contextlib.nullcontext):
+        n = total = 0
+
+        def __enter__(self):
+            return self
+
+        def update(self, count):
+            self.n += count
+            shown.append((self.n, self.total))
+
+        def reset(self):
+            self.n = 0
+
+    def warm_up(model, shape, training, progress):
+        asked.append((model, shape, training))
+        for done in (0, 3, 4):
+            progress(done, 4)
+
+    monkeypatch.setattr(machine, "tqdm", lambda **options: Bar())
+    monkeypatch.setattr(machine.ceit_kernels, "warm_up", warm_up)
+    machine.compile_kernels("model", (2, 3), "none", True)
+    assert asked == [("model", (2, 3), True), ("model", (2, 3), False)]
+    assert shown == [(0, 4), (3, 4), (4, 4)] * 2
