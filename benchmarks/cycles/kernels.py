@@ -96,7 +96,9 @@ KERNELS = {
     "leff_depthwise_kernel": Kernel(device, _columns),
     "leff_contract_operand_kernel": Kernel(by_unit(wide(device), l2), _steps("E", "TILE_E")),
     "leff_norm_kernel": Kernel(device),
-    "leff_norm_sums_kernel": Kernel(device, _steps("ROWS", "TILE_M")),
+    "leff_norm_sums_kernel": Kernel(
+        device, lambda a: [1] * (a["p_tickets"] is not None) + [_tiles(a, ("ROWS", "TILE_M"))]
+    ),
     "leff_norm_gradient_kernel": Kernel(device, lambda a: [_tiles(a, ("T", "TILE_T")), _tiles(a, ("ROWS", "TILE_M"))]),
     "leff_hidden_gradient_kernel": Kernel(by_unit(wide(device), shared_by(24))),
     "leff_slope_kernel": Kernel(device, _steps("ROWS", "TILE_M")),

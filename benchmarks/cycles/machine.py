@@ -13,7 +13,8 @@ from .sass import Instruction
 CLOCK, SMS = 1.755e9, 132  # of an H100 at its usual clock
 DEVICE_BYTES = 12.9  # a clock and SM: 3.0 TB/s
 _INTERVALS = {"fma": 1, "half": 2, "alu": 2, "uniform": 2}  # cycles between instructions of a unit
-_LATENCIES = {"uniform": 12, "constant": 30, "warpgroup": 12}
+# A ticket waits until all stores are in L2, and for an addition there.
+_LATENCIES = {"uniform": 12, "constant": 30, "warpgroup": 12, "ticket": 1500}
 _RESULT = 6  # cycles to the result of any other
 
 

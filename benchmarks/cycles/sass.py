@@ -38,7 +38,8 @@ _UNITS = {
     "special": "MUFU I2F F2I F2F FRND POPC FLO BREV",
     "load": "LDG",
     "copy": "LDGSTS",
-    "store": "STG RED ATOMG",
+    "store": "STG RED",
+    "ticket": "ATOMG",
     "shared load": "LDS LDSM SHFL",
     "shared store": "STS STSM",
     "tensor": "HMMA",
@@ -185,19 +186,22 @@ def _hex(pattern: str, text: str) -> int:
 
 
 def loops(instructions: list[Instruction]) -> list[int]:
-    """The indices of the branches back of all loops but those that wait for something."""
-    return [k for k, i in enumerate(instructions) if i.unit == "branch" and i.target is not None and k - i.target > 20]
+    """The indices of the branches back of all loops but those that wait for something, and those behind a ticket."""
+    end = next((k for k, i in enumerate(instructions) if i.unit == "ticket"), len(instructions))
+    found = enumerate(instructions[:end])
+    return [k for k, i in found if i.unit == "branch" and i.target is not None and k - i.target > 20]
 
 
 def trace(instructions: list[Instruction], runs: dict[int, int], start: int = 0) -> list[Instruction]:
     """What a warp executes from an instruction on where the loops of these branches run so often, and no branch ahead
-    is taken under a predicate.
+    is taken under a predicate, but the first behind a ticket: few warps have the last one.
     """
-    executed, left, k = [], {}, start
+    executed, left, k, ends = [], {}, start, False
     while k < len(instructions):
         i = instructions[k]
         executed.append(i)
-        if i.unit == "exit" and not i.predicated:
+        ends |= i.unit == "ticket"
+        if i.unit == "exit" and (ends or not i.predicated):
             break
         if i.unit == "branch" and i.target is not None:
             if i.target <= k:
@@ -206,7 +210,7 @@ def trace(instructions: list[Instruction], runs: dict[int, int], start: int = 0)
                     k = i.target
                     continue
                 del left[k]
-            elif not i.predicated:
+            elif ends or not i.predicated:
                 k = i.target
                 continue
         k += 1

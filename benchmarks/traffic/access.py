@@ -130,7 +130,11 @@ KERNELS: dict[str, KernelCost] = {
         z1=image_rows,
     ),
     "leff_moments_kernel": _cost("", "partial count", z=image_rows),
-    "leff_slope_kernel": _cost("z2 norm2", "g2 partial", dh2=image_rows),
+    "leff_slope_kernel": _cost(
+        "z2 norm2 partial tickets total",
+        "g2 partial tickets gradient dbias dnorm_weight dnorm_bias",
+        dh2=image_rows,
+    ),
     "leff_expand_moments_kernel": _cost(
         "weight bias", "z1 partial count", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
     ),
@@ -148,7 +152,7 @@ KERNELS: dict[str, KernelCost] = {
         prefix=prefix_tokens,
     ),
     "leff_norm_kernel": _cost("z3 norm3 residual", "out", x=prefix_tokens),
-    "leff_norm_sums_kernel": _cost("z3 norm3", "partial", dout=image_tokens),
+    "leff_norm_sums_kernel": _cost("z3 norm3", "partial tickets", dout=image_tokens),
     "leff_norm_gradient_kernel": _cost(
         "z3 norm3 partial total", "dz3 dbias dnorm_weight dnorm_bias", dout=image_tokens
     ),

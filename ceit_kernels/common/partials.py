@@ -29,8 +29,8 @@ def is_last(p_ticket, count):
 
 @triton.jit
 def sum_by_last(
-    p_partial, p_tickets, i_t, T, o_e, m_e,
-    E: tl.constexpr, GROUP: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
+    p_partial, p_tickets, i_t, T, GROUP, o_e, m_e,
+    E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Whether this is the last program instance of T, of which i_t has left row pair i_t; if so, both sums of all.
 

@@ -45,6 +45,14 @@ def test_a_trace_runs_loops_as_often_as_it_is_told():
     assert len(trace(code, {30: 5})) == 2 + 5 * 29 + 1
 
 
+def test_behind_a_ticket_all_but_few_program_instances_end():
+    ticket, ahead = Instruction("ticket", True), Instruction("branch", True, target=65)
+    code = [*instructions(3), ticket, ahead, *instructions(60), Instruction("exit", False)]
+    assert len(trace(code, {})) == 6
+    code = [*code[:-1], Instruction("branch", True, target=10), Instruction("exit", False)]
+    assert not loops(code)
+
+
 def test_a_fork_parts_the_program_instances_of_two_kernels_in_one():
     code = [Instruction("branch", True, target=151), *instructions(150), *instructions(10), Instruction("exit", False)]
     first, rest = forked(code, {})

@@ -81,8 +81,8 @@ def add_norm_forward_kernel(
 @kernel
 def add_norm_backward_kernel(
     p_dout, p_dtotal, p_dprefix, p_total, p_weight, p_mean, p_rstd, p_dx, p_partial, p_tickets, p_dweight, p_dbias,
-    M, N, P, STRIDE, ROWS, T, C: tl.constexpr, GROUP: tl.constexpr, TILE_T: tl.constexpr, TILE_R: tl.constexpr,
-    TILE_C: tl.constexpr, ACC: tl.constexpr,
+    M, N, P, STRIDE, ROWS, T, GROUP, C: tl.constexpr, TILE_T: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """dx (M, C), and the gradients (C,) of weight and bias, where wanted, from partial sums (T, 2, C) of dout * hat and
     dout over ROWS rows each.
@@ -121,7 +121,7 @@ def add_norm_backward_kernel(
     if p_partial is not None:
         m_c = o_c < C
         store_rows(p_partial, i_t, tl.sum(b_dweight, axis=0), tl.sum(b_dbias, axis=0), o_c, m_c, C)
-        last, b_weight, b_bias = sum_by_last(p_partial, p_tickets, i_t, T, o_c, m_c, C, GROUP, TILE_T, TILE_C, ACC)
+        last, b_weight, b_bias = sum_by_last(p_partial, p_tickets, i_t, T, GROUP, o_c, m_c, C, TILE_T, TILE_C, ACC)
         if last:
             if p_dweight is not None:
                 tl.store(p_dweight + o_c, b_weight.to(p_dweight.dtype.element_ty), mask=m_c)

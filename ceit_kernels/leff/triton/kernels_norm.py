@@ -38,11 +38,18 @@ def leff_norm_kernel(
 
 @kernel
 def leff_norm_sums_kernel(
-    p_dout, p_z3, p_norm3, p_partial, M, HW, ROWS, P: tl.constexpr, O: tl.constexpr,
+    p_dout, p_z3, p_norm3, p_partial, p_tickets, M, HW, ROWS, COUNTERS, P: tl.constexpr, O: tl.constexpr,
     TILE_M: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (T, 2, O) of the output's gradient and of it times (z3 - mean), over ROWS tokens each."""
+    """Partial sums (T, 2, O) of the output's gradient and of it times (z3 - mean), over ROWS tokens each. Tickets
+    (COUNTERS,) of a later kernel start at 0.
+    """
     i_t = tl.program_id(0)
+    if p_tickets is not None:
+        if (i_t == 0) & (tl.program_id(1) == 0):
+            for t in range(0, COUNTERS, 128):
+                o_t = t + tl.arange(0, 128)
+                tl.store(p_tickets + o_t, tl.zeros((128,), dtype=tl.int32), mask=o_t < COUNTERS)
     o_o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
     m_o = o_o < O
     b_norm = norm_rows(p_norm3, o_o[None, :], m_o[None, :], O)

@@ -4,10 +4,11 @@ import triton
 import triton.language as tl
 
 from ...common.kernel import kernel
-from ...common.partials import store_rows
+from ...common.partials import store_rows, sum_by_last
 from .kernels_common import ONE
 
 __all__ = [
+    "gradient_by_last",
     "gradient_of_sums",
     "leff_reduce_kernel",
     "leff_running_kernel",
@@ -152,14 +153,11 @@ def leff_reduce_kernel(
             o_e = i * TILE_E + tl.arange(0, TILE_E)
             m_e = o_e < E
             b_sum, b_moment = sum_pairs(p_partial, T, o_e, m_e, E, TILE_T, TILE_E, ACC)
-            b_gradient = gradient_of_sums(
-                b_sum, b_moment, p_norm, p_total, p_dbias, p_dnorm_weight, p_dnorm_bias, o_e, m_e, m_e, E
+            _store_gradient(
+                b_sum, b_moment, p_norm, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias, o_e, m_e, E
             )
             if p_sums is not None:
                 store_rows(p_sums, 0, b_sum, b_moment, o_e, m_e, E)
-            if p_gradient is not None:
-                store_rows(p_gradient, 0, b_gradient[0], b_gradient[1], o_e, m_e, E)
-                store_rows(p_gradient, 1, b_gradient[2], b_gradient[3], o_e, m_e, E)
         i -= tl.cdiv(E, TILE_E)
     i = _sum(p_partial1, p_out1, S1, N1, i, ONE, TILE_S, TILE_N, ACC)
     i = _sum(p_partial2, p_out2, S2, N2, i, ONE, TILE_S, TILE_N, ACC)
@@ -179,6 +177,33 @@ def sum_pairs(p_partial, T, o_e, m_e, E: tl.constexpr, TILE_T: tl.constexpr, TIL
         b_sums += tl.load(p_rows, mask=mask, other=0.0)
         b_moments += tl.load(p_rows + E, mask=mask, other=0.0)
     return tl.sum(b_sums, axis=0), tl.sum(b_moments, axis=0)
+
+
+@triton.jit
+def gradient_by_last(
+    p_partial, p_tickets, p_norm, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias, i_t, i_e, T, GROUP, o_e,
+    m_e, E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What ``leff_reduce_kernel`` makes of T row pairs, by the last program instance of channels i_e to leave one."""
+    p_own = p_tickets + i_e * (1 + tl.cdiv(T, GROUP))
+    last, b_sum, b_moment = sum_by_last(p_partial, p_own, i_t, T, GROUP, o_e, m_e, E, TILE_T, TILE_E, ACC)
+    if last:
+        _store_gradient(
+            b_sum, b_moment, p_norm, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias, o_e, m_e, E
+        )
+
+
+@triton.jit
+def _store_gradient(
+    b_sum, b_moment, p_norm, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias, o_e, m_e, E: tl.constexpr
+):
+    """The ``gradient`` array (4, E), where wanted, and what ``gradient_of_sums`` stores."""
+    b_gradient = gradient_of_sums(
+        b_sum, b_moment, p_norm, p_total, p_dbias, p_dnorm_weight, p_dnorm_bias, o_e, m_e, m_e, E
+    )
+    if p_gradient is not None:
+        store_rows(p_gradient, 0, b_gradient[0], b_gradient[1], o_e, m_e, E)
+        store_rows(p_gradient, 1, b_gradient[2], b_gradient[3], o_e, m_e, E)
 
 
 @triton.jit

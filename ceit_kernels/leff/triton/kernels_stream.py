@@ -6,6 +6,7 @@ from ...common.activations import activate_with_slope
 from ...common.kernel import kernel
 from ...common.partials import store_rows
 from .kernels_common import norm_rows, normalize, token_rows
+from .kernels_reduce import gradient_by_last
 
 __all__ = ["leff_moments_kernel", "leff_slope_kernel"]
 
@@ -45,11 +46,12 @@ def leff_moments_kernel(
 
 @kernel
 def leff_slope_kernel(
-    p_dh2, p_z2, p_norm2, p_g2, p_partial, M, HW, ROWS, P: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr,
+    p_dh2, p_z2, p_norm2, p_g2, p_partial, p_tickets, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias,
+    M, HW, ROWS, T, GROUP, P: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """g2 (M, E) = dh2 act'(norm z2), the gradient of norm z2, from dh2 (B, P + HW, E); partial sums (T, 2, E) of g2 and
-    of g2 (z2 - mean), over ROWS tokens each.
+    of g2 (z2 - mean), over ROWS tokens each, and with tickets ``gradient_by_last``.
     """
     i_t = tl.program_id(0)
     o_e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
@@ -72,3 +74,8 @@ def leff_slope_kernel(
         b_sum += b_g2
         b_moment += b_g2 * (b_z2 - b_norm[0])
     store_rows(p_partial, i_t, tl.sum(b_sum, axis=0), tl.sum(b_moment, axis=0), o_e, m_e, E)
+    if p_tickets is not None:
+        gradient_by_last(
+            p_partial, p_tickets, p_norm2, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias,
+            i_t, tl.program_id(1), T, GROUP, o_e, m_e, E, TILE_M, TILE_E, ACC,
+        )  # fmt: skip

@@ -21,7 +21,7 @@ from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_ker
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
 from .kernels_reduce import leff_reduce_kernel
 from .kernels_stream import leff_slope_kernel
-from .launch_common import ROWS, Call
+from .launch_common import ROWS, Call, groups_of
 from .launch_forward import contract_grid, depthwise_grid
 from .tiles import (
     PARTS,
@@ -90,6 +90,7 @@ class _Backward:
         # Partial results, of the taps and of others, that wait for one launch to sum them, and where the sums go.
         self.taps: tuple[Tensor, Tensor] | None = None
         self.partials: list[tuple[Tensor, Tensor]] = []
+        self.tickets: Tensor | None = None
         self.moments: tuple[Tensor, Tensor] | None = None  # x^T x (C, C) and the sums (C,) of x, once they are taken
         call.known |= {"p_dout": dout, "p_z1": self.z1, "p_z2": self.z2, "p_z3": self.z3}
         call.known |= {f"p_norm{i}": norm for i, norm in enumerate(self.norms, 1)}
@@ -154,7 +155,9 @@ class _Backward:
             return self.dout, prefix
         tiles, parts = row_tiles(call.O), cdiv(call.M, ROWS)
         columns, partial = cdiv(call.O, tiles.sizes["TILE_O"]), call.empty(parts, 2, call.O)
-        call.launch(leff_norm_sums_kernel, (parts, columns), tiles, p_partial=partial, ROWS=ROWS)
+        arguments = {"p_partial": partial, "p_tickets": self._tickets(parts), "ROWS": ROWS}
+        counters = 0 if self.tickets is None else self.tickets.numel()
+        call.launch(leff_norm_sums_kernel, (parts, columns), tiles, **arguments, COUNTERS=counters)
         if not wanted:
             self._coefficients(2, partial, False)
             return self.dout, prefix
@@ -164,16 +167,31 @@ class _Backward:
         call.launch(leff_norm_gradient_kernel, grid, tiles, **arguments, **known)
         return dz3, 0
 
+    def _tickets(self, parts: int) -> Tensor | None:
+        """Counters for ``_g2_by_library``, if its kernel can go on to the norm's gradient array."""
+        call = self.call
+        shared = call.settings.group is not None and call.settings.norms[1] == "batch"
+        if call.settings.backend == "library" and not shared:
+            columns = cdiv(call.E, stream_tiles(call.E).sizes["TILE_E"])
+            self.tickets = call.empty(columns * (1 + groups_of(parts)[1]), dtype=torch.int32)
+        return self.tickets
+
     def _g2_by_library(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """As ``_g2``, by PyTorch's GEMM, whose result becomes that of the norm's output where it lies."""
         call, tiles = self.call, stream_tiles(self.call.E, 8)  # with registers for four program instances an SM
         dh2 = compute(_times_weight, dz3, call.layers[2].weight, call.dtype)
         g2 = call.like(self.z2) if prefix else dh2
-        partial = call.empty(cdiv(call.M, ROWS), 2, call.E)
-        arguments = {"p_dh2": dh2, "p_g2": g2, "p_partial": partial, "P": prefix, "ROWS": ROWS}
-        grid = partial.shape[0], cdiv(call.E, tiles.sizes["TILE_E"])
-        call.launch(leff_slope_kernel, grid, tiles, **arguments, ACTIVATION=call.settings.activations[1])
-        return g2, self._coefficients(1, partial, wanted)
+        parts = cdiv(call.M, ROWS)
+        group, groups = groups_of(parts)
+        tickets = self.tickets if wanted or any(self.needs[1][1:]) else None
+        partial = call.empty(parts if tickets is None else parts + groups, 2, call.E)
+        arguments = {"p_dh2": dh2, "p_g2": g2, "p_partial": partial, "P": prefix, "ROWS": ROWS, "T": parts}
+        arguments |= {"GROUP": group, "ACTIVATION": call.settings.activations[1]}
+        gradient = call.empty(GRADIENT_ROWS, call.E) if tickets is not None and wanted else None
+        if tickets is not None:
+            arguments |= {"p_tickets": tickets, "p_gradient": gradient, **self._vectors(1)}
+        call.launch(leff_slope_kernel, (parts, cdiv(call.E, tiles.sizes["TILE_E"])), tiles, **arguments)
+        return g2, self._coefficients(1, partial, wanted) if tickets is None else gradient
 
     def _g2(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient of the second norm's output, and the norm's gradient array if that is wanted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isqrt
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,10 +16,16 @@ from ...common.precision import precision_arguments
 from ...common.tuning import Tiles, tuned_tiles
 from ..arguments import Settings, parameters_per_layer
 
-__all__ = ["ROWS", "Call", "Layer", "linear"]
+__all__ = ["ROWS", "Call", "Layer", "groups_of", "linear"]
 
 Result = TypeVar("Result")
 ROWS = 512  # tokens of which a program instance of a kernel that streams takes sums
+
+
+def groups_of(parts: int) -> tuple[int, int]:
+    """How many parts are summed first where the last program instance takes the sums, and how many such groups."""
+    group = isqrt(parts - 1) + 1
+    return group, cdiv(parts, group)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

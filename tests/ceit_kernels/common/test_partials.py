@@ -22,7 +22,7 @@ def sum_kernel(p_x, p_partial, p_tickets, p_out, T, E: tl.constexpr, TILE: tl.co
     p_row = p_x + i * 2 * E + o_e
     store_rows(p_partial, i, tl.load(p_row, mask=m_e), tl.load(p_row + E, mask=m_e), o_e, m_e, E)
     if ORDERED:
-        last, b_0, b_1 = sum_by_last(p_partial, p_tickets, i, T, o_e, m_e, E, GROUP, 2, TILE, tl.float32)
+        last, b_0, b_1 = sum_by_last(p_partial, p_tickets, i, T, GROUP, o_e, m_e, E, 2, TILE, tl.float32)
     else:
         last = i == T - 1
         b_0 = tl.load(p_partial + o_e, mask=m_e)

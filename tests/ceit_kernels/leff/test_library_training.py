@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import support.leff
 import torch
+from support import instances
 from support.leff import TRAINING_CASES, make_call, make_tokens, pass_through_with_means, run, train_step
 from support.where import DTYPES, UNDER_TTSEM, autocast
 from torch import nn
@@ -39,7 +40,12 @@ def test_a_prefix_behind_a_last_layer_without_a_norm():
 def test_what_many_program_instances_leave_behind_is_merged(poisoned_memory, monkeypatch):
     for module in (launch_forward, launch_backward):
         monkeypatch.setattr(module, "ROWS", 16)
-    check_to_rounding(*make_call((3, 3, 5, 1, 8, 20, 8, 3), torch.float64))
+    call = make_call((3, 3, 5, 1, 8, 20, 8, 3), torch.float64)
+    check_to_rounding(*call)
+    expected = train_step("library", copy.deepcopy(call[0]), *call[1:])
+    instances.shuffle(monkeypatch, 0)
+    found = train_step("library", copy.deepcopy(call[0]), *call[1:])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_residual_other_activations_and_missing_biases():

@@ -10,6 +10,7 @@ from support.machine_code import (
     assert_alike,
     assert_assembled,
     assert_efficient,
+    assert_reads_behind_tickets,
     assert_unspilled,
     compile_for_amd,
     compile_for_nvidia,
@@ -123,6 +124,10 @@ def test_what_streams_between_a_librarys_gemms_does_not_spill(chip):
     for name in ("leff_moments_kernel", "leff_slope_kernel"):
         assert_unspilled(launches[name], chip)
         assert compile_for_nvidia(launches[name], chip).wide_loads
+    # Its registers are those of four program instances an SM.
+    slope = compile_for_nvidia(launches["leff_slope_kernel"], chip)
+    assert slope.registers <= 128
+    assert_reads_behind_tickets(slope.ptx, tickets=2)
 
 
 @pytest.mark.prove
