@@ -43,6 +43,16 @@ def wide(policy: Policy) -> Policy:
     return lambda i, n: policy(i, n) if i.width == 16 else Served(64, 0, 1)
 
 
+def narrow(policy: Policy) -> Policy:
+    """Places by narrow loads; those of 16 bytes are the prefix's, of which there are few."""
+    return lambda i, n: Served(0, 0, 1) if i.width == 16 else policy(i, n)
+
+
+def first_by_l2(count: int) -> Policy:
+    """So many loads of what a kernel before has just left, then others, read once."""
+    return lambda i, n: (l2 if n <= count else device)(i, n)
+
+
 def patches(widest: int, shared: float) -> Policy:
     """Places by predicated loads of no more bytes, so many of which read each; weights and taps from L2."""
 
@@ -78,7 +88,9 @@ def _tiles(a: Arguments, *pairs: tuple[str, str]) -> int:
 
 
 def _products(a: Arguments) -> int:
-    """Program instances of a partial product."""
+    """Program instances of a partial product, if it is wanted."""
+    if a["p_partial"] is None:
+        return 0
     return _tiles(a, ("E", "TILE_E"), ("M", "ROWS")) * ceil(a["C"] / (a["TILE_C"] * a["NUM_C"]))
 
 
@@ -90,7 +102,9 @@ def _columns(a: Arguments) -> list[int]:
 KERNELS = {
     "leff_expand_kernel": Kernel(by_unit(l2, shared_by(24))),
     "leff_contract_kernel": Kernel(patches(8, 4), _steps("E", "TILE_E")),
-    "leff_depthwise_inference_kernel": Kernel(device, lambda a: [a["H"]]),
+    "leff_depthwise_inference_kernel": Kernel(
+        narrow(device), lambda a: [a["H"]], lambda a: a["B"] * _tiles(a, ("W", "TILE_W"), ("E", "TILE_E"))
+    ),
     "leff_expand_moments_kernel": Kernel(by_unit(l2, shared_by(24))),
     "leff_moments_kernel": Kernel(device, _steps("ROWS", "TILE_M")),
     "leff_depthwise_kernel": Kernel(device, _columns),
@@ -99,13 +113,18 @@ KERNELS = {
     "leff_norm_sums_kernel": Kernel(
         device, lambda a: [1] * (a["p_tickets"] is not None) + [_tiles(a, ("ROWS", "TILE_M"))]
     ),
-    "leff_norm_gradient_kernel": Kernel(device, lambda a: [_tiles(a, ("T", "TILE_T")), _tiles(a, ("ROWS", "TILE_M"))]),
+    # Of 256 images 98 partial sums, by eight loads for sixteen, and four vectors.
+    "leff_norm_gradient_kernel": Kernel(
+        first_by_l2(60), lambda a: [_tiles(a, ("T", "TILE_T")), _tiles(a, ("ROWS", "TILE_M"))]
+    ),
     "leff_hidden_gradient_kernel": Kernel(by_unit(wide(device), shared_by(24))),
     "leff_slope_kernel": Kernel(device, _steps("ROWS", "TILE_M")),
     "leff_depthwise_backward_kernel": Kernel(device, _columns),
     "leff_statistics_kernel": Kernel(l2, lambda a: [_tiles(a, ("T", "TILE_T"))] * 2),
     "leff_weight_gradient_kernel": Kernel(
-        by_unit(l2, shared_by(12)), lambda a: [_tiles(a, ("ROWS", "TILE_M"))] * 2, _products
+        by_unit(l2, shared_by(12)),
+        lambda a: [_tiles(a, ("ROWS", "TILE_M"))] * sum(a[name] is not None for name in ("p_partial", "p_gram")),
+        _products,
     ),
     "leff_factored_product_kernel": Kernel(
         by_unit(l2, shared_by(12)),
@@ -154,17 +173,16 @@ def estimate(launch: Launch, kernel: Kernel | None = None) -> Estimate:
     counts, warps = dict(zip(branches, runs, strict=True)), launch.num_warps
     by_registers = _REGISTERS // (ceil(code.registers / 8) * 8 * 32 * warps)
     resident = max(1, min(by_registers, _SHARED_BYTES // (code.shared_bytes + 1024), _WARPS // warps, _INSTANCES))
-    times = []
+    times, count = [], 0 if kernel.first is None else kernel.first(launch.arguments)
     for conditions in CONDITIONS:
-        if kernel.first is None:
+        if not 0 < count < prod(launch.grid):
             executed = trace(code.instructions, counts)
             seconds = _alike(executed, prod(launch.grid), resident, warps, kernel.policy, conditions)
         else:
             first, rest = forked(code.instructions, counts)
-            count = kernel.first(launch.arguments)
             ways = [(first, count), (rest, prod(launch.grid) - count)]
             seconds = _in_turn(
-                [(run_cycles(way, resident, warps // 4, 1, kernel.policy, conditions), n) for way, n in ways if n],
+                [(_alone(way, resident, warps, kernel.policy, conditions), n) for way, n in ways if n],
                 SMS * resident,
             )
         times.append(seconds * 1e6)
@@ -185,6 +203,11 @@ def _alike(
     cycles = run_cycles(executed, slots, max(1, warps // 4), rounds, policy, conditions)
     waves = ceil(each) if each <= 6 and resident <= 2 else max(1.0, each)
     return cycles / rounds * waves / CLOCK
+
+
+def _alone(executed: Sequence[Instruction], resident: int, warps: int, policy: Policy, conditions: Conditions) -> float:
+    """Cycles of a program instance among as many as are resident."""
+    return run_cycles(executed, max(1, resident * min(warps, 4) // 4), max(1, warps // 4), 1, policy, conditions)
 
 
 def _in_turn(ways: Sequence[tuple[float, int]], slots: int) -> float:

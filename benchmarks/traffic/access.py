@@ -124,15 +124,17 @@ KERNELS: dict[str, KernelCost] = {
         x=prefix_tokens,
     ),
     "leff_depthwise_inference_kernel": _cost(
-        "weight2 bias2" + "".join(f" norm_weight{i} norm_bias{i} running_mean{i} running_var{i}" for i in (1, 2, 3)),
-        "h2 norm3",
+        "weight2 bias2 weight3 bias3 residual"
+        + "".join(f" norm_weight{i} norm_bias{i} running_mean{i} running_var{i}" for i in (1, 2, 3)),
+        "h2 norm3 scaled added",
         lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
         z1=image_rows,
+        x=prefix_tokens,
     ),
     "leff_moments_kernel": _cost("", "partial count", z=image_rows),
     "leff_slope_kernel": _cost(
         "z2 norm2 partial tickets total",
-        "g2 partial tickets gradient dbias dnorm_weight dnorm_bias",
+        "g2 h2 partial tickets gradient dbias dnorm_weight dnorm_bias",
         dh2=image_rows,
     ),
     "leff_expand_moments_kernel": _cost(

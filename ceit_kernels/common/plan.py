@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ _ALIGNED = 128  # numbers of a piece are a multiple, so that all start as a buff
 _ALIGNED_RESULT = 16  # likewise where the piece is a result, so that kernels load and store 16 bytes at a time
 
 _HERE = nullcontext()
+
+Made = TypeVar("Made", bound=Tensor | None)
 
 # None for a kind of call that cannot be replayed.
 _plans: dict[Hashable, _Plan | None] = {}
@@ -116,7 +118,7 @@ def without_plan() -> AbstractContextManager[None]:
     return _taking_down(None)
 
 
-def compute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def compute(function: Callable[..., Made], *arguments: Any) -> Made:
     """What a function of tensors and constants returns, as a step of the plan that is being taken down, if any."""
     result = function(*arguments)
     if this_thread.tape is not None:

@@ -13,7 +13,7 @@ from ...common.kernel import kernel
 from ...common.partials import store_rows
 from .kernels_common import gradient_rows, norm_gradient, norm_rows, normalize
 
-__all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel"]
+__all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel", "load_row", "load_taps", "outside"]
 
 
 @kernel
@@ -26,6 +26,10 @@ def leff_depthwise_kernel(
     R: tl.constexpr = KERNEL // 2
     NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
     NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
+    TILE_X: tl.constexpr = TILE_W + 2 * R
+    # Places of a row that are loaded: without the margins where they are padding.
+    FIRST: tl.constexpr = R if NX == 1 else 0
+    LAST: tl.constexpr = W + R if NX == 1 else TILE_X
     i_e = tl.program_id(0) % NE
     i_t = tl.program_id(0) // NE
     i_g = i_t // NX
@@ -45,16 +49,20 @@ def leff_depthwise_kernel(
         b_open = ()
         for _ in tl.static_range(2 * R * TILE_W):
             b_open = b_open + (b_bias,)
+        # The next row's loads wait for memory while the current one is computed.
+        i_1 = i_b * H * W + (i_b + 1) * P1 + o_x - R
+        b_next = load_row(p_z1 + i_1.to(tl.int64) * E + o_e, m_e, o_x, FIRST, LAST, R, W, E)
         for y in range(0, H + R):
+            b_row = b_next
+            p_row = p_z1 + (i_1 + (y + 1) * W).to(tl.int64) * E + o_e
+            b_next = load_row(p_row, m_e & (y + 1 < H), o_x, FIRST, LAST, R, W, E)
             b_a1 = ()
-            p_row = p_z1 + ((i_b * H + y) * W + (i_b + 1) * P1 + o_x - R).to(tl.int64) * E + o_e
-            for x in tl.static_range(TILE_W + 2 * R):
+            for x in tl.static_range(TILE_X):
                 if outside(x, W, R, NX):
                     b_a1 = b_a1 + (b_zero,)
                 else:
                     valid = (y < H) & (o_x + x >= R) & (o_x + x < W + R)
-                    b_z1 = tl.load(p_row + x * E, mask=m_e & valid, other=0.0).to(ACC)
-                    b_act = activate(normalize(b_z1, p_norm1, b_norm, EXACT), ACTIVATION, EXACT)
+                    b_act = activate(normalize(b_row[x - FIRST].to(ACC), p_norm1, b_norm, EXACT), ACTIVATION, EXACT)
                     b_a1 = b_a1 + (tl.where(valid, b_act, 0.0),)
             b_rows = ()
             for i in tl.static_range((2 * R + 1) * TILE_W):
@@ -168,6 +176,18 @@ def leff_depthwise_backward_kernel(
     for k in tl.static_range(KERNEL * KERNEL):
         p_tap = p_taps_gradient + (i_t * (KERNEL * KERNEL) + k).to(tl.int64) * E + o_e
         tl.store(p_tap, b_dtaps[k], mask=m_e)
+
+
+@triton.jit
+def load_row(
+    p_row, mask, o_x, FIRST: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, W: tl.constexpr, E: tl.constexpr
+):
+    """A tuple of places of a row with its margins."""
+    b_row = ()
+    for x in tl.static_range(FIRST, LAST):
+        valid = (o_x + x >= R) & (o_x + x < W + R)
+        b_row = b_row + (tl.load(p_row + x * E, mask=mask & valid, other=0.0),)
+    return b_row
 
 
 @triton.jit

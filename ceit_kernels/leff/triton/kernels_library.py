@@ -11,24 +11,29 @@ from ...common.activations import activate
 from ...common.kernel import kernel
 from ...common.partials import store_rows
 from .kernels_common import scale_and_shift
-from .kernels_depthwise import load_taps, outside
+from .kernels_depthwise import load_row, load_taps, outside
 
-__all__ = ["leff_depthwise_inference_kernel"]
+__all__ = ["ADDED_TILES", "leff_depthwise_inference_kernel"]
+
+ADDED_TILES = tl.constexpr(4)  # of rows that are added to the last GEMM, of a program instance
 
 
 @kernel
 def leff_depthwise_inference_kernel(
     p_z1, p_norm_weight1, p_norm_bias1, p_running_mean1, p_running_var1,
     p_weight2, p_bias2, p_norm_weight2, p_norm_bias2, p_running_mean2, p_running_var2, p_h2,
-    p_norm_weight3, p_norm_bias3, p_running_mean3, p_running_var3, p_norm3,
-    B, H, eps1: tl.float64, eps2: tl.float64, eps3: tl.float64,
+    p_weight3, p_bias3, p_norm_weight3, p_norm_bias3, p_running_mean3, p_running_var3, p_norm3, p_scaled, p_added,
+    p_x, p_residual, B, H, ROWS, eps1: tl.float64, eps2: tl.float64, eps3: tl.float64,
     P: tl.constexpr, W: tl.constexpr, E: tl.constexpr, O: tl.constexpr, KERNEL: tl.constexpr,
     ACTIVATION1: tl.constexpr, ACTIVATION2: tl.constexpr,
-    TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+    TILE_W: tl.constexpr, TILE_E: tl.constexpr, TILE_R: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """h2 (M, E) = act(norm dw(act(norm z1))) from z1 (B, P + HW, E) and weight2 (E, KERNEL^2).
 
-    The program instances behind those of the images make the ``norm`` array of the last layer, if it has a norm.
+    The program instances behind those of the images prepare the last GEMM: what is added to its product, ROWS of O
+    numbers, and weight3 (O, E) by the scale of its norm. What is added is the shift alone or, with rows of h2 that are
+    zero for the prefix, all else in the result. Or they make the ``norm`` array of the last layer, for a kernel behind.
     """
     R: tl.constexpr = KERNEL // 2
     NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
@@ -37,13 +42,22 @@ def leff_depthwise_inference_kernel(
     # Places of a row that are loaded: without the margins where they are padding.
     FIRST: tl.constexpr = R if NX == 1 else 0
     LAST: tl.constexpr = W + R if NX == 1 else TILE_X
+    P2: tl.constexpr = 0 if p_added is None else P  # of h2
     i_t = tl.program_id(0) // NE
     i_b = i_t // NX
     if i_b >= B:
-        o_o = (tl.program_id(0) - B * NX * NE) * TILE_E + tl.arange(0, TILE_E)
+        i = tl.program_id(0) - B * NX * NE
+        vectors3 = (p_bias3, p_norm_weight3, p_norm_bias3, p_running_mean3, p_running_var3)
         if p_norm3 is not None:
-            vectors3 = (None, p_norm_weight3, None, p_running_mean3, p_running_var3)
-            _store_norm(p_norm3, vectors3, p_norm_bias3, eps3, o_o, O, TILE_E, ACC)
+            _store_norm(p_norm3, vectors3, eps3, i * TILE_E + tl.arange(0, TILE_E), O, TILE_E, ACC)
+        if p_added is not None:
+            adding = tl.cdiv(ROWS, ADDED_TILES * TILE_R) * tl.cdiv(O, TILE_E)
+            if i < adding:
+                _store_added(p_x, p_residual, p_added, vectors3, eps3, i, ROWS, H * W, P, O, TILE_R, TILE_E, ACC)
+            i -= adding
+        if p_scaled is not None:
+            if i >= 0:
+                _scale_weight(p_weight3, p_scaled, vectors3, eps3, i, O, E, TILE_R, TILE_E, ACC)
     else:
         o_x = i_t % NX * TILE_W  # the first column
         o_e = tl.program_id(0) % NE * TILE_E + tl.arange(0, TILE_E)
@@ -64,12 +78,16 @@ def leff_depthwise_inference_kernel(
 
         # Tokens, whose numbers times channels may take 64 bits.
         i_1 = i_b * (H * W + P) + P + o_x - R
-        i_2 = i_b * H * W + o_x
-        b_next = _load_row(p_z1 + i_1.to(tl.int64) * E + o_e, m_e, o_x, FIRST, LAST, R, W, E)
+        i_2 = i_b * (H * W + P2) + P2 + o_x
+        for k in tl.static_range(P2):
+            if o_x == 0:
+                p_prefix = p_h2 + (i_2 - 1 - k).to(tl.int64) * E + o_e
+                tl.store(p_prefix, b_zero.to(COMPUTE), mask=m_e)
+        b_next = load_row(p_z1 + i_1.to(tl.int64) * E + o_e, m_e, o_x, FIRST, LAST, R, W, E)
         for y in range(0, H):
             b_row = b_next
             p_row = p_z1 + (i_1 + (y + 1) * W).to(tl.int64) * E + o_e
-            b_next = _load_row(p_row, m_e & (y + 1 < H), o_x, FIRST, LAST, R, W, E)
+            b_next = load_row(p_row, m_e & (y + 1 < H), o_x, FIRST, LAST, R, W, E)
             b_a1 = ()
             for x in tl.static_range(TILE_X):
                 if outside(x, W, R, NX):
@@ -116,24 +134,54 @@ def _store_row(
 
 
 @triton.jit
-def _load_row(
-    p_row, mask, o_x, FIRST: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, W: tl.constexpr, E: tl.constexpr
-):
-    """A tuple of places of a row with its margins."""
-    b_row = ()
-    for x in tl.static_range(FIRST, LAST):
-        valid = (o_x + x >= R) & (o_x + x < W + R)
-        b_row = b_row + (tl.load(p_row + x * E, mask=mask & valid, other=0.0),)
-    return b_row
+def _scale_weight(
+    p_weight, p_scaled, vectors, eps, i, O: tl.constexpr, E: tl.constexpr, TILE_R: tl.constexpr, TILE_E: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Tile i of a weight (O, E) by the scale of the norm behind it."""
+    NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
+    o_o = i // NE * TILE_R + tl.arange(0, TILE_R)
+    o_e = i % NE * TILE_E + tl.arange(0, TILE_E)
+    b_scale, _ = scale_and_shift(vectors, eps, o_o, o_o < O, TILE_R, ACC)
+    offsets = o_o[:, None] * E + o_e[None, :]
+    mask = (o_o < O)[:, None] & (o_e < E)[None, :]
+    b_weight = tl.load(p_weight + offsets, mask=mask, other=0.0).to(ACC) * b_scale[:, None]
+    tl.store(p_scaled + offsets, b_weight.to(p_scaled.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _store_norm(p_norm, vectors, p_bias, eps, o_o, O: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr):
-    """Mean, scale and shift of running statistics, where a ``norm`` array has them."""
+def _store_added(
+    p_x, p_residual, p_added, vectors, eps, i, ROWS, HW, P: tl.constexpr, O: tl.constexpr, TILE_R: tl.constexpr,
+    TILE_O: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A few tiles of rows: the shift of a layer, or x where a row is a prefix token, and the residual."""
+    NO: tl.constexpr = (O + TILE_O - 1) // TILE_O
+    o_o = i % NO * TILE_O + tl.arange(0, TILE_O)
+    o_r = tl.arange(0, TILE_R)
     m_o = o_o < O
-    b_scale, _ = scale_and_shift(vectors, eps, o_o, m_o, TILE_O, ACC)
+    _, b_shift = scale_and_shift(vectors, eps, o_o, m_o, TILE_O, ACC)
+    for k in tl.static_range(ADDED_TILES):
+        row = (i // NO * ADDED_TILES + k) * TILE_R
+        offsets = row.to(tl.int64) * O + (o_r[:, None] * O + o_o[None, :])
+        mask = (row + o_r < ROWS)[:, None] & m_o[None, :]
+        b_added = tl.zeros((TILE_R, TILE_O), dtype=ACC) + b_shift[None, :]
+        if P > 0:
+            if (row % (HW + P) < P) | (row % (HW + P) + TILE_R > HW + P):
+                m_p = ((row + o_r) % (HW + P) < P)[:, None]
+                b_added = tl.where(m_p, tl.load(p_x + offsets, mask=mask & m_p, other=0.0).to(ACC), b_added)
+        if p_residual is not None:
+            b_added += tl.load(p_residual + offsets, mask=mask, other=0.0).to(ACC)
+        tl.store(p_added + offsets, b_added.to(p_added.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_norm(p_norm, vectors, eps, o_o, O: tl.constexpr, TILE_O: tl.constexpr, ACC: tl.constexpr):
+    """Mean, scale and shift of running statistics, where a ``norm`` array has them; without the layer's bias."""
+    _, p_norm_weight, p_norm_bias, p_mean, p_variance = vectors
+    m_o = o_o < O
+    b_scale, _ = scale_and_shift((None, p_norm_weight, None, p_mean, p_variance), eps, o_o, m_o, TILE_O, ACC)
     b_shift = tl.zeros((TILE_O,), dtype=ACC)
-    if p_bias is not None:
-        b_shift += tl.load(p_bias + o_o, mask=m_o, other=0.0).to(ACC)
-    tl.store(p_norm + o_o, tl.load(vectors[3] + o_o, mask=m_o, other=0.0).to(ACC), mask=m_o)
+    if p_norm_bias is not None:
+        b_shift += tl.load(p_norm_bias + o_o, mask=m_o, other=0.0).to(ACC)
+    tl.store(p_norm + o_o, tl.load(p_mean + o_o, mask=m_o, other=0.0).to(ACC), mask=m_o)
     store_rows(p_norm + 3 * O, 0, b_scale, b_shift, o_o, m_o, O)

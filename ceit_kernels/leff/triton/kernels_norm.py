@@ -1,5 +1,6 @@
 """The last norm in training, forward and backward: the kernels that take one pass over tokens and compute little."""
 
+import triton
 import triton.language as tl
 
 from ...common.kernel import kernel
@@ -89,13 +90,23 @@ def leff_norm_gradient_kernel(
     )
     b_gradient = b_mean[None, :], b_a[None, :], b_b[None, :], b_c[None, :]
     o_r = tl.arange(0, TILE_M)
-    for k in range(tl.cdiv(tl.minimum(ROWS, M - i_t * ROWS), TILE_M)):
+    steps = tl.cdiv(tl.minimum(ROWS, M - i_t * ROWS), TILE_M)
+    # The next tile's loads wait for memory while the current one is computed.
+    b_next = _load_pair(p_dout, p_z3, i_t * ROWS, o_r, o_o, m_o, M, HW, P, O)
+    for k in range(steps):
+        b_dout, b_z3 = b_next
         m = i_t * ROWS + k * TILE_M
-        o_m = m + o_r
-        mask = (o_m < M)[:, None] & m_o[None, :]
+        b_next = _load_pair(p_dout, p_z3, m + TILE_M, o_r, o_o, m_o & (k + 1 < steps), M, HW, P, O)
+        b_dz3 = norm_gradient(b_dout.to(ACC), b_z3.to(ACC), b_gradient, EXACT)
         offsets = m.to(tl.int64) * O + (o_r[:, None] * O + o_o[None, :])
-        row, o_t = token_rows(o_m, m, HW, P)
-        b_dout = tl.load(p_dout + row * O + (o_t[:, None] * O + o_o[None, :]), mask=mask, other=0.0).to(ACC)
-        b_z3 = tl.load(p_z3 + offsets, mask=mask, other=0.0).to(ACC)
-        b_dz3 = norm_gradient(b_dout, b_z3, b_gradient, EXACT)
+        mask = (m + o_r < M)[:, None] & m_o[None, :]
         tl.store(p_dz3 + offsets, b_dz3.to(p_dz3.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_pair(p_dout, p_z3, m, o_r, o_o, m_o, M, HW, P: tl.constexpr, O: tl.constexpr):
+    """Tiles of dout and of z3 from image token m on."""
+    mask = (m + o_r < M)[:, None] & m_o[None, :]
+    row, o_t = token_rows(m + o_r, m, HW, P)
+    b_dout = tl.load(p_dout + row * O + (o_t[:, None] * O + o_o[None, :]), mask=mask, other=0.0)
+    return b_dout, tl.load(p_z3 + m.to(tl.int64) * O + (o_r[:, None] * O + o_o[None, :]), mask=mask, other=0.0)

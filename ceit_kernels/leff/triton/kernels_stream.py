@@ -46,12 +46,12 @@ def leff_moments_kernel(
 
 @kernel
 def leff_slope_kernel(
-    p_dh2, p_z2, p_norm2, p_g2, p_partial, p_tickets, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias,
+    p_dh2, p_z2, p_norm2, p_g2, p_h2, p_partial, p_tickets, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias,
     M, HW, ROWS, T, GROUP, P: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """g2 (M, E) = dh2 act'(norm z2), the gradient of norm z2, from dh2 (B, P + HW, E); partial sums (T, 2, E) of g2 and
-    of g2 (z2 - mean), over ROWS tokens each, and with tickets ``gradient_by_last``.
+    """g2 (M, E) = dh2 act'(norm z2), the gradient of norm z2, from dh2 (B, P + HW, E); where wanted h2 = act(norm z2);
+    partial sums (T, 2, E) of g2 and of g2 (z2 - mean), over ROWS tokens each, and with tickets ``gradient_by_last``.
     """
     i_t = tl.program_id(0)
     o_e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
@@ -67,7 +67,9 @@ def leff_slope_kernel(
         b_dh2 = tl.load(p_dh2 + row * E + (o_t[:, None] * E + o_e[None, :]), mask=mask, other=0.0).to(ACC)
         offsets = m.to(tl.int64) * E + (o_r[:, None] * E + o_e[None, :])
         b_z2 = tl.load(p_z2 + offsets, mask=mask, other=0.0).to(ACC)
-        _, b_slope = activate_with_slope(normalize(b_z2, p_norm2, b_norm, EXACT), ACTIVATION, EXACT)
+        b_h2, b_slope = activate_with_slope(normalize(b_z2, p_norm2, b_norm, EXACT), ACTIVATION, EXACT)
+        if p_h2 is not None:
+            tl.store(p_h2 + offsets, b_h2.to(COMPUTE), mask=mask)
         b_out = (b_dh2 * b_slope).to(COMPUTE)
         tl.store(p_g2 + offsets, b_out, mask=mask)
         b_g2 = b_out.to(ACC)

@@ -104,12 +104,18 @@ class _Backward:
         dz3, prefix = self._dz3(below3 or need_weight3)
         factored = _is_factored(call.dtype)
         moments = below1 and factored and call.settings.norms[0] == "batch"
+        by_library = call.settings.backend == "library"
+        # Then the pass for g2 keeps the operand of a GEMM.
+        need_h2 = by_library and need_weight3 and below3 and not prefix
+        need_weight3 &= not need_h2
         if need_weight3 or moments:
             self._weight3(dz3, prefix, need_weight3, moments)
         if not below3:
             return None
-        hidden_gradient = self._g2_by_library if self.call.settings.backend == "library" else self._g2
-        g2, gradient2 = hidden_gradient(dz3, prefix, below2)
+        if by_library:
+            g2, gradient2 = self._g2_by_library(dz3, prefix, below2, need_h2)
+        else:
+            g2, gradient2 = self._g2(dz3, prefix, below2)
         if not below2:
             return None
         g1, gradient1 = self._g1(g2, gradient2, below1)
@@ -176,21 +182,25 @@ class _Backward:
             self.tickets = call.empty(columns * (1 + groups_of(parts)[1]), dtype=torch.int32)
         return self.tickets
 
-    def _g2_by_library(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """As ``_g2``, by PyTorch's GEMM, whose result becomes that of the norm's output where it lies."""
+    def _g2_by_library(self, dz3: Tensor, prefix: int, wanted: bool, need_h2: bool) -> tuple[Tensor, Tensor | None]:
+        """As ``_g2``, by PyTorch's GEMM, whose result becomes that of the norm's output where it lies; and the gradient
+        of the last weight by another, of h2.
+        """
         call, tiles = self.call, stream_tiles(self.call.E, 8)  # with registers for four program instances an SM
         dh2 = compute(_times_weight, dz3, call.layers[2].weight, call.dtype)
-        g2 = call.like(self.z2) if prefix else dh2
+        g2, h2 = call.like(self.z2) if prefix else dh2, call.like(self.z2) if need_h2 else None
         parts = cdiv(call.M, ROWS)
         group, groups = groups_of(parts)
         tickets = self.tickets if wanted or any(self.needs[1][1:]) else None
         partial = call.empty(parts if tickets is None else parts + groups, 2, call.E)
-        arguments = {"p_dh2": dh2, "p_g2": g2, "p_partial": partial, "P": prefix, "ROWS": ROWS, "T": parts}
+        arguments = {"p_dh2": dh2, "p_g2": g2, "p_h2": h2, "p_partial": partial, "P": prefix, "ROWS": ROWS, "T": parts}
         arguments |= {"GROUP": group, "ACTIVATION": call.settings.activations[1]}
         gradient = call.empty(GRADIENT_ROWS, call.E) if tickets is not None and wanted else None
         if tickets is not None:
             arguments |= {"p_tickets": tickets, "p_gradient": gradient, **self._vectors(1)}
         call.launch(leff_slope_kernel, (parts, cdiv(call.E, tiles.sizes["TILE_E"])), tiles, **arguments)
+        if h2 is not None:
+            self.gradients[2][0] = compute(_weight_gradient, dz3, h2, call.layers[2].weight)
         return g2, self._coefficients(1, partial, wanted) if tickets is None else gradient
 
     def _g2(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -319,7 +329,7 @@ class _Backward:
             if "p_folded" in arguments:
                 columns = cdiv(call.C, tiles.sizes["FOLD_C"])
                 folds = columns if arguments["p_tail"] is None else columns**2
-            rows, splits = _split(call.M, max(programs + of_moments // 2, 1), tile_m, folds)
+            rows, splits = _split(call.M, max(programs + of_moments // (1 + product), 1), tile_m, folds)
             partial = call.empty(splits, call.E * channels) if product else None
             gram, sums = (call.empty(splits, call.C**n) if moments else None for n in (2, 1))
             programs = (programs + of_moments) * splits + folds
@@ -328,8 +338,8 @@ class _Backward:
                 call.launch(kernel, (programs,), tiles, **{**arguments, **results})
             return partial, gram, sums
 
-        table = weight_gradient_tiles(channels, call.E, call.dtype, call.chip)
-        key = {"E": call.E, "C": channels, "operand": arguments["OPERAND"], "moments": moments}
+        table = weight_gradient_tiles(channels, call.E, call.dtype, call.chip, not product)
+        key = {"E": call.E, "C": channels, "operand": arguments["OPERAND"], "moments": moments, "product": product}
         return call.tuned(kernel, table, key, run)
 
     def _sum(self, partial: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -361,6 +371,11 @@ class _Backward:
 def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a pointwise layer's input, of all rows of tokens."""
     return gradient.flatten(0, -2).to(dtype) @ weight.flatten(1).to(dtype)
+
+
+def _weight_gradient(gradient: Tensor, operand: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a pointwise layer's weight from that of its output, and its input."""
+    return (gradient.flatten(0, -2).t().to(operand.dtype) @ operand).view(weight.shape).to(weight.dtype)
 
 
 def _image_rows(z: Tensor, images: int, prefix: int) -> Tensor:

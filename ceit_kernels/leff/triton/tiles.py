@@ -88,16 +88,21 @@ def contract_tiles(out_features: int, dtype: torch.dtype, chip: int) -> Tiles:
     return Tiles({"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count}, 8, stages)
 
 
-def weight_gradient_tiles(channels: int, width: int, dtype: torch.dtype, chip: int) -> Tiles:
-    """operand^T tokens: tokens at a time, the operand's channels, and tiles of the tokens' channels."""
+def weight_gradient_tiles(
+    channels: int, width: int, dtype: torch.dtype, chip: int, only_moments: bool = False
+) -> Tiles:
+    """operand^T tokens: tokens at a time, the operand's channels, and tiles of the tokens' channels; ``only_moments``
+    where x^T x is all that is wanted, of which a program instance has one tile.
+    """
     if dtype.itemsize > 2:
         return Tiles({"TILE_M": 16, "TILE_E": _fit(64, width), "TILE_C": _fit(64, channels), "NUM_C": 1}, 8, 2)
     size, count = _cover(channels)
     columns = 128 if chip in _OPERANDS_FROM_SHARED_MEMORY else 64
-    depth = 16 if chip == 120 and size == 128 else 32
-    return Tiles(
-        {"TILE_M": depth, "TILE_E": _fit(columns, width), "TILE_C": _fit(size, channels), "NUM_C": count}, 8, 3
-    )
+    depth, stages = 16 if chip == 120 and size == 128 else 32, 3
+    if only_moments and chip in _OPERANDS_FROM_SHARED_MEMORY:
+        depth, stages = 64, 4
+    sizes = {"TILE_M": depth, "TILE_E": _fit(columns, width), "TILE_C": _fit(size, channels), "NUM_C": count}
+    return Tiles(sizes, 8, stages)
 
 
 def factored_tiles(tiles: Tiles, channels: int) -> Tiles:

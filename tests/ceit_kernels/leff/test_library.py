@@ -5,9 +5,13 @@ import copy
 import pytest
 import torch
 from support.accuracy import assert_as_accurate
-from support.leff import make_leff, make_tokens, pass_through_with_means, run
+from support.leff import make_leff, make_shape, make_tokens, pass_through_with_means, run
 from support.where import DTYPES, UNDER_TTSEM, autocast
 from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from ceit_kernels.common.launch import record_launches
+from ceit_kernels.leff.triton.launch_library import leff_inference_library
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
@@ -55,9 +59,13 @@ def test_other_activations(activation):
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-@pytest.mark.parametrize("residual_dtype", [torch.float16, torch.float32], ids=str)
-def test_adds_a_residual_of_any_type(residual_dtype, prefix):
-    leff, x, grid_size = make((2, 3, 3, prefix, 16, 24, 16, 3), torch.float16)
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"),
+    [(torch.float16, torch.float16), (torch.float16, torch.float32), (torch.float32, torch.float32)],
+    ids=str,
+)
+def test_adds_a_residual_of_any_type(dtype, residual_dtype, prefix):
+    leff, x, grid_size = make((2, 3, 3, prefix, 16, 24, 16, 3), dtype)
     check(leff, x, grid_size, make_tokens(*x.shape, residual_dtype, seed=1))
 
 
@@ -70,6 +78,23 @@ def test_takes_norms_in_float32_and_parts_that_are_missing():
     check(leff, x, grid_size)
     leff.bn3 = nn.Identity()
     check(leff, x, grid_size)
+
+
+def test_what_is_added_to_the_last_product_fills_many_program_instances():
+    leff, x, grid_size = make((2, 5, 7, 2, 70, 8, 70, 3), torch.float32)
+    check(leff, x, grid_size, make_tokens(*x.shape, torch.float32, seed=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_last_norm_and_the_prefix_take_no_launch_but_where_weights_have_no_room_for_a_scale(dtype):
+    with FakeTensorMode(), record_launches() as launches:
+        x, parameters, settings = make_shape("tiny", dtype, "frozen")
+        leff_inference_library(x, parameters, x, settings, dtype)
+        leff_inference_library(x, [None if i % 6 > 1 else p for i, p in enumerate(parameters)], x, settings, dtype)
+    names = ["leff_depthwise_inference_kernel"] * 2
+    if dtype == torch.float16:
+        names.insert(1, "leff_norm_kernel")
+    assert [launch.kernel.__name__ for launch in launches] == names
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
