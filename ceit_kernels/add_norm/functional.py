@@ -15,7 +15,7 @@ from .cpu import total_dtype
 from .op import add_norm_operator, layer_norm_dtype
 from .reference import add_norm_reference
 
-__all__ = ["add_layer_norm", "add_norm"]
+__all__ = ["add_layer_norm", "add_norm", "add_norm_of_tensors"]
 
 
 def add_norm(
@@ -50,13 +50,27 @@ def add_norm(
         ValueError, TypeError: an argument's shape, dtype, device or value is wrong.
         BackendError: the backend that was asked for cannot serve the call.
     """
+    unsupported = unsupported_reason(x, branch, weight, bias)
+    return add_norm_of_tensors(x, branch, weight, bias, eps, num_prefix_tokens, unsupported)
+
+
+def add_norm_of_tensors(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    num_prefix_tokens: int | None,
+    unsupported: str | None = None,
+) -> tuple[Tensor, ...]:
+    """``add_norm``, once it is known whether its tensors are of no kind that operators read (``unsupported``)."""
     prefix_tokens = num_prefix_tokens or 0
     dtype, training = total_dtype(x, branch), needs_gradient(x, branch, weight, bias)
     inputs = x, branch, weight, bias, eps, prefix_tokens, training, layer_norm_dtype(x, dtype)
     some_prefix = x.dim() == 3 and 0 < prefix_tokens <= x.shape[1]
     if not (_are_alike(x, branch, weight, bias) and (some_prefix or not prefix_tokens)):
         add_norm_operator.check(*inputs)
-    unsupported = add_norm_operator.unsupported(*inputs) or unsupported_reason(x, branch, weight, bias)
+    unsupported = add_norm_operator.unsupported(x) or unsupported
     backend = backends.choose("add_norm", x, dtype, unsupported).backend
     if backend == "reference":
         total, out = add_norm_reference(x, branch, weight, bias, eps)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
-from ..common.calls import foreign_reason, unsupported_reason
-from ..common.children import child_reason, children_reason
+from ..common.calls import unsupported_reason
+from ..common.children import child_reason, children_reason, held
 from ..common.module import Fusion, attributes_of
-from .functional import add_norm
+from .functional import add_norm_of_tensors
 
 __all__ = ["AddNorm", "FusedAddNorm", "is_plain_layer_norm"]
 
@@ -72,15 +72,14 @@ class AddNormFusion(Fusion, attributes_of(AddNorm)):
         Raises:
             ValueError, TypeError, BackendError: as ``add_norm``.
         """
-        reason = unsupported_reason(x, branch) or self.plain_reason() or _norm_reason(norm)
-        layer_norm = cast("nn.LayerNorm", norm)  # unless there is a reason
+        reason = self.plain_reason() or _norm_reason(norm)
         if reason is None:
-            weight, bias = layer_norm.weight, layer_norm.bias
-            reason = foreign_reason(weight, bias)
+            weight, bias = held(norm, "weight"), held(norm, "bias")
+            reason = unsupported_reason(x, branch, weight, bias)
         if reason is not None:
             backends.leave_to_reference("add_norm", reason)
             return super().forward(x, branch, norm, num_prefix_tokens)
-        return add_norm(x, branch, weight, bias, layer_norm.eps, num_prefix_tokens=num_prefix_tokens)
+        return add_norm_of_tensors(x, branch, weight, bias, cast("nn.LayerNorm", norm).eps, num_prefix_tokens)
 
     def plain_reason(self) -> str | None:
         """As of ``Fusion``."""

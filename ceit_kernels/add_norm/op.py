@@ -109,13 +109,13 @@ class _AddNorm(Operator):
         total, *saved = ctx.saved_tensors
         need_x, need_branch, *need_parameters = ctx.needs_input_grad[:4]
         # Not those of results that were not there.
-        grad_total, grad_prefix = (g if g is not None and g.numel() else None for g in (grad_total, grad_prefix))
+        grad_total, grad_prefix = [g if g is not None and g.numel() else None for g in (grad_total, grad_prefix)]
         if grad_out is None:
             grad, parameters = _gradient_beside_norm(total, grad_total, grad_prefix), (None, None)
         else:
             needs = need_x or need_branch, *need_parameters
             grad, *parameters = backward(grad_out, grad_total, grad_prefix, total, *saved, *needs, ctx.backend)
-        grads = (None if dtype is None or grad is None else grad.to(dtype) for dtype in ctx.dtypes)
+        grads = [grad if grad is None or grad.dtype is dtype else dtype and grad.to(dtype) for dtype in ctx.dtypes]
         return *grads, *parameters
 
     def check_backward(self, grad_out, grad_total, grad_prefix, total, weight, bias, mean, rstd, tickets, *rest):

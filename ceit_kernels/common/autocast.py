@@ -10,6 +10,8 @@ __all__ = ["autocast_dtype", "is_autocast_enabled"]
 
 def is_autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a kind of device; it never is where there is none, as on the meta device."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-__all__ = ["foreign_reason", "is_eager", "needs_gradient", "unsupported_reason"]
+__all__ = ["are_eager", "foreign_reason", "is_eager", "needs_gradient", "unsupported_reason"]
 
 # PyTorch's own, and what compilers and dispatch modes put in their place.
 _KNOWN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 def is_eager(x: Tensor) -> bool:
@@ -19,13 +22,23 @@ def is_eager(x: Tensor) -> bool:
 
     Then an operator's functions may run without the dispatcher, which costs a fraction of a millisecond on the CPU.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._functorch.is_legacy_batchedtensor(x)
-    )
+    return are_eager((x,))
+
+
+def are_eager(tensors: Iterable[Tensor | None]) -> bool:
+    """``is_eager`` of all of the tensors that are there."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TENSORS or torch._C._functorch.is_legacy_batchedtensor(tensor):
+            return False
+    return True
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import flop_counter
 
 from .. import backends
-from .calls import is_eager, needs_gradient
+from .calls import are_eager, is_eager, needs_gradient
 
 __all__ = ["Operator", "contiguous", "gradients_like"]
 
@@ -149,13 +149,13 @@ class Operator:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of all inputs, None for those that are not needed; arguments as of ``gradients``."""
         needs = ctx.needs_input_grad
-        found = () if all(grad is None for grad in grads) else self.gradients(backward, ctx, *grads)
+        found = self.gradients(backward, ctx, *grads) if any(grad is not None for grad in grads) else ()
         return tuple([grad if need else None for grad, need in zip_longest(found, needs)])
 
     def backward_of_function(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """``input_gradients`` by the method ``backward``, or the registered operator where that is needed."""
         # The gradient of this gradient is to be refused, or gradients come in batches.
-        eager = not torch.is_grad_enabled() and all(grad is None or is_eager(grad) for grad in grads)
+        eager = not torch.is_grad_enabled() and are_eager(grads)
         return self.input_gradients(self.backward if eager else self.registered_backward, ctx, *grads)
 
     def _checked_forward(self, *inputs: Any) -> Results:

@@ -30,12 +30,17 @@ class Tiles(NamedTuple):
     num_stages: int = 1
 
 
-_asked: bool | None = None
+def _asked_by_environment() -> bool:
+    return os.environ.get("CEIT_KERNELS_AUTOTUNE", "0") == "1"
+
+
+# Looking it up in the environment takes as long as a launch.
+_asked = _asked_by_environment()
 
 
 def is_tuning() -> bool:
-    """Whether tuning was asked for, by ``autotune`` or else by the environment."""
-    return os.environ.get("CEIT_KERNELS_AUTOTUNE", "0") == "1" if _asked is None else _asked
+    """Whether tuning was asked for, by ``autotune`` or else by the environment of the process at its start."""
+    return _asked
 
 
 @contextmanager
