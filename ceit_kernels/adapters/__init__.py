@@ -52,6 +52,7 @@ ADAPTERS: dict[str, Adapter] = {
     "timm.models.pvt_v2.Attention": Adapter("attention", "timm_attention:PVTv2Attention"),
     "timm.models.tiny_vit.Attention": Adapter("attention", "timm_attention:TinyViTAttention"),
     "timm.models.tiny_vit.MBConv": Adapter("leff", "timm_images:TinyViTMBConv"),
+    "timm.models.tiny_vit.PatchMerging": Adapter("leff", "timm_images:TinyViTPatchMerging"),
     "timm.models.efficientvit_mit.MBConv": Adapter("leff", "timm_images:EfficientViTMBConv"),
     "timm.models.byobnet.BottleneckBlock": Adapter("leff", "timm_images:BottleneckBlock"),
     f"{_EFFICIENTNET}.InvertedResidual": Adapter("leff", "timm_images:InvertedResidual"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..common.autocast import autocast_dtype
+from ..common.calls import is_eager, needs_gradient, unsupported_reason
 from ..common.children import IDENTITY, child_reason, qualified_name
-from ..leff.fusion import BlockFusion
+from ..leff.cpu import kernels, leff_sizes
+from ..leff.fusion import BlockFusion, child_at
+from ..leff.functional import pack
+from ..leff.grid import empty_tokens_like, from_tokens, is_planar, to_tokens
 
 __all__ = ["ImageBlockFusion"]
 
@@ -41,8 +46,7 @@ class ImageBlockFusion(BlockFusion):
 
     @torch.jit.unused
     def _fused_forward(self, x: Tensor) -> Tensor:
-        children, adds = self._modules, self.adds_input
-        adds = getattr(self, adds) not in (None, False) if isinstance(adds, str) else adds
+        children, adds = self._modules, self._adds()
         drop_path = children.get(self.drop_child) if self.drop_child else None
         within = adds and _is_idle(drop_path) and not (self.in_place and autocast_dtype(x) not in (None, x.dtype))
         out = self._by_operator(x, residual=x if within else None, layout="NCHW")
@@ -52,6 +56,41 @@ class ImageBlockFusion(BlockFusion):
             out = out if drop_path is None else drop_path(out)
             out = out.add_(x) if self.in_place else out + x
         return out if self.last_child is None else self.get_submodule(self.last_child)(out)
+
+
+    def _adds(self) -> bool:
+        adds = self.adds_input
+        return getattr(self, adds) not in (None, False) if isinstance(adds, str) else adds
+
+    def _kernel_stride(self) -> int:
+        """As of ``BlockFusion``: 2 at inference on the CPU, without a shortcut."""
+        depthwise: Any = child_at(self, self.parts.layers[1])
+        if depthwise.stride != (2, 2) or self._adds() or depthwise.weight.device.type != "cpu":
+            return 1
+        norms = [child_at(self, path) for path in self.parts.norms if path]
+        return 1 if any(norm.training or getattr(norm, "running_mean", 0) is None for norm in norms) else 2
+
+    def _strided(self, x: Tensor) -> Tensor | None:
+        weights, biases, norms = self._tensors()
+        parameters, weight = pack(weights, biases, norms), weights[0]
+        reason = unsupported_reason(x, *parameters)
+        if reason is None and (needs_gradient(x, *parameters) or not is_eager(x) or autocast_dtype(x) is not None):
+            reason = "with a stride only eager calls without gradients and autocast are served"
+        if reason is None and not (x.dim() == 4 and x.shape[1] == weight.shape[1] and x.numel()):
+            reason = "the input is no batch of images of the block's channels"
+        kinds = {(tensor.dtype, tensor.device) for tensor in (x, *parameters) if tensor is not None}
+        if reason is None and len(kinds) > 1:
+            reason = "images and parameters are of several dtypes or devices"
+        if reason is not None:
+            backends.leave_to_reference("leff", reason)
+        if reason is not None or backends.choose("leff", x, x.dtype).backend != "native":
+            return None
+        tokens, (height, width) = to_tokens(x, weight.shape[1], "NCHW", 0, None)
+        grid, sizes = (-(-height // 2), -(-width // 2)), leff_sizes(parameters, self._activations(), (height, width))
+        eps = [0.0 if norm is None else norm.eps for norm in norms]
+        out = empty_tokens_like(tokens, sizes[2], x.dtype, is_planar(tokens), grid[0] * grid[1])
+        kernels._leff_infer(tokens, parameters, None, None, eps, [*sizes, 2], out)
+        return from_tokens(out, "NCHW", grid, x)
 
 
 def _is_idle(drop_path: nn.Module | None) -> bool:

@@ -12,6 +12,7 @@ __all__ = [
     "EfficientViTMBConv",
     "InvertedResidual",
     "TinyViTMBConv",
+    "TinyViTPatchMerging",
     "UniversalInvertedResidual",
 ]
 
@@ -43,6 +44,17 @@ class TinyViTMBConv(ImageBlockFusion):
         },
     )
     adds_input, drop_child, in_place, last_child = True, "drop_path", True, "act3"
+
+
+class TinyViTPatchMerging(ImageBlockFusion):
+    """``timm.models.tiny_vit.PatchMerging``, whose stride the kernels have at inference."""
+
+    parts = BlockParts(
+        ("conv1.conv", "conv2.conv", "conv3.conv"),
+        ("conv1.bn", "conv2.bn", "conv3.bn"),
+        ("act1", "act2"),
+        wrappers=dict.fromkeys(("conv1", "conv2", "conv3"), ("timm.models.tiny_vit.ConvNorm",)),
+    )
 
 
 class InvertedResidual(ImageBlockFusion):

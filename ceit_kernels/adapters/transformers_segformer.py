@@ -34,8 +34,10 @@ class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
     def _reordered(self, encoder_hidden_states: Sequence[Tensor]) -> Tensor | None:
         """The logits; None for a call that is left to the plain ``forward``, as all are that run on a GPU."""
         projections = list(self.get_submodule(self._projections()).children())
-        reason, weight = self.plain_reason(), held(self.get_submodule("linear_fuse"), "weight")
-        reason = reason or unsupported_reason(*encoder_hidden_states, weight)
+        reason, weight = self.plain_reason(), None
+        if reason is None:
+            weight = held(self.get_submodule("linear_fuse"), "weight")
+            reason = unsupported_reason(*encoder_hidden_states, weight)
         if reason is None and not all(x.dim() == 4 and x.dtype == weight.dtype for x in encoder_hidden_states):
             reason = "the maps are no images (B, C, H, W) in the dtype of the weights"
         if len(encoder_hidden_states) != len(projections):

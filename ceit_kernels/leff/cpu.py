@@ -48,7 +48,7 @@ kernels = torch.ops.ceit
 def leff_sizes(
     parameters: Sequence[Tensor | None], activations: Sequence[str], grid_size: tuple[int, int]
 ) -> list[int]:
-    """The ``sizes`` of ``ceit::_leff_infer``, from parameters in the order of the registered operators."""
+    """The ``sizes`` of ``ceit::_leff_infer`` but for the stride, from parameters in the registered operators' order."""
     weight1, weight2, weight3 = parameters[::parameters_per_layer]
     sizes = [weight1.shape[1], weight1.shape[0], weight3.shape[0], weight2.shape[-1]]
     return [*sizes, *(INDICES[name] for name in activations), *grid_size]
@@ -76,7 +76,7 @@ def leff_inference_native(
     out = empty_tokens_like(x, sizes[2], dtype, is_planar(x))
     alike = out_dtype == dtype
     added = residual.to(dtype) if alike and residual is not None else None
-    kernels._leff_infer(x.to(dtype), parameters, None, added, settings.eps, sizes, out)
+    kernels._leff_infer(x.to(dtype), parameters, None, added, settings.eps, [*sizes, 1], out)
     if alike:
         return out
     # Under autocast prefix tokens and residual are not rounded to the dtype of the GEMMs.

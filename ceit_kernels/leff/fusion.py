@@ -115,6 +115,8 @@ class BlockFusion(Fusion, attributes_of(nn.Module)):
         if reason is not None:
             backends.leave_to_reference("leff", reason)
             return None
+        if self._kernel_stride() != 1:
+            return self._strided(x)
         where = self._activations(), grid_size, num_prefix_tokens, residual, layout
         return leff_fused(x, *self._tensors(), *where, self.parts.tensor_names)
 
@@ -143,12 +145,21 @@ class BlockFusion(Fusion, attributes_of(nn.Module)):
         follow = shape1[0] == hidden and shape2 == (hidden, 1, side, side) and shape3[1] == hidden
         if not (follow and weight1.numel() == hidden * shape1[1] and weight3.numel() == hidden * shape3[0]):
             return "the convolutions are not a pointwise, a depthwise and a pointwise one that follow each other"
-        pixel, neighbours = ((0, 0), 1), ((side // 2, side // 2), hidden)
+        stride = self._kernel_stride()
+        pixel, neighbours = ((1, 1), (0, 0), 1), ((stride, stride), (side // 2, side // 2), hidden)
         for path, layer, where in zip(self.parts.layers, layers, (pixel, neighbours, pixel), strict=True):
-            reason = None if isinstance(layer, nn.Linear) else convolution_reason(path, layer, (1, 1), *where)
+            reason = None if isinstance(layer, nn.Linear) else convolution_reason(path, layer, *where)
             if reason is not None:
                 return reason
         return kernel_size_unsupported_reason(weight2)
+
+    def _kernel_stride(self) -> int:
+        """The stride of the depthwise convolution that the kernels have for the module as it is."""
+        return 1
+
+    def _strided(self, x: Tensor) -> Tensor | None:
+        """``_by_operator`` with a ``_kernel_stride()`` that is not 1."""
+        raise NotImplementedError
 
     def _layers(self) -> list[nn.Module]:
         return [child_at(self, path) for path in self.parts.layers]
@@ -190,14 +201,14 @@ class FrozenBlock(Prepacked, attributes_of(BlockFusion)):
         if not (isinstance(module, BlockFusion) and is_made(type(module))):
             return
         parts = module.inference_parts()
-        weight = None if parts is None else parts[0][0]
+        weight = None if parts is None or module._kernel_stride() != 1 else parts[0][0]
         if parts is None or weight is None or not is_freezable("leff", module, weight):
             return
         cast("Any", module).__class__ = _frozen_class(type(module))
         parameters, eps, activations = parts
         parameters = in_compute_dtype(parameters, weight.dtype)
         sizes = leff_sizes(parameters, activations, (1, 1))  # prepacking does not depend on the grid
-        module.__dict__["_prepacked"] = kernels._leff_prepack(weight, parameters, eps, sizes), eps, sizes[:-2]
+        module.__dict__["_prepacked"] = kernels._leff_prepack(weight, parameters, eps, [*sizes, 1]), eps, sizes[:-2]
 
     def _by_operator(
         self,
@@ -207,8 +218,10 @@ class FrozenBlock(Prepacked, attributes_of(BlockFusion)):
         layout: str = "tokens",
         num_prefix_tokens: int = 0,
     ) -> Tensor | None:
+        weight = self._layers()[0]._buffers.get("weight")  # none in an adapter that was put in its place
         added = residual is None or (residual.dtype, residual.device) == (x.dtype, x.device)
-        if not (added and x.numel() and is_frozen_call("leff", self, x, held(self._layers()[0], "weight"))):
+        served = added and weight is not None and x.numel() and self._kernel_stride() == 1
+        if weight is None or not served or not is_frozen_call("leff", self, x, weight):
             return super()._by_operator(x, grid_size, residual, layout, num_prefix_tokens)
         prepacked, eps, sizes = self._prepacked
         tokens, grid = to_tokens(x, sizes[0], layout, num_prefix_tokens, grid_size)
@@ -216,7 +229,7 @@ class FrozenBlock(Prepacked, attributes_of(BlockFusion)):
         if residual is not None:
             residual = in_memory_order(residual_to_tokens(residual, tokens, sizes[2], layout, grid), planar)
         out = empty_tokens_like(tokens, sizes[2], x.dtype, planar)
-        kernels._leff_infer(in_memory_order(tokens, planar), [], prepacked, residual, eps, [*sizes, *grid], out)
+        kernels._leff_infer(in_memory_order(tokens, planar), [], prepacked, residual, eps, [*sizes, *grid, 1], out)
         return from_tokens(out, layout, grid, x)
 
 

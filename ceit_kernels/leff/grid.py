@@ -135,9 +135,9 @@ def in_memory_order(tokens: Tensor, planar: bool) -> Tensor:
     return tokens.transpose(1, 2).contiguous().transpose(1, 2) if planar else tokens.contiguous()
 
 
-def empty_tokens_like(x: Tensor, channels: int, dtype: torch.dtype, planar: bool) -> Tensor:
-    """New tokens (B, N, channels) for x (B, N, C)."""
-    batch, rows, _ = x.shape
+def empty_tokens_like(x: Tensor, channels: int, dtype: torch.dtype, planar: bool, rows: int | None = None) -> Tensor:
+    """New tokens (B, rows, channels) for x (B, N, C), N rows by default."""
+    batch, rows = x.shape[0], x.shape[1] if rows is None else rows
     if planar:
         return x.new_empty((batch, channels, rows), dtype=dtype).transpose(1, 2)
     return x.new_empty((batch, rows, channels), dtype=dtype)

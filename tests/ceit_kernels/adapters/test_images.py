@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models import mnasnet, mobilenetv2, mobilenetv3
 
-from ceit_kernels import BackendError, freeze, fuse, use_backend
+from ceit_kernels import BackendError, explain, freeze, fuse, use_backend
 
 HARDSWISH, GELU = get_act_layer("hard_swish"), get_act_layer("gelu")
 
@@ -86,6 +86,40 @@ def test_a_frozen_block_is_prepacked(name, memory):
     frozen = freeze(block)
     assert "_prepacked" in vars(frozen.model)
     torch.testing.assert_close(frozen(x), block(x), rtol=1e-10, atol=1e-10)
+
+
+# Of 12 channels, with a stride of 2.
+STRIDED = {
+    "TinyViT": lambda: tiny_vit.PatchMerging(12, 20, nn.GELU),
+    "MobileNetV3": lambda: InvertedResidual(12, 20, 5, stride=2, exp_ratio=3, act_layer=HARDSWISH),
+    "torchvision's MobileNetV2": lambda: mobilenetv2.InvertedResidual(12, 20, 2, 3),
+}
+
+
+@memories
+@pytest.mark.parametrize("name", STRIDED)
+def test_a_stride_is_served_at_inference(name, memory):
+    block = grown(STRIDED[name]()).eval()
+    fused = fuse(copy.deepcopy(block))
+    for size in ((2, 12, 5, 8), (1, 12, 4, 7), (1, 12, 1, 1)):
+        x = images(*size, memory=memory)
+        with torch.no_grad(), use_backend("leff=native"):
+            found, expected = fused(x), block(x)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert found.is_contiguous(memory_format=memory)
+    assert explain(fused)[0].backend == "native"
+    assert_equal_in_float64(block.train(), (images(2, 12, 5, 8, memory=memory),), backend="auto")
+
+
+def test_a_stride_is_served_in_no_other_call():
+    block, x = grown(STRIDED["TinyViT"]()).eval(), images(1, 12, 5, 8)
+    with use_backend("leff=native"):
+        with pytest.raises(BackendError, match="with a stride only eager calls without gradients"):
+            fuse(copy.deepcopy(block))(x)
+        block.conv2.bn.train()
+        with torch.no_grad(), pytest.raises(BackendError, match=r"stride=\(1, 1\) in conv2.conv, not \(2, 2\)"):
+            fuse(block)(x)
+    assert "stride=(1, 1)" in explain(block)[0].reason
 
 
 @pytest.mark.parametrize("name", ["TinyViT", "MobileNetV2"])
@@ -168,7 +202,7 @@ def test_what_is_done_to_a_block_is_not_ignored(change):
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (lambda: InvertedResidual(12, 12, stride=2, exp_ratio=3), r"stride=\(1, 1\) in conv_dw, not \(2, 2\)"),
+        (lambda: InvertedResidual(12, 12, stride=2, exp_ratio=3), "with a stride only eager calls without gradients"),
         (lambda: InvertedResidual(12, 12, exp_ratio=3, se_layer=SqueezeExcite), "Identity for se, not SqueezeExcite"),
         (lambda: ConvMlpWithNorm(12, 40), "ConvNormAct for mid, not Identity"),
         (lambda: InvertedResidual(12, 12, exp_ratio=3, act_layer=nn.ELU), "for act, not ELU"),
