@@ -91,7 +91,6 @@ class Frozen(nn.Module):
         modules = list(self.model.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         if self._whole is None:
-            fold_norms(self.model)
             _freeze_parts(self.model)
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -161,17 +160,26 @@ def _copy_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, with_history)
 
 
-def _freeze_parts(module: nn.Module) -> None:
-    """Freeze the largest modules that are convolutions one after another, and of the others those that are fused."""
+def _freeze_parts(module: nn.Module, within: bool = False) -> None:
+    """Freeze the largest modules that are convolutions one after another, and of the others those that are fused.
+
+    Norms are folded in what is neither: what a part of a frozen module gets later, such as a hook, sees it as it was.
+
+    Args:
+        within: as of ``fold_norms``.
+    """
     called = FrozenConvnet.freeze(module)
     if called is None:
         for frozen_class in _FROZEN:
             frozen_class.freeze(module)
-        if isinstance(module, Fusion) and not module.calls_children and module.plain_reason() is None:
-            return  # reads what its children have
+        if isinstance(module, Fusion) and module.plain_reason() is None:
+            if not module.calls_children:
+                return  # reads what its children have
+        else:
+            within = fold_norms(module, within)
     for name, child in module.named_children():
         if called is None or name not in called:
-            _freeze_parts(child)
+            _freeze_parts(child, within)
 
 
 def _parameters_to_buffers(module: nn.Module) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ..common.children import child_reason, qualified_name
-from ..common.module import Fusion
 from ..leff.norms import folded, of_module
 from .chains import chain_of
 
@@ -19,22 +18,22 @@ _SEQUENCES = ("timm.models.tiny_vit.ConvNorm", "torchvision.ops.misc.Conv2dNormA
 _BATCH_NORM, _BATCH_NORM_ACT = (nn.BatchNorm2d,), ("timm.layers.norm_act.BatchNormAct2d",)
 
 
-def fold_norms(model: nn.Module, within: bool = False) -> None:
-    """Fold norms into copies of the convolutions before them, in a snapshot in evaluation mode.
+def fold_norms(module: nn.Module, within: bool) -> bool:
+    """Fold norms into copies of the convolutions before them, of a module's children in a snapshot in evaluation mode.
 
     Args:
-        model: in which blocks that an operator serves are left alone.
+        module: none that an operator serves.
         within: whether its parent is of a class that is known, which calls all of a Sequential.
+
+    Returns:
+        Whether its own class is.
     """
-    if isinstance(model, Fusion) and model.plain_reason() is None:
-        return
-    chain = chain_of(model)
-    if chain is not None and isinstance(model, nn.Sequential):
-        chain = chain if within or qualified_name(type(model)) in _SEQUENCES else None
+    chain = chain_of(module)
+    if chain is not None and isinstance(module, nn.Sequential):
+        chain = chain if within or qualified_name(type(module)) in _SEQUENCES else None
     for pair in pairwise(chain.children if chain else ()):
-        _fold(model, *pair)
-    for child in model.children():
-        fold_norms(child, chain is not None)
+        _fold(module, *pair)
+    return chain is not None
 
 
 def _fold(module: nn.Module, of_convolution: str, of_norm: str) -> None:

@@ -12,8 +12,8 @@ from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, needs_gradient, unsupported_reason
 from ..common.children import IDENTITY, child_reason, qualified_name
 from ..leff.cpu import kernels, leff_sizes
-from ..leff.fusion import BlockFusion, child_at
 from ..leff.functional import pack
+from ..leff.fusion import BlockFusion, child_at
 from ..leff.grid import empty_tokens_like, from_tokens, is_planar, to_tokens
 
 __all__ = ["ImageBlockFusion"]
@@ -56,7 +56,6 @@ class ImageBlockFusion(BlockFusion):
             out = out if drop_path is None else drop_path(out)
             out = out.add_(x) if self.in_place else out + x
         return out if self.last_child is None else self.get_submodule(self.last_child)(out)
-
 
     def _adds(self) -> bool:
         adds = self.adds_input

@@ -254,6 +254,17 @@ def test_a_frozen_model_has_norms_only_where_they_are_prepacked_or_hooked():
     assert all(isinstance(module, nn.BatchNorm2d) for name, module in model.named_modules() if name in norms)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", STRIDED)
+def test_a_later_hook_of_a_frozen_part_sees_what_it_sees_in_the_model(name):
+    block, x = grown(STRIDED[name]()).eval(), images(1, 12, 5, 8)
+    frozen = freeze(block)
+    for module in (block, frozen.model):
+        convolution = next(m for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups > 1)
+        convolution.register_forward_hook(lambda part, given, out: 2 * out)
+    torch.testing.assert_close(frozen(x), block(x), rtol=1e-10, atol=1e-10)
+
+
 def test_frozen_attention_with_a_bias_is_one_call():
     attention = grown(tiny_vit.Attention(32, 16, 2, attn_ratio=1, resolution=(7, 7)))
     attention.eval()

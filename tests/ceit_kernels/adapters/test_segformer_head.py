@@ -69,7 +69,22 @@ def with_a_bias(head):
     head.linear_fuse = nn.Conv2d(64, 16, 1).double()
 
 
-@pytest.mark.parametrize("change", [with_a_hook, parametrised, with_a_bias], ids=lambda change: change.__name__)
+class Adapted(nn.Module):
+    """An adapter in the place of a layer, which has no weight of its own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+def adapted(head):
+    head.linear_fuse = Adapted(head.linear_fuse)
+
+
+@pytest.mark.parametrize("change", [with_a_hook, parametrised, with_a_bias, adapted], ids=lambda change: change.__name__)
 def test_what_is_done_to_the_convolution_is_honoured(change):
     torch.manual_seed(0)
     plain = Head().eval()
