@@ -34,7 +34,8 @@ class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
     def _reordered(self, encoder_hidden_states: Sequence[Tensor]) -> Tensor | None:
         """The logits; None for a call that is left to the plain ``forward``, as all are that run on a GPU."""
         projections = list(self.get_submodule(self._projections()).children())
-        reason, weight = self.plain_reason(), None
+        weight: Any = None
+        reason = self.plain_reason()
         if reason is None:
             weight = held(self.get_submodule("linear_fuse"), "weight")
             reason = unsupported_reason(*encoder_hidden_states, weight)

@@ -228,6 +228,23 @@ def test_a_frozen_block_that_may_not_read_what_it_prepared_is_the_live_one(name)
         assert torch.equal(frozen(x.float(), *size), live(x.float(), *size))
 
 
+@torch.no_grad()
+def test_an_adapter_that_a_frozen_block_gets_is_called():
+    class Doubled(nn.Module):  # without a weight of its own
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return 2 * self.layer(x)
+
+    block, inputs = make_block("timm").eval(), make_inputs("timm")
+    frozen = freeze(block)
+    for module in (block, frozen.model):
+        module.fc1 = Doubled(module.fc1)
+    torch.testing.assert_close(frozen(*inputs), block(*inputs), rtol=1e-10, atol=1e-10)
+
+
 def test_a_fused_block_is_compiled_whole():
     block, inputs = fuse(make_block("segformer")), make_inputs("segformer")
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")

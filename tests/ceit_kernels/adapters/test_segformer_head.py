@@ -84,7 +84,9 @@ def adapted(head):
     head.linear_fuse = Adapted(head.linear_fuse)
 
 
-@pytest.mark.parametrize("change", [with_a_hook, parametrised, with_a_bias, adapted], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [with_a_hook, parametrised, with_a_bias, adapted], ids=lambda change: change.__name__
+)
 def test_what_is_done_to_the_convolution_is_honoured(change):
     torch.manual_seed(0)
     plain = Head().eval()
