@@ -124,14 +124,14 @@ def test_any_order_of_program_instances_gives_the_same_bits_again_and_again(monk
 @pytest.mark.gpu
 def test_gradients_are_the_same_bits_a_thousand_times_on_two_streams():
     inputs, grads = make_inputs((64, 197, 384), torch.bfloat16)
-    expected = run("triton", inputs, grads, 1)[3:]
+    expected = run("triton", inputs, grads, 2)[3:]
     streams = [torch.cuda.Stream() for _ in range(2)]
     for _ in range(500):
         torch.cuda.synchronize()
         found = []
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(run("triton", inputs, grads, 1)[3:])
+                found.append(run("triton", inputs, grads, 2)[3:])
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for each in found for a, b in zip(each, expected, strict=True))
 
