@@ -150,11 +150,12 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    # PyTorch refuses to copy tensors with a history, which pruning and weight_norm leave in modules.
+    # PyTorch refuses to copy tensors with a history, which pruning and weight_norm leave in modules, calls in caches.
     with_history = {
         id(tensor): tensor.detach().clone()
         for module in model.modules()
-        for tensor in (*vars(module).values(), *module._buffers.values())
+        for value in vars(module).values()
+        for tensor in (value.values() if isinstance(value, dict) else (value,))
         if isinstance(tensor, Tensor) and not tensor.is_leaf
     }
     return copy.deepcopy(model, with_history)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..common.children import child_reason, held, qualified_name
 from ..common.module import Fusion
+from .transformers_segformer import attends_to_all
 
 if TYPE_CHECKING:
     from ..convnet.layers import Steps
@@ -97,7 +98,7 @@ def _segformer_attention(steps: Steps, name: str, module: Any) -> None:
     projections = "q_proj", "k_proj", "v_proj"
     steps.only(name, module, (*projections, "o_proj", "sequence_reduction"))
     heads, width = module.num_attention_heads, module.head_dim
-    if module.config._attn_implementation not in ("eager", "sdpa"):
+    if not attends_to_all(module):
         steps.refuse(f"{name} has an attention of its own")
     x = steps.value
     q = steps.branch(x, name, module, "q_proj")

@@ -7,6 +7,7 @@ their concatenation reach memory.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..common.module import Fusion, attributes_of
 from ..linear.functional import linear_layer
 from .attention import InferenceAttention
 
-__all__ = ["SegformerAttention", "SegformerDecodeHead"]
+__all__ = ["SegformerAttention", "SegformerDecodeHead", "attends_to_all"]
 
 
 class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
@@ -75,6 +76,17 @@ class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
         return reason
 
 
+def attends_to_all(module: Any) -> bool:
+    """Whether transformers 5 gives a module's attention its own function, of all queries to all keys."""
+    name = module.config._attn_implementation
+    # Users register functions of their own under any name.
+    function = sys.modules["transformers.models.segformer.modeling_segformer"].ALL_ATTENTION_FUNCTIONS.get(name)
+    if name == "eager":
+        return function is None
+    own = getattr(function, "__module__", None) == "transformers.integrations.sdpa_attention"
+    return name == "sdpa" and own and not module.is_causal
+
+
 class SegformerAttention(InferenceAttention):
     """That of transformers 5, of all tokens to those of a smaller image."""
 
@@ -85,7 +97,7 @@ class SegformerAttention(InferenceAttention):
         return super().plain_reason()
 
     def _uses_sdpa(self: Any) -> bool:
-        return self.config._attn_implementation == "sdpa"
+        return self.config._attn_implementation == "sdpa" and attends_to_all(self)
 
     def forward(
         self: Any, hidden_states: Tensor, height: int, width: int, attention_mask: Tensor | None = None, **kwargs: Any

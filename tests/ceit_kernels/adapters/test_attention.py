@@ -109,6 +109,34 @@ def test_what_the_kernel_lacks_is_left_to_the_module():
         assert explain(fused(plain))[0].reason == reason
 
 
+def test_what_a_call_has_cached_may_be_frozen():
+    module, inputs = make("TinyViT")
+    expected = module(*inputs)  # leaves biases with a history
+    torch.testing.assert_close(freeze(module)(*inputs), expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="whose attention is plain")
+@pytest.mark.parametrize("change", ["is_causal", "a function of the user's"])
+def test_another_attention_of_segformer_is_called(change, monkeypatch):
+    from transformers.models.segformer import modeling_segformer as library
+
+    config = SegformerConfig(attn_implementation="sdpa")
+    module = grown(library.SegformerAttention(config, 24, 3, 1)).eval()
+    x = torch.randn(2, 20, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if change == "is_causal":
+        module.is_causal = True
+    else:
+        monkeypatch.setitem(library.ALL_ATTENTION_FUNCTIONS, "sdpa", lambda module, q, k, v, mask, **_: (2 * q, None))
+    assert torch.equal(fused(module)(x, 4, 5)[0], module(x, 4, 5)[0])
+    torch.testing.assert_close(freeze(module)(x, 4, 5)[0], module(x, 4, 5)[0], rtol=1e-10, atol=1e-10)
+    if change != "is_causal":  # which keys of a smaller image do not go with
+        config = SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 2, 3, 4])
+        model, images = grown(SegformerModel(config)).eval(), torch.ones(1, 3, 64, 64, dtype=torch.float64)
+        expected = model(images).last_hidden_state
+        torch.testing.assert_close(freeze(model)(images).last_hidden_state, expected, rtol=1e-9, atol=1e-9)
+
+
 @torch.no_grad()
 def test_segformers_whole_encoder():
     config = SegformerConfig(
