@@ -8,9 +8,12 @@ import torch
 
 from ceit import checkpoint, data
 from ceit.runtime import machine
+from ceit.runtime.building import restore_model
 from ceit.runtime.distributed import _check_device
 from ceit.runtime.errors import UsageError
+from ceit.runtime.options import PredictOptions, TrainOptions
 from ceit.runtime.progress import EpochProgress, TrainingFailed, progress_bar
+from ceit.runtime.setup import check_together
 
 
 @pytest.fixture
@@ -121,3 +124,14 @@ def test_compiling_shows_how_far_it_is(monkeypatch):
     machine.compile_kernels("model", (2, 3), "none", True)
     assert asked == [("model", (2, 3), True), ("model", (2, 3), False)]
     assert shown == [(0, 4), (3, 4), (4, 4)] * 2
+
+
+def test_a_folder_as_a_model_brings_its_own_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for changes in ({"checkpoint": "other.pt"}, {"ema": True}):
+        with pytest.raises(UsageError, match="--checkpoint and --ema: a folder as --model brings its own weights"):
+            restore_model(PredictOptions(model=str(tmp_path), **changes))
+    with pytest.raises(UsageError, match="--checkpoint: a folder as --model brings its own weights"):
+        check_together(TrainOptions(data="digits", model=str(tmp_path), checkpoint="other.pt"))
+    with pytest.raises(UsageError, match="--checkpoint must be given, unless --model is a folder"):
+        restore_model(PredictOptions())

@@ -34,16 +34,20 @@ def arguments_of(module):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_is_the_module_as_a_function(training, momentum):
-    module = make_training_leff(CHANNELS, HIDDEN, CHANNELS, 5, torch.float32).cpu().train(training)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_is_the_module_as_a_function(training, momentum, backend):
+    module = make_training_leff(CHANNELS, HIDDEN, CHANNELS, 5, torch.float32, first_act=False).cpu().train(training)
     for norm in (module.bn1, module.bn2, module.bn3):
         norm.momentum = momentum
     other = copy.deepcopy(module)
     for seed in range(2):
         torch.manual_seed(seed)
         x, residual = torch.randn(2, 2, 7, CHANNELS)
-        out = leff_block(x, *arguments_of(other), grid_size=(2, 3), num_prefix_tokens=1, residual=residual)
-        torch.testing.assert_close(out, module(x, (2, 3), residual))
+        where = {"grid_size": (2, 3), "num_prefix_tokens": 1}
+        with use_backend(f"leff={backend}"):
+            out = leff_block(x, *arguments_of(other), activations=("identity", "gelu"), residual=residual, **where)
+        with use_backend("leff=reference"):
+            torch.testing.assert_close(out, module(x, (2, 3), residual))
     torch.testing.assert_close(other.state_dict(), module.state_dict())
 
 
