@@ -24,6 +24,7 @@ __all__ = [
     "is_recording",
     "launch",
     "nvidia_options",
+    "one_publishes_for_all",
     "record_launches",
     "target_chip",
     "target_device",
@@ -142,6 +143,14 @@ def launch(
         compiled = kernel[grid](**arguments, **options)
     if this_thread.tape is not None:
         this_thread.tape.add_launch(kernel, compiled, grid, list(arguments.values()), options)
+
+
+def one_publishes_for_all() -> bool:
+    """Whether a barrier and then a release by one thread publish the stores of a program instance's other warps too.
+
+    On AMD's chips the barrier does not wait for the stores of other waves, and the release only for its own.
+    """
+    return torch.version.hip is None
 
 
 def nvidia_options(num_warps: int, registers: int) -> dict[str, int]:

@@ -15,7 +15,8 @@ def is_last(p_ticket, count):
     """Whether the others of ``count`` program instances that take tickets here have taken theirs.
 
     What they stored before may then be loaded, with ``cache_modifier=".cg"``, since the cache of an SM knows nothing of
-    other SMs. The counter, an int32 that is 0 before the launch, is 0 behind it, so a launch may find it again.
+    other SMs. They have one warp each unless ``launch.one_publishes_for_all()``. The counter, an int32 that is 0 before
+    the launch, is 0 behind it, so that a launch may find it again.
     """
     # The stores of all threads, then the ticket that one thread takes: it publishes them all (release) and makes the
     # others' visible (acquire), then the loads of all threads.

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ...common.launch import cdiv, launch
+from ...common.launch import cdiv, launch, one_publishes_for_all
 from ...common.plan import buffer, buffers_like, planned
 from . import TICKETS
 from .kernels import add_norm_backward_kernel, add_norm_forward_kernel
@@ -117,6 +117,8 @@ def _backward(
     stride: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     constants, num_warps = _tiles(total)
+    if not one_publishes_for_all():
+        num_warps = 1
     rows = _token_arguments(total, num_prefix_tokens)
     per_part = cdiv(cdiv(rows["M"], constants["TILE_R"]), _PARTS) * constants["TILE_R"]
     parts = cdiv(rows["M"], per_part)

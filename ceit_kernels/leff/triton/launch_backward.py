@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.launch import cdiv
+from ...common.launch import cdiv, one_publishes_for_all
 from ...common.plan import buffers_like, compute, planned
 from ...common.precision import short_precision
 from ...common.sync_norm import sum_over_processes
@@ -177,7 +177,7 @@ class _Backward:
         """Counters for ``_g2_by_library``, if its kernel can go on to the norm's gradient array."""
         call = self.call
         shared = call.settings.group is not None and call.settings.norms[1] == "batch"
-        if call.settings.backend == "library" and not shared:
+        if call.settings.backend == "library" and not shared and one_publishes_for_all():
             columns = cdiv(call.E, stream_tiles(call.E).sizes["TILE_E"])
             self.tickets = call.empty(columns * (1 + groups_of(parts)[1]), dtype=torch.int32)
         return self.tickets
