@@ -6,6 +6,7 @@ A recipe tells ``convnet.layers.Steps`` what the ``forward`` of a class does; a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,7 @@ def _segformer_attention(steps: Steps, name: str, module: Any) -> None:
     heads, width = module.num_attention_heads, module.head_dim
     if not attends_to_all(module):
         steps.refuse(f"{name} has an attention of its own")
+    steps.conditions.append(partial(attends_to_all, module))  # its config is shared with all the model
     x = steps.value
     q = steps.branch(x, name, module, "q_proj")
     reduced = steps.branch(x, name, module, "sequence_reduction")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -66,6 +66,7 @@ class Steps:
             not known.
         takes_tokens: whether they were that of the input.
         gate: what multiplies the value.
+        conditions: what holds as long as the modules do this, beside their state.
     """
 
     def __init__(self) -> None:
@@ -75,6 +76,7 @@ class Steps:
         self.of_tokens: bool | None = None
         self.takes_tokens = False
         self.gate: Gate | None = None
+        self.conditions: list[Callable[[], bool]] = []
         self._shared: set[int] = set()  # values that others than the next step read
 
     def call(self, name: str, module: nn.Module) -> None:

@@ -56,7 +56,7 @@ class _Prepacked:
         if any(self.hooks) or list(map(type, self.modules)) != self.classes:
             return False
         try:
-            return self.states == self.states_then
+            return self.states == self.states_then and all(holds() for holds in self.steps.conditions)
         except (RuntimeError, ValueError):  # another tensor: of equal objects one look is enough
             return False
 

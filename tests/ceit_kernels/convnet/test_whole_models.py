@@ -179,3 +179,10 @@ def test_images_that_windows_do_not_divide_and_other_backends_are_left_to_the_mo
     with pytest.raises((RuntimeError, ValueError)):
         freeze(make("EfficientFormerV2"))(images(1, 3, 96, 96))
     assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+
+
+def test_another_attention_function_of_a_snapshots_config_is_not_ignored():
+    frozen = freeze(make("SegFormer"))
+    assert len(calls(frozen)) == 2
+    frozen.model.model.config._attn_implementation = "flex_attention"
+    assert not calls(frozen)
