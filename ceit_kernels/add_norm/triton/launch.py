@@ -132,6 +132,7 @@ def _backward(
     known |= {"p_dweight": grad_weight, "p_dbias": grad_bias, "ROWS": per_part, "STRIDE": stride, "T": parts}
     known |= {"GROUP": _GROUP, "TILE_T": min(32, 2 * constants["TILE_R"]), **rows, **constants}
     # With more an SM would not hold 4 of them. Wider types spill, and so do the shortest rows.
-    registers = 128 if total.dtype.itemsize <= 2 and 256 <= constants["TILE_C"] <= _TILE else 255
+    short = max(total.dtype.itemsize, grad_out.dtype.itemsize) <= 2
+    registers = 128 if short and 256 <= constants["TILE_C"] <= _TILE else 255
     launch(add_norm_backward_kernel, (parts,), known, num_warps, registers=registers)
     return grad, grad_weight, grad_bias
