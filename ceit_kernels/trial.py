@@ -91,9 +91,12 @@ def make_model(name: str) -> nn.Module:
             config = transformers.AutoConfig
             config = config.from_pretrained(rest, local_files_only=True) if local else config.for_model(rest)
             return transformers.AutoModel.from_config(config)
-        return resolve_name(name)() if colon else import_module("timm").create_model(name)
-    except (ImportError, AttributeError, ValueError, RuntimeError) as error:
+        made = resolve_name(name)() if colon else import_module("timm").create_model(name)
+    except (ImportError, AttributeError, ValueError, RuntimeError, TypeError) as error:
         raise TrialError(f"MODEL: {name!r} cannot be made: {shorten(str(error), 200)}") from error
+    if not isinstance(made, nn.Module):
+        raise TrialError(f"MODEL: expected {name!r} to give a torch.nn.Module, got {type(made).__name__}")
+    return made
 
 
 def image_size_of(model: nn.Module) -> int:

@@ -43,6 +43,8 @@ def test_try_fails_if_a_result_is_wrong(capsys, monkeypatch):
         (["no_such_model"], "MODEL: 'no_such_model' cannot be made: Unknown model"),
         (["hf:no_such_type"], "MODEL: 'hf:no_such_type' cannot be made: Unrecognized model identifier"),
         (["no_such_module:make"], "MODEL: 'no_such_module:make' cannot be made: No module named"),
+        (["json:dumps"], "MODEL: 'json:dumps' cannot be made: dumps() missing 1 required"),
+        (["platform:machine"], "MODEL: expected 'platform:machine' to give a torch.nn.Module, got str"),
         (["pvt_v2_b0", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["pvt_v2_b0", "--device", "abacus"], "--device: 'abacus' cannot be used"),
     ],
