@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from ceit_kernels import BackendError
+from ceit_kernels import BackendError, FusedLeFF
+from ceit_kernels.leff import choice
+from ceit_kernels.leff.arguments import settings_of
 
 HIDDEN, CHANNELS, LAYER = 8, 4, 6  # tensors of a layer
 
@@ -118,3 +120,14 @@ def test_training_refuses_what_inference_refuses(changes, error, message):
 def test_a_bad_argument_is_named_with_what_was_given_and_expected(changes, error, message):
     with pytest.raises(error, match=message):
         call(**changes)
+
+
+def test_batches_of_about_one_size_are_one_kind_of_call(monkeypatch):
+    monkeypatch.setattr(choice, "compute_capability", lambda device_index: 90)
+    monkeypatch.setattr(choice, "fastest", lambda call, *others: call)
+    parameters, eps, activations = FusedLeFF(4, 6).eval().inference_parts()
+    settings = settings_of(eps, ["frozen"] * 3, 2, 2, 1, activations, None, None)
+    kinds = [choice.choose(torch.randn(n, 5, 4), parameters, (None,) * 3, None, settings, False) for n in range(1, 10)]
+    assert [kind.partition(",")[0] for kind in kinds] == [
+        f"leff inference|tokens={tokens}" for tokens in (4, 8, 16, 16, 32, 32, 32, 32, 64)
+    ]
