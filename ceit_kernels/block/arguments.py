@@ -11,11 +11,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..add_norm.module import is_plain_layer_norm
-from ..attention import FusedAttention
 from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, unsupported_reason
 from ..common.children import child_reason
-from ..lca import FusedLCAAttention
 from ..linear.module import LINEAR
 
 __all__ = ["CallArguments", "are_readable", "attention_tensors", "can_run_fused", "is_idle", "linear_tensors"]
@@ -62,13 +60,14 @@ def linear_tensors(layer: nn.Module, out_features: int, in_features: int) -> lis
 
 
 def attention_tensors(
-    norm1: nn.Module, attention: nn.Module, norm2: nn.Module, channels: int
+    norm1: nn.Module, attention: nn.Module, norm2: nn.Module, kind: type[nn.Module], channels: int
 ) -> tuple[list[Tensor | None], list[float]] | None:
     """The parameters of norm, attention and norm, and eps, factor of the scores and eps; None where one is called.
 
-    Weights and biases in the order of the calls: norm1, qkv, proj, norm2.
+    Weights and biases in the order of the calls: norm1, qkv, proj, norm2. Attention is taken of one kind alone, for all
+    kinds have parameters of the same names.
     """
-    if child_reason("attention", attention, (FusedAttention, FusedLCAAttention)) is not None:
+    if child_reason("attention", attention, (kind,)) is not None:
         return None
     if attention.plain_reason() is not None or not is_idle(attention.proj_drop):
         return None

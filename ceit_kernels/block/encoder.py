@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..attention import FusedAttention
 from ..common.autocast import autocast_dtype
 from ..common.children import child_reason
 from ..leff import FrozenLeFF, FusedLeFF
@@ -108,7 +109,7 @@ def _block_arguments(
 ) -> CallArguments | None:
     norm1, attention, norm2, leff = parts
     channels = x.shape[2]
-    found = attention_tensors(norm1, attention, norm2, channels)
+    found = attention_tensors(norm1, attention, norm2, FusedAttention, channels)
     if found is None or child_reason("leff", leff, (FusedLeFF, FrozenLeFF)) is not None or leff.layout != "tokens":
         return None
     leff_parts = leff.inference_parts()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.children import child_reason
+from ..lca import FusedLCAAttention
 from ..leff.activations import INDICES
 from .arguments import CallArguments, are_readable, attention_tensors, can_run_fused, is_idle, linear_tensors
 
@@ -53,7 +54,7 @@ def layers_inference(x: Tensor, parts: LayersParts) -> Tensor | None:
 def layers_arguments(x: Tensor, parts: LayersParts) -> CallArguments | None:
     """What the compiled call takes of a block as it is now; None where a part has to be called."""
     channels = x.shape[2]
-    found = attention_tensors(parts.norm1, parts.attention, parts.norm2, channels)
+    found = attention_tensors(parts.norm1, parts.attention, parts.norm2, FusedLCAAttention, channels)
     if found is None or child_reason("activation", parts.activation, (nn.GELU,)) is not None:
         return None
     if not all(is_idle(dropout) for dropout in parts.dropouts):

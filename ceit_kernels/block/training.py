@@ -191,9 +191,9 @@ def _arguments(
     """Parameters, scalars and sizes of the compiled call, and LeFF's norms; None where a module has to be called."""
     norm1, attention, norm2, leff = parts
     channels = x.shape[2]
-    if type(attention) is not FusedAttention or type(leff) is not FusedLeFF or leff.layout != "tokens":
+    if type(leff) is not FusedLeFF or leff.layout != "tokens":
         return None
-    found = attention_tensors(norm1, attention, norm2, channels)
+    found = attention_tensors(norm1, attention, norm2, FusedAttention, channels)
     if found is None or child_reason("leff", leff, (FusedLeFF,)) is not None:
         return None
     leff_parts = leff.training_parts()

@@ -8,8 +8,10 @@ from support.accuracy import assert_as_accurate_over_draws
 from torch import nn
 
 from ceit import CeiT
-from ceit.blocks import Block
-from ceit_kernels import FusedLeFF, FusedPatchProjection, fuse, use_backend
+from ceit.blocks import Block, LCABlock
+from ceit_kernels import FusedLeFF, FusedPatchProjection, freeze, fuse, use_backend
+from ceit_kernels.attention import Attention
+from ceit_kernels.lca import LCAAttention
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
 DROPPING = {"drop_path_rate": 0.2, "attn_drop_rate": 0.1, "proj_drop_rate": 0.1}
@@ -197,6 +199,21 @@ def test_someone_elses_module_sees_every_token(model, images, last_tokens):
     model.blocks[-1].attn = nn.Identity()
     model(images)
     assert last_tokens == [17]
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_attention_of_another_kind_is_called(freezing):
+    block = LCABlock(32, 2).eval()
+    block.attn = Attention(32, 2)
+    x = torch.randn(2, 5, 32)
+    fused = (freeze if freezing else fuse)(copy.deepcopy(block))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), block(x))
+    model = CeiT(**SMALL).eval()
+    model.blocks[0].attn = LCAAttention(32, 2)
+    fused = (freeze if freezing else fuse)(model)
+    with torch.no_grad(), pytest.raises(ValueError, match="branch: expected shape"):  # of one token
+        fused(torch.randn(2, 3, 64, 64))
 
 
 @torch.no_grad()

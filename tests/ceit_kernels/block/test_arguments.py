@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ceit_kernels import FusedAttention, FusedLinear, use_backend
+from ceit_kernels import FusedAttention, FusedLCAAttention, FusedLinear, use_backend
 from ceit_kernels.block.arguments import are_readable, attention_tensors, can_run_fused, is_idle, linear_tensors
 
 OPERATORS = ("linear", "attention")
@@ -87,10 +87,11 @@ def test_an_attention_is_read_where_all_around_it_is_what_it_seems():
     good = parts()
     norm1, attention, norm2 = good.values()
     layers = norm1, attention.qkv, attention.proj, norm2
-    tensors, scalars = attention_tensors(**good, channels=8)
+    tensors, scalars = attention_tensors(**good, kind=FusedAttention, channels=8)
     assert [id(t) for t in tensors] == [id(t) for layer in layers for t in (layer.weight, layer.bias)]
     assert scalars == [1e-3, 0.5, 1e-5]
-    assert attention_tensors(**good, channels=4) is None
+    assert attention_tensors(**good, kind=FusedAttention, channels=4) is None
+    assert attention_tensors(**good, kind=FusedLCAAttention, channels=8) is None
     odd = FusedAttention(8, 2)
     odd.proj = nn.Linear(8, 4)
     for name, module in (
@@ -101,4 +102,4 @@ def test_an_attention_is_read_where_all_around_it_is_what_it_seems():
         ("attention", nn.Identity()),
         ("attention", odd),
     ):
-        assert attention_tensors(**parts(**{name: module}), channels=8) is None, name
+        assert attention_tensors(**parts(**{name: module}), kind=FusedAttention, channels=8) is None, name
