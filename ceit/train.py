@@ -158,7 +158,7 @@ def _train_epoch(run: Run, take_step: Step, loader: Any) -> None:
             "epoch": run.epoch,
             "train_loss": statistics.fmean(losses),
             "images_per_second": images_here * place.world_size / seconds,
-            "lr": run.optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in run.optimizer.param_groups),
             "seconds": seconds,
         }
     )

@@ -234,7 +234,8 @@ def test_gradients_are_clipped_as_they_are_without_their_scale(options):
 
 
 def test_the_learning_rate_warms_up_and_falls(options, tmp_path):
-    train(options(epochs=4, warmup_epochs=1, lr=1e-3, min_lr=1e-5))
+    """That of the head, where other layers have lower ones."""
+    train(options(epochs=4, warmup_epochs=1, lr=1e-3, min_lr=1e-5, layer_decay=0.5))
     history = load_checkpoint_state(tmp_path / "run" / "last.pt")["history"]
     rates = [record["lr"] for record in history]
     assert rates[0] == pytest.approx(1e-3, rel=0.2)
