@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 import zipfile
 
@@ -33,15 +34,16 @@ def refused(weights, path, model, match):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+# And what it is said to be.
 KINDS = {
-    "sparse": lambda t: t.to_sparse(),
-    "compressed": lambda t: t.flatten(1).to_sparse_csr(),
-    "meta": lambda t: t.to("meta"),
-    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
-    "complex": lambda t: t.to(torch.complex64),
-    "integer": lambda t: t.to(torch.int32),
-    "boolean": lambda t: t > 0,
-    "width": lambda t: t[..., :-1].contiguous(),
+    "sparse": (lambda t: t.to_sparse(), "sparse or nested"),
+    "compressed": (lambda t: t.flatten(1).to_sparse_csr(), "sparse or nested"),
+    "meta": (lambda t: t.to("meta"), r"without values \(on the meta device\)"),
+    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "quantised"),
+    "complex": (lambda t: t.to(torch.complex64), "of type complex64"),
+    "integer": (lambda t: t.to(torch.int32), "of type int32"),
+    "boolean": (lambda t: t > 0, "of type bool"),
+    "width": (lambda t: t[..., :-1].contiguous(), None),
 }
 
 
@@ -54,8 +56,9 @@ def test_tensors_that_do_not_fit_are_refused_before_the_first_is_written(kind, n
         name = next(n for n in reversed(weights) if weights[n].ndim == 4)
     if kind == "compressed" and name == "pos_embed":
         pytest.skip("compressed layouts have no leading dimension of one here")
-    weights[name] = KINDS[kind](weights[name])
-    match = "wrong shape" if kind in ("width",) else rf"does not match the model.*{name.replace('.', '[.]')}"
+    change, what = KINDS[kind]
+    weights[name] = change(weights[name])
+    match = "wrong shape" if what is None else rf"does not match the model.*{re.escape(name)} is {what}"
     refused(weights, path, CeiT(**SMALL), match)
 
 

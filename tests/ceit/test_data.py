@@ -72,7 +72,7 @@ def test_test_images_are_found_under_any_usual_name(make_images, tmp_path, name)
         ({}, True, "there is no such folder"),
         ({"val/a": 1}, True, "expected a folder train/ in it"),
         ({"train/a": 1}, False, "expected a folder val/ or validation/ or test/ in it"),
-        ({"train/a": 0, "train/b": 0}, True, "no images"),
+        ({"train/a": 0, "train/b": 0}, True, r"no images \(.png, .jpg, .jpeg\) in the class folders of"),
     ],
 )
 def test_folders_that_cannot_be_used_are_named(make_images, tmp_path, folders, training, message):
@@ -84,7 +84,7 @@ def test_folders_that_cannot_be_used_are_named(make_images, tmp_path, folders, t
 
 def test_classes_that_differ_are_listed():
     with pytest.raises(
-        UsageError, match="classes of A and B differ: ape only in the first, elk, fox only in the second"
+        UsageError, match="--data: the classes of A and B differ: ape only in the first, elk, fox only in the second"
     ):
         check_classes(["ape", "cow"], ["cow", "elk", "fox"], "A and B")
 

@@ -179,6 +179,7 @@ def test_compiles_without_graph_breaks_with_checkpointing(images):
         ({"embed_dim": 33}, "embed_dim: expected a multiple of num_heads=2, got 33"),
         ({"depth": 0}, "depth: expected at least 1, got 0"),
         ({"global_pool": "max"}, "global_pool: expected 'token', 'avg' or '', got 'max'"),
+        ({"img_size": (8, 8, 8)}, r"img_size: expected height and width, or one number for both, got \(8, 8, 8\)"),
         ({"img_size": 12}, r"img_size: expected at least one patch, \(4, 4\) cells.*got \(12, 12\)"),
     ],
     ids=str,

@@ -94,10 +94,47 @@ def test_fused_modules_have_the_backend_and_why_not_the_others():
         assert [row.backend for row in explain(make_pair("leff")[1])] == ["reference"]
 
 
-def test_what_was_done_to_a_fused_module_is_its_reason():
-    leff = make_pair("leff")[1]
-    leff.conv2.register_forward_hook(lambda *_: None)
-    assert [(row.backend, row.reason) for row in explain(leff)] == [("plain", "conv2 has a hook")]
+def dropping(lca):
+    lca.attn_drop.p = 0.5
+    lca.attn_drop.eval()
+
+
+DONE = {
+    "hook": ("leff", lambda leff: leff.conv2.register_forward_hook(print), "conv2 has a hook"),
+    "hook of gradients": ("leff", lambda leff: leff.bn1.register_full_backward_pre_hook(print), "bn1 has a hook"),
+    "forward": ("leff", lambda leff: setattr(leff.act, "forward", abs), "act has a forward of its own"),
+    "buffer": ("leff", lambda leff: leff.register_buffer("own", torch.ones(1)), "the kernels know nothing of own"),
+    "no child": ("leff", lambda leff: delattr(leff, "bn2"), "the module has no bn2"),
+    "no parameter": ("linear", lambda linear: delattr(linear, "bias"), "the module has no bias"),
+    "no matrix": (
+        "linear",
+        lambda linear: setattr(linear, "weight", nn.Parameter(torch.ones(32))),
+        "weight is no matrix",
+    ),
+    "mode": ("lca", dropping, "attn_drop is in another mode than the module"),
+    "scale": (
+        "i2t",
+        lambda i2t: setattr(i2t.conv, "stride", (4, 4)),
+        "the kernels have stride=(2, 2) in conv, not (4, 4)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "reason"), DONE.values(), ids=DONE)
+def test_what_was_done_to_a_fused_module_is_its_reason(name, change, reason):
+    module = make_pair(name)[1]
+    assert explain(module)[0].backend == "native"
+    change(module)
+    row = explain(module)[0]
+    assert (row.backend, row.reason) == ("plain", reason)
+
+
+def test_a_global_hook_is_the_reason_of_all():
+    handle = nn.modules.module.register_module_forward_hook(print)
+    try:
+        assert [row.reason for row in explain(make_pair("leff")[1])] == ["a global hook of modules is set"]
+    finally:
+        handle.remove()
 
 
 def test_known_classes_that_stayed_plain_say_why():

@@ -246,6 +246,11 @@ def test_from_plain_refuses_what_is_no_plain_counterpart(plain_class, fused_clas
         fused_class.from_plain(nn.Bilinear(2, 2, 2))
 
 
+def test_operators_that_are_none_are_named():
+    with pytest.raises(TypeError, match=r"fuse: expected operators of \('leff', .*\), got \['ffn', 'mlp'\]"):
+        fuse(nn.Linear(2, 2), mlp=True, leff=False, ffn=False)
+
+
 def test_register_fusion_names_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"operator: expected one of .*'lca'.*got 'mlp'"):
         register_fusion("mlp", nn.Linear, FusedLinear)

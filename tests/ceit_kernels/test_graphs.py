@@ -283,6 +283,11 @@ def test_calls_that_no_graph_serves_run_as_they_are_and_it_is_said(monkeypatch, 
         call(x).sum().backward()
     assert seen[10:] == ["grad"] * 5
     torch.func.vmap(call)(x)
+    synchronised = graphed(nn.SyncBatchNorm(8).eval())
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: True)
+        for _ in range(5):
+            synchronised(x)
     assert fake.captured == 0
     messages = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert [message.partition(": ")[2] for message in messages] == [
@@ -290,4 +295,5 @@ def test_calls_that_no_graph_serves_run_as_they_are_and_it_is_said(monkeypatch, 
         "a module has a hook",
         "a parameter has a hook",
         "a mode, a transform or a class of tensors sees the call",
+        "norms exchange statistics with other processes",
     ]

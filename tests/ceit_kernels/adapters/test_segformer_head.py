@@ -84,15 +84,32 @@ def adapted(head):
     head.linear_fuse = Adapted(head.linear_fuse)
 
 
-@pytest.mark.parametrize(
-    "change", [with_a_hook, parametrised, with_a_bias, adapted], ids=lambda change: change.__name__
-)
+def of_a_row(head):
+    head.linear_fuse = nn.Conv2d(64, 16, (1, 2), bias=False).double()
+
+
+def padded(head):
+    head.linear_fuse.padding = (1, 1)
+
+
+# And the reason for which it is called then.
+CHANGES = {
+    with_a_hook: "linear_fuse has a hook",
+    parametrised: "the kernels take Conv2d for linear_fuse, not ParametrizedConv2d",
+    with_a_bias: "linear_fuse is no pointwise convolution without a bias",
+    of_a_row: "linear_fuse is no pointwise convolution without a bias",
+    padded: "the kernels have padding=(0, 0) in linear_fuse, not (1, 1)",
+    adapted: "the kernels take Conv2d for linear_fuse, not Adapted",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_is_done_to_the_convolution_is_honoured(change):
     torch.manual_seed(0)
     plain = Head().eval()
     change(plain.head)
     fused = fuse(copy.deepcopy(plain))
-    assert [row.backend for row in explain(fused) if row.name == "head"] == ["plain"]
+    assert [(row.backend, row.reason) for row in explain(fused) if row.name == "head"] == [("plain", CHANGES[change])]
     torch.testing.assert_close(fused(*make_maps()), plain(*make_maps()), rtol=1e-10, atol=1e-10)
     with use_backend("linear=reference"):
         torch.testing.assert_close(fused(*make_maps()), plain(*make_maps()), rtol=0, atol=0)

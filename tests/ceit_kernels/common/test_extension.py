@@ -9,6 +9,7 @@ import torch
 from support.processors import KINDS
 
 import ceit_kernels
+from ceit_kernels.common import extension
 from ceit_kernels.common.extension import cpu_code
 
 # What PyTorch calls the instructions that the kinds of code need; it has a name for other machines' too.
@@ -52,6 +53,16 @@ def test_a_lesser_kind_runs_where_it_is_named_and_no_better_one_than_there_is(as
 
 def test_status_says_which_kind_runs():
     assert str(ceit_kernels.status()).endswith(f"the CPU runs its {cpu_code()} code")
+
+
+def test_where_it_is_not_it_is_said_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "_PACKAGE", tmp_path)
+    why = extension._load.__wrapped__
+    assert why() == "the compiled extension was not built: no record of the build"
+    (tmp_path / "_build.json").write_text('{"reason": "no C++ compiler was found"}')
+    assert why() == "the compiled extension was not built: no C++ compiler was found"
+    (tmp_path / "_native.so").write_text("")
+    assert why().startswith("the compiled extension does not load: ")
 
 
 def test_registration_passes_pytorchs_own_checks():
