@@ -66,9 +66,7 @@ def test_a_bad_argument_is_named_with_what_was_given_and_expected(changes, error
 def test_the_operator_itself_needs_a_seed_to_drop_anything():
     x, weight, bias = (good_arguments()[name] for name in ("x", "qkv_weight", "qkv_bias"))
     torch.ops.ceit.lca(x, weight, bias, None, HEADS, 1.0, 0.0, False, None, "native")
-    with pytest.raises(
-        ValueError, match="seed: expected an int64 tensor.*with dropout_p > 0, got None"
-    ):
+    with pytest.raises(ValueError, match=r"seed: expected an int64 tensor.*with dropout_p > 0, got None"):
         torch.ops.ceit.lca(x, weight, bias, None, HEADS, 1.0, 0.1, False, None, "native")
 
 
