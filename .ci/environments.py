@@ -36,6 +36,7 @@ QUICK = (
     "tests/ceit_kernels/adapters",
     "tests/ceit_kernels/common",
     "tests/ceit_kernels/block",
+    "tests/ceit_kernels/convnet",
     "tests/ceit_kernels/linear",
     "tests/ceit_kernels/add_norm/test_cpu.py",
     "tests/ceit_kernels/attention",

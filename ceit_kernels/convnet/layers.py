@@ -22,7 +22,15 @@ __all__ = ["Steps", "convolution_of", "steps_of"]
 
 _BATCH_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
 _LAYER_NORMS = nn.LayerNorm, "timm.layers.norm.LayerNorm"
-_LAYER_SCALES = "timm.layers.layer_scale.LayerScale2d", "timm.layers.layer_scale.LayerScale"  # images', tokens'
+# Of images, in timm 1.0.20 in the models' own files, and of tokens.
+_LAYER_SCALES = (
+    (
+        "timm.layers.layer_scale.LayerScale2d",
+        "timm.models._efficientnet_blocks.LayerScale2d",
+        "timm.models.efficientformer_v2.LayerScale2d",
+    ),
+    ("timm.layers.layer_scale.LayerScale",),
+)
 # Which do nothing in evaluation mode.
 _IDLE = (
     nn.Identity,
@@ -95,7 +103,7 @@ class Steps:
                 self.call(f"{name}.{child}", module._modules[child] or nn.Identity())
         elif kind is nn.LayerNorm or qualified_name(kind) in _LAYER_NORMS:
             self.norm(name, module)
-        elif qualified_name(kind) == _LAYER_SCALES[bool(self.of_tokens)]:
+        elif qualified_name(kind) in _LAYER_SCALES[bool(self.of_tokens)]:
             gamma = _exact(held(module, "gamma"))
             self._multiply_add(name, gamma, torch.zeros_like(gamma))
         elif child_reason(name, module, MODULES) is None and activation_name(module) is not None:
