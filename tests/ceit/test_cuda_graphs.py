@@ -57,6 +57,8 @@ def test_a_run_has_the_numbers_that_it_has_without_graphs(fake, options, tmp_pat
         monkeypatch.setattr(steps, "_FIRST_STEPS", 1000)
         expected = run(options, tmp_path / "plain", True, **settings)
     assert (fake.captured, fake.replayed) == (captured, replayed)
+    groups = load_checkpoint_state(tmp_path / "graphs" / "last.pt")["optimizer"]["param_groups"]
+    assert all(bool(group.get("capturable")) == ("opt" not in settings) for group in groups)
     assert torch.equal(found, expected)
     assert all(map(torch.equal, weights(tmp_path / "graphs"), weights(tmp_path / "plain")))
 

@@ -1,4 +1,6 @@
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,12 +34,16 @@ def trained(options, tmp_path):
     return settings, train(settings), str(tmp_path / "run" / "last.pt")
 
 
-def test_every_test_image_counts_once(options):
+def test_every_test_image_counts_once(options, monkeypatch):
     settings = options(num_classes=7)
     torch.manual_seed(0)
     model = build_model(settings)
     loader = create_test_loader(open_split(settings, training=False), settings, CONFIG, CPU)
+    shown = []
+    bar = SimpleNamespace(update=shown.append)
+    monkeypatch.setattr(ceit.evaluate, "progress_bar", lambda total, *_: nullcontext(shown.append(total) or bar))
     metrics = evaluate(model, loader, CPU)
+    assert shown == [13, 8, 5]
     batches = list(loader)
     images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     with torch.no_grad():

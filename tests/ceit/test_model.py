@@ -67,7 +67,11 @@ def test_the_last_blocks_leff_gets_gradients_of_zero(images):
     model(images).sum().backward()
     assert all((p.grad == 0).all() for p in model.blocks[-1].leff.parameters())
     assert all((p.grad != 0).any() for p in model.blocks[-2].leff.conv1.parameters() if p.dim() > 1)
-    # They lie in one piece of memory, and are the user's like any others.
+    # They lie in one piece of memory, little larger than they are, and are the user's like any others.
+    places = {p.grad.data_ptr(): p.grad.nbytes for p in model.blocks[-1].leff.parameters()}
+    assert not any(place % 64 for place in places)
+    (memory,) = {p.grad.untyped_storage().nbytes() for p in model.blocks[-1].leff.parameters()}
+    assert memory <= sum(places.values()) + 128 * len(places)
     for number, p in enumerate(model.blocks[-1].leff.parameters()):
         assert (p.grad.shape, p.grad.stride()) == (p.shape, p.contiguous().stride())
         p.grad.detach_().fill_(number)

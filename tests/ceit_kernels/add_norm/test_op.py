@@ -67,6 +67,15 @@ def test_a_bad_argument_is_named_with_what_was_given_and_expected(changes, error
         torch.ops.ceit.add_norm(*tensors, 1e-5, arguments["num_prefix_tokens"], True, None, "triton")
 
 
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_backward_has_no_gradient_of_a_parameter_that_is_not_there(missing):
+    x, rows = torch.randn(2, 3, 8), torch.ones(2, 3)
+    parameters = [None if name == missing else torch.ones(8) for name in ("weight", "bias")]
+    tensors = x, None, None, x, *parameters, rows, rows, None
+    with pytest.raises(ValueError, match=f"need_{missing}: expected False where {missing} is None, got True"):
+        torch.ops.ceit.add_norm_backward(*tensors, True, True, True, "native")
+
+
 def test_the_operator_itself_refuses_a_backend_that_cannot_run(monkeypatch):
     monkeypatch.setattr(backends, "has_kernel", lambda operator, device_type: False)
     tensors = list(good_arguments().values())[:4]

@@ -104,6 +104,11 @@ BAD_ARGUMENTS = {
         ValueError,
         r"norms\[1\].running_mean: expected shape \(6\), got \(5,\)",
     ),
+    "norm of integers": (
+        changed("norms", 1, BatchNorm(ONES.long(), ONES)),
+        TypeError,
+        r"norms\[1\].running_mean: expected a floating-point tensor, got torch.int64",
+    ),
     "no statistics": (
         changed("norms", 1, BatchNorm(None, None)),
         ValueError,

@@ -1,6 +1,7 @@
 """The linear layer on the CPU against plain PyTorch."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ceit_kernels import BackendError, FusedLinear, use_backend
+from ceit_kernels.linear import cpu
 
 NAMES = ("out", "x.grad", "weight.grad", "bias.grad")
 DRAWS = 8
@@ -158,6 +160,9 @@ def test_few_multiply_adds_are_left_to_plain_pytorch(rows, by_kernels, training)
     with use_backend("auto"), torch.set_grad_enabled(training), _Operators() as operators:
         layer(x)
     assert ("ceit.linear.default" in operators.names) == by_kernels
+    with use_backend("auto"), mock.patch.object(cpu, "linear", wraps=cpu.linear) as gemm:
+        layer(x)
+    assert gemm.call_count == by_kernels
 
 
 @pytest.mark.parametrize("bias", [True, False])
