@@ -19,6 +19,7 @@ from ceit_kernels import (
     unfuse,
     use_backend,
 )
+from ceit_kernels.common.arguments import names_its_arguments
 
 BAD = (None, "text", 1.5, 0, -1, object(), [], (1,), {}, True, torch.ones(2, dtype=torch.int64), torch.ones(1))
 SMALL = {"img_size": 32, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3, "mlp_ratio": 1.0}
@@ -111,6 +112,19 @@ def error_of(call, arguments):
         call(**arguments)
     except (TypeError, ValueError, OSError) as error:
         return str(error)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pair", "message"),
+    [((1, 2, 3), (1, 2), "late"), ((), (1, 2), "late"), ((1, "a"), (1, 2), "sizes: "), ((1,), (1, 2, 3), "pair: ")],
+)
+def test_elements_of_a_tuple_count_too(sizes, pair, message):
+    @names_its_arguments
+    def call(sizes: tuple[int, ...], pair: tuple[int, int]):
+        raise RuntimeError("late")
+
+    with pytest.raises((RuntimeError, TypeError), match=f"^{message}"):
+        call(sizes, pair)
 
 
 SMALLEST = {

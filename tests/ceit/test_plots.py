@@ -89,7 +89,9 @@ def test_confusions_are_shares_of_a_class(drawn, count):
     confusion = torch.zeros(count + 1, count + 1, dtype=torch.int64)
     confusion[0, 0], confusion[0, 1], confusion[1, 1] = 3, 1, 2  # the others have no images
     classes = [f"class {i}" for i in range(count)]
-    axes = drawn(plots.draw_confusion, confusion, classes).axes[0]
+    figure = drawn(plots.draw_confusion, confusion, classes)
+    axes, side = figure.axes[0], 2.5 + min(0.3 * count, 12)  # inches
+    assert tuple(figure.get_size_inches()) == (side + 1, side)
     expected = torch.zeros(count, count)
     expected[0, 0], expected[0, 1], expected[1, 1] = 0.75, 0.25, 1.0
     assert_allclose(axes.images[0].get_array(), expected)

@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
+from support.fused_modules import make_pair
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 from torch.nn.utils import parametrize
@@ -244,6 +245,13 @@ def test_from_plain_shares_the_state_and_leaves_the_plain_module_as_it_is():
 def test_from_plain_refuses_what_is_no_plain_counterpart(plain_class, fused_class, make):
     with pytest.raises(TypeError, match=f"{fused_class.__name__} cannot stand in for this Bilinear: "):
         fused_class.from_plain(nn.Bilinear(2, 2, 2))
+
+
+@pytest.mark.parametrize(("name", "of"), [("linear", ""), ("patches", ""), ("i2t", "conv.")])
+def test_weights_on_another_device_are_named(name, of):
+    _, fused, x = make_pair(name)
+    with pytest.raises(ValueError, match=rf"x: expected on meta like {of}weight, got cpu"):
+        fused.to("meta")(x)
 
 
 def test_operators_that_are_none_are_named():
