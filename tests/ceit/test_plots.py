@@ -84,7 +84,7 @@ def test_two_runs_are_drawn_side_by_side(drawn, device, memory):
     assert accuracies.get_legend()
 
 
-@pytest.mark.parametrize("count", [40, 41])
+@pytest.mark.parametrize("count", [2, 40, 41])
 def test_confusions_are_shares_of_a_class(drawn, count):
     confusion = torch.zeros(count + 1, count + 1, dtype=torch.int64)
     confusion[0, 0], confusion[0, 1], confusion[1, 1] = 3, 1, 2  # the others have no images
