@@ -5,6 +5,7 @@ from operator import attrgetter
 
 import pytest
 import torch
+import transformers
 from support.adapters import grown
 from timm.layers import SEModule
 from timm.models import efficientformer_v2, pvt_v2, tiny_vit
@@ -31,6 +32,8 @@ pvt_stage = partial(pvt_v2.PyramidVisionTransformerStage, 8, 8, 1, num_heads=2, 
 
 
 def segformer():
+    if transformers.__version__.startswith("4."):
+        pytest.skip("in transformers 4 it is of other parts, and stays plain")
     sizes = {"num_attention_heads": [2], "mlp_ratios": [2], "patch_sizes": [3], "strides": [2]}
     config = SegformerConfig(**sizes, num_channels=8, hidden_sizes=[8], depths=[1], num_encoder_blocks=1, sr_ratios=[2])
     config._attn_implementation = "sdpa"
