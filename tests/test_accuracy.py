@@ -28,7 +28,12 @@ ALIKE, OURS_JUMPS, PLAIN_JUMPS = draw(1e-3, 1e-3), draw(1.0, 1e-6), draw(1e-6, 1
 )
 def test_the_rule_counts_jumps_and_judges_what_has_a_size(draws, holds):
     if holds:
-        assert_as_accurate_over_draws(["x"], draws)
+        assert_as_accurate_over_draws(["x"], draws, with_jumps=True)
     else:
         with pytest.raises(AssertionError, match="x: errors are"):
-            assert_as_accurate_over_draws(["x"], draws)
+            assert_as_accurate_over_draws(["x"], draws, with_jumps=True)
+
+
+def test_jumps_count_as_errors_where_draws_should_have_none():
+    with pytest.raises(AssertionError, match="x: errors are"):
+        assert_as_accurate_over_draws(["x"], [OURS_JUMPS] * 8 + [PLAIN_JUMPS] * 4 + [ALIKE] * 4)

@@ -168,7 +168,8 @@ class Call:
                 return
             draws = (self.compare(draw) if draw else first for draw in range(DRAWS))
             names = [name for name in first[0] if has_a_right_digit(first[1][name], first[2][name])]
-            assert_as_accurate_over_draws(names, ([[r[n] for n in names] for r in draw] for draw in draws), fewest=1)
+            results = ([[r[n] for n in names] for r in draw] for draw in draws)
+            assert_as_accurate_over_draws(names, results, fewest=1, with_jumps=True)
         finally:
             torch.set_num_threads(before)
 
