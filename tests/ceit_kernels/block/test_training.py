@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.accuracy import assert_as_accurate_over_draws
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from ceit.blocks import Block, encoder_parts
 from ceit_kernels import fuse, use_backend
@@ -122,6 +123,82 @@ def test_a_sum_that_only_one_result_enters_and_several_gradients_at_once():
     first = torch.autograd.grad(out.sum(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="is differentiable once"):
         first.sum().backward()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Adapted(nn.Module):
+    """A layer with one of low rank beside it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.low = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.layer(x) + self.low(x)
+
+
+def adapt(block, name):
+    torch.manual_seed(3)
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, Adapted(block.get_submodule(name)))
+
+
+def give_a_forward(module):
+    plain = module.forward
+
+    def forward(*arguments, **options):
+        out = plain(*arguments, **options)
+        return 1.5 * out if isinstance(out, torch.Tensor) else out
+
+    module.forward = forward
+
+
+LINEAR, LAYERS = (nn.Linear,), (nn.Linear, nn.Conv2d)
+# What is done to a part, by its name in a block, and the classes of parts.
+CHANGES = {
+    "hook": (lambda b, n: b.get_submodule(n).register_forward_hook(lambda _, __, out: 1.5 * out), nn.Module),
+    "hook ahead": (
+        lambda b, n: b.get_submodule(n).register_forward_pre_hook(lambda _, xs: (1.1 * xs[0], *xs[1:])),
+        LAYERS,
+    ),
+    "hook behind": (
+        lambda b, n: b.get_submodule(n).register_full_backward_hook(lambda _, grads, __: tuple(2 * g for g in grads)),
+        (*LAYERS, nn.LayerNorm, nn.BatchNorm2d),
+    ),
+    "forward": (lambda b, n: give_a_forward(b.get_submodule(n)), nn.Module),
+    "parametrization": (
+        lambda b, n: parametrize.register_parametrization(b.get_submodule(n), "weight", Doubled()),
+        LAYERS,
+    ),
+    "pruning": (torch.no_grad()(lambda b, n: prune.l1_unstructured(b.get_submodule(n), "weight", 0.5)), LAYERS),
+    "adapter": (adapt, LINEAR),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("before", [True, False], ids=["before fuse", "behind it"])
+def test_what_is_done_to_a_part_is_followed(change, before):
+    make, classes = CHANGES[change]
+    for name, part in make_block(torch.float64).named_modules():
+        # The norms of add_norm and the block itself give several results.
+        if not isinstance(part, classes) or name in ("", "add_norm"):
+            continue
+        plain, fused = make_block(torch.float64), make_block(torch.float64)
+        make(plain, name)
+        if before:
+            make(fused, name)
+        fuse(fused)
+        if not before:
+            make(fused, name)
+        x = make_tokens(2, torch.float64)
+        torch.testing.assert_close(
+            step(fused, x), step(plain, x), rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_declines_where_someone_would_notice(calls):
