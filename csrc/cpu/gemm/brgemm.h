@@ -10,6 +10,10 @@ namespace CEIT_CAPABILITY {
 
 using namespace ceit::CEIT_CAPABILITY;
 
+// Terms of a sum before it is added to the result: long sums lose no digits (1,536 terms one after another are 2.8
+// times as wrong as MKL's sums), and so many rows of B stay in cache.
+constexpr int64_t kChunk = 192;
+
 // Whether brgemm packs a B of a depth and serves a call, and what then takes the place of the functions of these names.
 template <class T>
 struct Brgemm {
@@ -82,11 +86,17 @@ struct Brgemm<float> {
   static bool packs(int64_t) { return ceit_brgemm != nullptr; }
   static bool serves(const Call<float>& call) { return packs(call.depth); }
   static void multiply(const Call<float>& call, Range rows, Range panels) {
+    const int64_t b_stride = call.b_stride ? call.b_stride : kPanelColumns;
+    const int64_t chunks = call.depth ? ceil_div(call.depth, kChunk) : 1;
     for_tiles(call, rows, panels, [&](const Tile& tile, int64_t panel) {
+      const float* a = call.a + tile.row * call.a_stride;
       const float* b = static_cast<const float*>(call.b) + panel * kPanelColumns * (call.b_stride ? 1 : call.depth);
       float* out = call.out + tile.row * call.out_stride + tile.column;
-      ceit_brgemm(tile.rows, tile.columns, call.depth, call.a_stride, call.b_stride ? call.b_stride : kPanelColumns,
-                  call.out_stride, call.accumulate, call.a + tile.row * call.a_stride, b, out, false);
+      for (int64_t i = 0; i < chunks; ++i) {
+        const int64_t first = call.depth * i / chunks, depth = call.depth * (i + 1) / chunks - first;
+        ceit_brgemm(tile.rows, tile.columns, depth, call.a_stride, b_stride, call.out_stride, call.accumulate || i > 0,
+                    a + first, b + first * b_stride, out, false);
+      }
       if (call.activation != Activation::identity || call.scale || call.shift || call.residual)
         write_tile(call, tile, out, call.out_stride);
     });

@@ -17,8 +17,6 @@ constexpr int kHeight = 6, kVectors = 4;
 #else
 constexpr int kHeight = 6, kVectors = 2;
 #endif
-// Terms of a sum before it is added to the result: long sums lose no digits, and so many rows of B stay in cache.
-constexpr int64_t kChunk = 192;
 // Rows of 16 bits that are converted at a time: all panels of a prepacked B pass by them, while one that is read as it
 // lies is copied for each.
 constexpr int64_t kConverted = 8 * kHeight, kConvertedUnpacked = 4 * kConverted;
