@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .common.choice import describe_findings
+from .common.constant import constant_result
 from .common.extension import describe_extension, extension_problem, has_kernel
 from .common.launch import compute_capability, is_recording, target_device
 from .operators import OPERATORS
@@ -114,13 +115,13 @@ def current_backend(operator: str) -> str:
     return _setting[operator]
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _old_gpu(device_index: int | None) -> str | None:
     chip = compute_capability(device_index)
     return None if chip >= 80 else f"the GPU has compute capability {chip / 10}, the kernels need 8.0"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _unproven_gpu(device_index: int | None) -> str | None:
     """Why Triton runs on a GPU only where it is asked for."""
     if torch.version.hip is None or is_recording():

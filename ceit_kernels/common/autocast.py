@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .constant import constant_result
+
 __all__ = ["autocast_dtype", "is_autocast_enabled"]
 
 
@@ -15,7 +17,7 @@ def is_autocast_enabled(device_type: str) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-@torch.compiler.assume_constant_result  # torch.compile of PyTorch 2.10 cannot look into it
+@constant_result  # torch.compile of PyTorch 2.10 cannot look into it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .constant import constant_result
 from .launch import is_recording
 
 __all__ = ["cpu_code", "describe_extension", "extension_problem", "has_kernel"]
@@ -36,7 +37,7 @@ def _load() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def has_kernel(operator: str, device_type: str) -> bool:
     """Whether compiled code serves ``ceit::<operator>`` on a kind of device, as it does where launches are recorded."""
     if is_recording():

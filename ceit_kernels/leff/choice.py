@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.calls import is_eager, needs_gradient
 from ..common.choice import Run, fastest
+from ..common.constant import constant_result
 from ..common.launch import compute_capability
 from .activations import ACTIVATIONS
 from .arguments import Settings, out_dtype, parameters_per_layer
@@ -103,7 +104,7 @@ def _described(
     return f"leff {phase}|" + ",".join(f"{name}={field}" for name, field in fields.items())
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _rule(channels: int, device_index: int | None) -> str:
     return "library" if channels >= _WIDE or compute_capability(device_index) not in _KNOWN_CHIPS else "triton"
 

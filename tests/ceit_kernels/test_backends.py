@@ -199,3 +199,13 @@ def test_status_says_why_there_is_no_extension(monkeypatch):
     monkeypatch.setattr(backends, "extension_problem", lambda device_type: "it was not built: no nvcc")
     row = next(row for row in ceit_kernels.status() if (row.operator, row.device) == ("i2t", "cuda"))
     assert (row.backend, row.reason) == ("reference", "native: it was not built: no nvcc")
+
+
+def test_the_package_imports_neither_pytorchs_compiler_nor_the_libraries_that_fuse_knows():
+    """They take as long as PyTorch itself, in each process."""
+    code = """
+import sys, torch, ceit_kernels
+names = ("torch._dynamo", "torch._inductor", "timm", "transformers", "torchvision")
+print([name for name in names if name in sys.modules])
+"""
+    assert run_python(code).stdout.strip() == "[]"
