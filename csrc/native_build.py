@@ -36,6 +36,7 @@ _CAPABILITIES = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
+_CAPABILITIES["avx512bf16"] = [*_CAPABILITIES["avx512"], "-mavx512bf16"]
 
 
 class BuildError(Exception):
@@ -204,8 +205,11 @@ def decide(environ: Mapping[str, str] = os.environ, assume_torch: bool = False) 
 def _capabilities(compiler: str) -> dict[str, list[str]]:
     """By the machine that is compiled for; without flags GCC and Clang take SSE2 on x86, NEON on a 64-bit Arm."""
     target = _run([compiler, "-dumpmachine"]).stdout.strip() or platform.machine()
-    x86 = target.lower().startswith(("x86_64", "amd64"))
-    return _CAPABILITIES if x86 else {"baseline": []}
+    if not target.lower().startswith(("x86_64", "amd64")):
+        return {"baseline": []}
+    # Compilers from before 2020 do not know the last.
+    known = _run([compiler, "-mavx512bf16", "-fsyntax-only", "-x", "c++", os.devnull]).returncode == 0
+    return {name: flags for name, flags in _CAPABILITIES.items() if known or name != "avx512bf16"}
 
 
 def _ninja_file(plan: Plan, folder: Path, library: Path) -> str:

@@ -26,7 +26,12 @@ PYTEST = ("-m", "pytest", "-q", "-m", "not prove")
 TTSEM = ("-m", "ttsem.sanitize", *PYTEST[1:])
 KERNELS = "tests/ceit_kernels"
 # The code that CEIT_KERNELS_CPU names, with the name of the same for PyTorch and for oneDNN, least first.
-KINDS = {"baseline": ("default", "SSE41"), "avx2": ("avx2", "AVX2"), "avx512": ("avx512", "AVX512_CORE")}
+KINDS = {
+    "baseline": ("default", "SSE41"),
+    "avx2": ("avx2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE"),
+    "avx512bf16": ("avx512", "AVX512_CORE_BF16"),
+}
 
 _PROGRESS = re.compile(r"[.FEsxX]+ *\[ *\d+%\]")
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")

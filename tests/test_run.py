@@ -72,7 +72,7 @@ def test_kinds_of_code_below_the_best_run_with_pytorch_restricted_likewise(monke
     assert lesser.environment == {
         "CEIT_KERNELS_CPU": "baseline", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"
     }  # fmt: skip
-    assert "Not run, as this processor lacks the instructions: avx512." in capsys.readouterr().out
+    assert "Not run, as this processor lacks the instructions: avx512, avx512bf16." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

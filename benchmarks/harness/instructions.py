@@ -31,7 +31,7 @@ def limit_instructions(name: str) -> None:
 def instructions() -> str:
     """What the fused operators run on the CPU, and what PyTorch does where that differs."""
     ours, theirs = cpu_code() or "none", torch.backends.cpu.get_cpu_capability().lower()
-    return ours if theirs in (ours, "default") else f"{ours} (PyTorch {theirs})"
+    return ours if theirs in (ours.removesuffix("bf16"), "default") else f"{ours} (PyTorch {theirs})"
 
 
 def exceeding() -> str | None:

@@ -87,7 +87,7 @@ def targets_of(device: torch.device) -> list[Target]:
     """The targets for a device, by the instructions that it runs; none for a GPU."""
     if device.type != "cpu":
         return []
-    found, least, prepared = [], _AVX512 if cpu_code() == "avx512" else _LESS, _prepared()
+    found, least, prepared = [], _AVX512 if (cpu_code() or "").startswith("avx512") else _LESS, _prepared()
     for size in ("tiny", "small"):
         found += [
             Target(Workload("leff", size, "inference", "float32", 16), "frozen", _FREEZING, least.leff_inference),

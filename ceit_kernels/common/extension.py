@@ -55,7 +55,7 @@ def extension_problem(device_type: str) -> str:
 
 
 def cpu_code() -> str | None:
-    """Which of its code the extension runs on this processor: "avx512", "avx2" or "baseline".
+    """Which of its code the extension runs on this processor: "avx512bf16", "avx512", "avx2" or "baseline".
 
     The best that the processor has, or what the environment variable CEIT_KERNELS_CPU names if that is less. None where
     there is no extension.

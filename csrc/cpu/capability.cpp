@@ -8,13 +8,7 @@
 namespace ceit {
 namespace {
 
-std::string cpu_code() {
-  switch (capability()) {
-    case Capability::avx512: return "avx512";
-    case Capability::avx2: return "avx2";
-    default: return "baseline";
-  }
-}
+std::string cpu_code() { return name_of(capability()); }
 
 }  // namespace
 }  // namespace ceit

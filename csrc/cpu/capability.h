@@ -4,10 +4,20 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 namespace ceit {
 
-enum class Capability { baseline, avx2, avx512 };
+enum class Capability { baseline, avx2, avx512, avx512bf16 };
+
+static inline const char* name_of(Capability capability) {
+  switch (capability) {
+    case Capability::avx512bf16: return "avx512bf16";
+    case Capability::avx512: return "avx512";
+    case Capability::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
 
 // The best that the processor has, or what CEIT_KERNELS_CPU names if it has that.
 inline Capability capability() {
@@ -22,9 +32,12 @@ inline Capability capability() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       best = Capability::avx512;
 #endif
+#if defined(CEIT_HAS_AVX512BF16)
+    if (best == Capability::avx512 && __builtin_cpu_supports("avx512bf16")) best = Capability::avx512bf16;
+#endif
     const char* wanted = std::getenv("CEIT_KERNELS_CPU");
-    if (wanted && std::strcmp(wanted, "baseline") == 0) best = Capability::baseline;
-    if (wanted && std::strcmp(wanted, "avx2") == 0 && best == Capability::avx512) best = Capability::avx2;
+    for (const auto lesser : {Capability::baseline, Capability::avx2, Capability::avx512})
+      if (wanted && std::strcmp(wanted, name_of(lesser)) == 0 && lesser < best) best = lesser;
     return best;
   }();
   return chosen;
@@ -33,6 +46,11 @@ inline Capability capability() {
 }  // namespace ceit
 
 // Declares `type name` in every compiled capability's namespace, and `chosen()`, the one of this processor.
+#if defined(CEIT_HAS_AVX512BF16)
+#define CEIT_IF_AVX512BF16(...) __VA_ARGS__
+#else
+#define CEIT_IF_AVX512BF16(...)
+#endif
 #if defined(CEIT_HAS_AVX512)
 #define CEIT_IF_AVX512(...) __VA_ARGS__
 #else
@@ -44,14 +62,16 @@ inline Capability capability() {
 #define CEIT_IF_AVX2(...)
 #endif
 
-#define CEIT_DECLARE_TABLE(Table, name, count)                                          \
-  namespace baseline {                                                                  \
-  extern const Table name[count];                                                       \
-  }                                                                                     \
-  CEIT_IF_AVX2(namespace avx2 { extern const Table name[count]; })                      \
-  CEIT_IF_AVX512(namespace avx512 { extern const Table name[count]; })                  \
-  inline const Table& chosen(int index) {                                               \
-    CEIT_IF_AVX512(if (capability() == Capability::avx512) return avx512::name[index];) \
-    CEIT_IF_AVX2(if (capability() == Capability::avx2) return avx2::name[index];)       \
-    return baseline::name[index];                                                       \
+#define CEIT_DECLARE_TABLE(Table, name, count)                                                      \
+  namespace baseline {                                                                              \
+  extern const Table name[count];                                                                   \
+  }                                                                                                 \
+  CEIT_IF_AVX2(namespace avx2 { extern const Table name[count]; })                                  \
+  CEIT_IF_AVX512(namespace avx512 { extern const Table name[count]; })                              \
+  CEIT_IF_AVX512BF16(namespace avx512bf16 { extern const Table name[count]; })                      \
+  inline const Table& chosen(int index) {                                                           \
+    CEIT_IF_AVX512BF16(if (capability() == Capability::avx512bf16) return avx512bf16::name[index];) \
+    CEIT_IF_AVX512(if (capability() == Capability::avx512) return avx512::name[index];)             \
+    CEIT_IF_AVX2(if (capability() == Capability::avx2) return avx2::name[index];)                   \
+    return baseline::name[index];                                                                   \
   }

@@ -42,9 +42,34 @@ struct Matrix {
   int64_t stride;
 };
 
-template <int vectors, class Acc>
+// A term of a sum: one product.
+template <class Acc>
+struct Single {
+  static CEIT_INLINE Vec<Acc> splat(const Acc* from) { return CEIT_CAPABILITY::splat(*from); }
+  static CEIT_INLINE Vec<Acc> add(Vec<Acc> sum, Vec<Acc> a, Vec<Acc> b) { return sum + a * b; }
+  CEIT_INLINE Vec<Acc> finish(Vec<Acc> sum) const { return sum; }
+};
+
+#if defined(__AVX512BF16__)
+// A term of a sum: two products of 16 bits, which lie side by side where a number of 32 does elsewhere. The sum counts
+// so often.
+struct Pair {
+  float factor = 1;
+  static CEIT_INLINE Vec<float> splat(const float* from) {
+    int32_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return Vec<float>(_mm512_set1_epi32(bits));
+  }
+  static CEIT_INLINE Vec<float> add(Vec<float> sum, Vec<float> a, Vec<float> b) {
+    return Vec<float>(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+  }
+  CEIT_INLINE Vec<float> finish(Vec<float> sum) const { return factor * sum; }
+};
+#endif
+
+template <int vectors, class Acc, class Term>
 __attribute__((noinline)) void multiply_panel(Left<Acc> a, Matrix<const Acc> b, Matrix<Acc> c, int64_t rows,
-                                              int64_t depth, bool add) {
+                                              int64_t depth, bool add, Term term) {
   constexpr int lanes = Lanes<Acc>::count, height = kTileRows[vectors];
   for (int64_t i = 0; i < rows; i += height) {
     Vec<Acc> sums[height][vectors];
@@ -60,9 +85,9 @@ __attribute__((noinline)) void multiply_panel(Left<Acc> a, Matrix<const Acc> b, 
       for (int v = 0; v < vectors; ++v) row[v] = load(right + v * lanes);
 #pragma GCC unroll 12
       for (int r = 0; r < height; ++r) {
-        const auto factor = splat(left[r * a.row]);
+        const auto factor = Term::splat(left + r * a.row);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sums[r][v] += factor * row[v];
+        for (int v = 0; v < vectors; ++v) sums[r][v] = Term::add(sums[r][v], factor, row[v]);
       }
       left += a.term;
       right += b.stride;
@@ -71,15 +96,19 @@ __attribute__((noinline)) void multiply_panel(Left<Acc> a, Matrix<const Acc> b, 
     for (int r = 0; r < height; ++r) {
       Acc* to = c.data + (i + r) * c.stride;
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) store(to + v * lanes, add ? load(to + v * lanes) + sums[r][v] : sums[r][v]);
+      for (int v = 0; v < vectors; ++v) {
+        const auto sum = term.finish(sums[r][v]);
+        store(to + v * lanes, add ? load(to + v * lanes) + sum : sum);
+      }
     }
   }
 }
 
 // C = A B, or C += A B, for A (rows, depth) and B (depth, columns). Columns are rounded up to whole vectors and rows to
 // a multiple of kRowMultiple at most: what lies there is read and written, and means nothing.
-template <class Acc>
-void multiply(Left<Acc> a, Matrix<const Acc> b, Matrix<Acc> c, int64_t rows, int64_t depth, int64_t columns, bool add) {
+template <class Acc, class Term = Single<Acc>>
+void multiply(Left<Acc> a, Matrix<const Acc> b, Matrix<Acc> c, int64_t rows, int64_t depth, int64_t columns, bool add,
+              Term term = {}) {
   constexpr int lanes = Lanes<Acc>::count;
   const int64_t vectors = ceil_div(columns, lanes), panels = ceil_div(vectors, kTileVectors);
   const int64_t parts = ceil_div(depth, kDepthChunk);
@@ -91,11 +120,11 @@ void multiply(Left<Acc> a, Matrix<const Acc> b, Matrix<Acc> c, int64_t rows, int
       const Matrix<const Acc> right{b.data + first * b.stride + start * lanes, b.stride};
       const Matrix<Acc> to{c.data + start * lanes, c.stride};
       const bool adds = add || part > 0;
-      if (width == 1) multiply_panel<1>(left, right, to, rows, count, adds);
-      if (width == 2) multiply_panel<2>(left, right, to, rows, count, adds);
+      if (width == 1) multiply_panel<1>(left, right, to, rows, count, adds, term);
+      if (width == 2) multiply_panel<2>(left, right, to, rows, count, adds, term);
 #if defined(__AVX512F__)
-      if (width == 3) multiply_panel<3>(left, right, to, rows, count, adds);
-      if (width == 4) multiply_panel<4>(left, right, to, rows, count, adds);
+      if (width == 3) multiply_panel<3>(left, right, to, rows, count, adds, term);
+      if (width == 4) multiply_panel<4>(left, right, to, rows, count, adds, term);
 #endif
     }
   }

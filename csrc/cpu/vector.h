@@ -69,11 +69,15 @@ CEIT_INLINE Vec<float> load(const Bf16* from) {
 CEIT_INLINE void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof v); }
 CEIT_INLINE void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof v); }
 CEIT_INLINE void store(Bf16* to, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const auto halves = _mm512_cvtneps_pbh(__m512(v));
+#else
   using L = Lanes<float>;
   const auto words = reinterpret_cast<L::Words>(v);
   const auto rounded = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
   const auto is_nan = reinterpret_cast<L::Words>(v != v);
   const auto halves = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), L::Halves);
+#endif
   std::memcpy(to, &halves, sizeof halves);
 }
 

@@ -91,7 +91,9 @@ def test_who_prepares_a_model_is_held_against_a_frozen_one_and_all_others_agains
         assert {b.ours for b in found if b.workload == workload} == {"fused", "frozen"}
 
 
-@pytest.mark.parametrize(("code", "inference", "training"), [("avx512", 1.0, 1.6), ("avx2", 1.15, 1.35)])
+@pytest.mark.parametrize(
+    ("code", "inference", "training"), [("avx512bf16", 1.0, 1.6), ("avx512", 1.0, 1.6), ("avx2", 1.15, 1.35)]
+)
 def test_targets_are_those_of_the_instructions_that_run(code, inference, training, monkeypatch):
     monkeypatch.setattr("benchmarks.harness.targets.cpu_code", lambda: code)
     monkeypatch.setattr("benchmarks.harness.targets.has_bfloat16", lambda device: False)

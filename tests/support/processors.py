@@ -8,7 +8,7 @@ from pathlib import Path
 from ceit_kernels.common.extension import cpu_code
 
 # What csrc/cpu is compiled for, on x86; each processor also runs what stands before its own.
-KINDS = ("baseline", "avx2", "avx512")
+KINDS = ("baseline", "avx2", "avx512", "avx512bf16")
 # What runs in this process, all tests run; beside it, where that is told.
 LESSER = KINDS[: KINDS.index(cpu_code())] if cpu_code() in KINDS else ()
 

@@ -1,5 +1,5 @@
 // Self-attention a tile of queries at a time: scores, softmax and weighted sum while they are in cache.
-#include "parts.h"
+#include "products.h"
 
 namespace ceit::attention {
 namespace CEIT_CAPABILITY {
@@ -70,10 +70,12 @@ CEIT_INLINE void prefetch_next(const Operand& q, const Operand& k, const Operand
   prefetch(Rows<const T>(v, shape, tile.task + 1), first, last - first, shape.channels);
 }
 
-// Scores become the softmax times the sum of each row. One pass for all rows at a time, so that reductions overlap.
-template <class Acc>
-CEIT_INLINE void softmax(Matrix<Acc> scores, int64_t rows, int64_t tokens, const Tail<Acc>& tail, Acc* largest,
+// Scores become the softmax times the sum of each row, in the type of `to`, whose rows start where theirs do. One pass
+// for all rows at a time, so that reductions overlap.
+template <class Acc, class To>
+CEIT_INLINE void softmax(Matrix<Acc> scores, To* to, int64_t rows, int64_t tokens, const Tail<Acc>& tail, Acc* largest,
                          Acc* sums) {
+  constexpr int64_t fraction = sizeof(Acc) / sizeof(To);
   for (int64_t i = 0; i < rows; ++i) {
     const Acc* row = scores.data + i * scores.stride;
     tail.mask(scores.data + i * scores.stride);
@@ -83,7 +85,8 @@ CEIT_INLINE void softmax(Matrix<Acc> scores, int64_t rows, int64_t tokens, const
   }
   for (int64_t i = 0; i < rows; ++i) {
     auto sum = splat(Acc(0));
-    powers_of_two(scores.data + i * scores.stride, tokens, largest[i], [&](int64_t, Vec<Acc> power) {
+    const Acc* row = scores.data + i * scores.stride;
+    powers_of_two(row, to + i * scores.stride * fraction, tokens, largest[i], [&](int64_t, Vec<Acc> power) {
       sum += power;
       return power;
     });
@@ -101,7 +104,7 @@ CEIT_INLINE void softmax_backward(Matrix<Acc> scores, Matrix<Acc> gradient, int6
     const Acc share = Acc(1) / statistics[2 * i + 1], about = grad_row[0];
     auto sum = splat(Acc(0));
     tail.mask(row);
-    powers_of_two(row, tokens, statistics[2 * i], [&](int64_t at, Vec<Acc> power) {
+    powers_of_two(row, row, tokens, statistics[2 * i], [&](int64_t at, Vec<Acc> power) {
       const auto weight = power * share;
       sum += weight * (load(grad_row + at) - about);
       return weight;
@@ -121,9 +124,9 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   const int64_t channels = shape.channels;
   const Layout<Acc> layout(shape);
   const Tail<Acc> tail(shape.tokens);
-  const Scratch<Acc> keys(layout.channels_by_tokens()), values(layout.tokens_by_channels());
-  const Scratch<Acc> queries(layout.queries_by_channels()), results(layout.queries_by_channels());
-  const Scratch<Acc> scores(layout.queries_by_tokens());
+  const Products<T> products(shape, Acc(call.scale * kLog2E));
+  const Scratch<Acc> results(layout.queries_by_channels()), scratch(layout.queries_by_tokens());
+  const Matrix<Acc> scores{scratch.get(), layout.tokens}, result{results.get(), layout.channels};
   Acc largest[kQueries], sums[kQueries];
   int64_t packed_task = -1;
   for (int64_t at = begin; at < end;) {
@@ -131,27 +134,22 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     const int64_t task = tile.task, first = tile.first, count = tile.count;
     at += count;
     if (task != packed_task) {
-      pack_transposed(Rows<const T>(call.k, shape, task), shape.tokens, channels, keys.get(), layout.tokens);
-      pack<T, Acc>(Rows<const T>(call.v, shape, task), 0, shape.tokens, channels, Acc(1),
-                   {values.get(), layout.channels});
+      products.pack_keys(Rows<const T>(call.k, shape, task));
+      products.pack_values(Rows<const T>(call.v, shape, task));
       packed_task = task;
     }
-    pack<T, Acc>(Rows<const T>(call.q, shape, task), first, count, channels, Acc(call.scale * kLog2E),
-                 {queries.get(), layout.channels});
+    products.pack_queries(Rows<const T>(call.q, shape, task), first, count);
     const Result<T> out(call, task);
     prefetch<true>(out, first, count, channels);
     prefetch_next<T>(call.q, call.k, call.v, shape, tile, end);
-    multiply<Acc>({queries.get(), layout.channels, 1}, {keys.get(), layout.tokens}, {scores.get(), layout.tokens},
-                  count, channels, shape.tokens, false);
+    products.score(count, scores);
     if (call.bias) {
       const int64_t row = task % shape.heads * shape.queries + first;
-      add_bias<T, Acc>(static_cast<const T*>(call.bias) + row * shape.tokens, {scores.get(), layout.tokens}, count,
-                       shape.tokens);
+      add_bias<T, Acc>(static_cast<const T*>(call.bias) + row * shape.tokens, scores, count, shape.tokens);
     }
-    softmax<Acc>({scores.get(), layout.tokens}, count, shape.tokens, tail, largest, sums);
-    multiply<Acc>({scores.get(), layout.tokens, 1}, {values.get(), layout.channels}, {results.get(), layout.channels},
-                  count, shape.tokens, channels, false);
-    unpack<Acc>({results.get(), layout.channels}, out, first, count, channels,
+    softmax(scores, products.weights(scores), count, shape.tokens, tail, largest, sums);
+    products.weigh(count, scores, result);
+    unpack<Acc>({result.data, result.stride}, out, first, count, channels,
                 [&](int64_t row) { return Acc(1) / sums[row]; });
     if (call.statistics) {
       Acc* to = static_cast<Acc*>(call.statistics) + (task * shape.queries + first) * 2;

@@ -65,7 +65,7 @@ void softmax(const MixedCall& call, int64_t begin, int64_t end) {
       auto found = load(row);
       for (int64_t c = Lanes<Acc>::count; c < tokens; c += Lanes<Acc>::count) found = larger<Acc>(found, load(row + c));
       auto sum = splat(Acc(0));
-      powers_of_two(row, tokens, largest_lane<Acc>(found), [&](int64_t, Vec<Acc> power) {
+      powers_of_two(row, row, tokens, largest_lane<Acc>(found), [&](int64_t, Vec<Acc> power) {
         sum += power;
         return power;
       });

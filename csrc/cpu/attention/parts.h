@@ -89,11 +89,11 @@ class Tail {
   alignas(64) Acc added_[Lanes<Acc>::count];
 };
 
-// row = visit(index, 2^(row - largest))
-template <class Acc, class Visit>
-CEIT_INLINE void powers_of_two(Acc* row, int64_t tokens, Acc largest, Visit visit) {
+// to = visit(index, 2^(row - largest)); `to` may start where the row does.
+template <class Acc, class To, class Visit>
+CEIT_INLINE void powers_of_two(const Acc* row, To* to, int64_t tokens, Acc largest, Visit visit) {
   for (int64_t i = 0; i < tokens; i += Lanes<Acc>::count)
-    store(row + i, visit(i, power_of_two(load(row + i) - largest)));
+    store(to + i, visit(i, power_of_two(load(row + i) - largest)));
 }
 
 // scores += log2(e) * bias, of which rows are `tokens` apart.

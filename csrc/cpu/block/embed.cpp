@@ -12,7 +12,7 @@ namespace {
 // patch.
 template <class T>
 bool by_rows() {
-  return std::is_same_v<T, float> && capability() == Capability::avx512;
+  return std::is_same_v<T, float> && capability() >= Capability::avx512;
 }
 
 // Columns of a patch's elements in the order of the map's, for elements `first` of `count` rows of a patch.
