@@ -85,6 +85,6 @@ _SPECS = (
         ("linear:FusedLinear", "linear:FusedPatchProjection"),
         frozen="linear:FrozenLinear",
     ),
-    OperatorSpec("attention", {"native": _cpu("_attention")}, ("attention:FusedAttention",)),
+    OperatorSpec("attention", {"triton": _TRITON, "native": _cpu("_attention")}, ("attention:FusedAttention",)),
 )
 OPERATORS: dict[str, OperatorSpec] = {spec.name: spec for spec in _SPECS}

@@ -3,7 +3,7 @@ import torch
 from support import instances, where
 
 from ceit_kernels import backends
-from ceit_kernels.common import plan
+from ceit_kernels.common import counters, plan
 
 if where.UNDER_TTSEM:
     from ttsem import pidraces
@@ -39,6 +39,7 @@ def decide_and_plan_again():
     """What a test made the machine look like does not choose the backends and tiles of the next."""
     backends._chosen.clear()
     plan._plans.clear()
+    counters._kept.clear()
 
 
 @pytest.fixture

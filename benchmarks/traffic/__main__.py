@@ -63,7 +63,7 @@ def traffic_tables(options: argparse.Namespace) -> dict[str, list[list[str]]]:
                 compiled = figures(*(count_workload(w, "compile") for w in workloads))
             except CompiledTrafficError as error:
                 print(f"{error}; the stored figures take their place", file=sys.stderr)
-        has_kernels = any(kernel.fused for kernel in fused[0].kernels)
+        has_kernels = any(kernel.fused for call in fused for kernel in call.kernels)
         columns = (figures(*fused) if has_kernels else {}, compiled, figures(*plain))
         for phase, kernels in phases(*fused).items():
             rows.append([operator, phase, *(cell for c in columns for cell in _cells(c.get(phase), unit_bytes))])

@@ -1,4 +1,4 @@
-"""Multi-head self-attention, with compiled code on the CPU; elsewhere PyTorch's own is as fast."""
+"""Multi-head self-attention, with compiled code on the CPU; on a GPU around PyTorch's own."""
 
 from .functional import self_attention
 from .module import Attention, FusedAttention

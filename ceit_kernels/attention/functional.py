@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import backends
@@ -9,9 +10,10 @@ from ..common.arguments import names_its_arguments
 from ..common.autocast import autocast_dtype
 from ..common.calls import needs_gradient, unsupported_reason
 from .op import attention_operator
+from .parts import attend_by_parts
 from .reference import attention_reference
 
-__all__ = ["self_attention"]
+__all__ = ["attention_of_projection", "self_attention"]
 
 
 @names_its_arguments
@@ -42,9 +44,24 @@ def self_attention(
         ValueError, TypeError: an argument's shape, dtype or value is wrong.
         BackendError: the backend that was asked for cannot serve the call.
     """
+    return attention_of_projection(qkv, None, num_heads, scale, num_queries, dropout_p)
+
+
+def attention_of_projection(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    scale: float | None,
+    num_queries: int | None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``self_attention``; a bias, which a projection added to qkv without a gradient, gets its gradient here.
+
+    With a bias the call has to be one that is served by Triton, without dropout.
+    """
     if num_queries is None:
         num_queries = qkv.shape[1] if qkv.dim() == 3 else 0
-    training = needs_gradient(qkv)
+    training = needs_gradient(qkv, bias)
     attention_operator.check(qkv, num_heads, scale, num_queries, training)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
@@ -52,6 +69,8 @@ def self_attention(
     unsupported = "the kernels have no attention dropout" if dropout_p > 0.0 else unsupported_reason(qkv)
     dtype = autocast_dtype(qkv) or qkv.dtype
     backend = backends.choose("attention", qkv, dtype, unsupported).backend
-    if backend == "reference":
+    if bias is not None or (backend == "triton" and training and not torch.compiler.is_compiling()):
+        return attend_by_parts(qkv, bias, num_heads, factor, num_queries)
+    if backend in ("reference", "triton"):
         return attention_reference(qkv, num_heads, factor, num_queries, dropout_p)
     return attention_operator(qkv.to(dtype), num_heads, factor, num_queries, training, backend)[0]

@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..common.arguments import check_at_least, check_probability, names_its_arguments
-from ..common.calls import unsupported_reason
-from ..common.children import ANY, children_reason
+from ..common.autocast import autocast_dtype
+from ..common.calls import foreign_reason, unsupported_reason
+from ..common.children import ANY, child_reason, children_reason, held
 from ..common.module import Fusion, attributes_of
-from .functional import self_attention
+from .functional import attention_of_projection
 
 __all__ = ["Attention", "FusedAttention"]
 
 _CHILDREN = {"qkv": ANY, "attn_drop": (nn.Dropout,), "proj": ANY, "proj_drop": ANY}
+_LINEAR = (nn.Linear, "ceit_kernels.linear.module.FusedLinear")
 
 
 class Attention(nn.Module):
@@ -77,7 +79,11 @@ class Attention(nn.Module):
 
 
 class AttentionFusion(Fusion, attributes_of(Attention)):
-    """``forward`` of multi-head self-attention, fused on the CPU. The projections are called, whatever they are."""
+    """``forward`` of multi-head self-attention, fused on the CPU. The projections are called, whatever they are.
+
+    On a GPU the first one, if it is exactly a linear layer, is computed here in training: its bias's gradient is then
+    summed in the pass that puts those of queries, keys and values together.
+    """
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """x (B, N, C) -> (B, num_queries, C): the first ``num_queries`` tokens, or all, attend to all.
@@ -96,7 +102,7 @@ class AttentionFusion(Fusion, attributes_of(Attention)):
             backends.leave_to_reference("attention", reason)
         if reason is not None or backends.current_backend("attention") == "reference":
             return super().forward(x) if num_queries is None else super().forward(x, num_queries)
-        return self._project_attention(self.qkv(x), num_queries)
+        return self._project_attention(*self._project(x), num_queries)
 
     def forward_first(self, x: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
         """What ``forward`` returns for all tokens, without a gradient, and for the first ``num_queries``, with theirs.
@@ -108,18 +114,34 @@ class AttentionFusion(Fusion, attributes_of(Attention)):
         """
         if self.training and (self.attn_drop.p or self.proj_drop.p):
             raise ValueError(f"attn_drop, proj_drop: expected none, got {self.attn_drop.p} and {self.proj_drop.p}")
-        qkv = self.qkv(x)
+        serves = unsupported_reason(x) is None and self.plain_reason() is None
+        qkv, bias = self._project(x) if serves else (self.qkv(x), None)
         with torch.no_grad():
-            every = self._project_attention(qkv, None)
-        return every, self._project_attention(qkv, num_queries)
+            every = self._project_attention(qkv, None, None)
+        return every, self._project_attention(qkv, bias, num_queries)
 
-    def _project_attention(self, qkv: Tensor, num_queries: int | None) -> Tensor:
-        attention = self_attention(
-            qkv,
-            num_heads=self.num_heads,
-            scale=self.scale,
-            num_queries=num_queries,
-        )
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The projection of x, and its bias if that has no gradient by it, which attention is to take then."""
+        bias = self._bias_without_gradient(x)
+        if bias is None:
+            return self.qkv(x), None
+        return F.linear(x, held(self.qkv, "weight"), bias.detach()), bias
+
+    def _bias_without_gradient(self, x: Tensor) -> Tensor | None:
+        """The bias of the projection where attention takes its gradient, None where the projection is called."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        qkv = self.qkv
+        if child_reason("qkv", qkv, _LINEAR) or backends.current_backend("linear") not in ("auto", "reference"):
+            return None
+        bias = held(qkv, "bias")
+        if bias is None or not bias.requires_grad or foreign_reason(held(qkv, "weight"), bias):
+            return None
+        backend = backends.choose("attention", x, autocast_dtype(x) or x.dtype).backend
+        return bias if backend == "triton" else None
+
+    def _project_attention(self, qkv: Tensor, bias: Tensor | None, num_queries: int | None) -> Tensor:
+        attention = attention_of_projection(qkv, bias, self.num_heads, self.scale, num_queries)
         return self.proj_drop(self.proj(attention))
 
     def plain_reason(self) -> str | None:

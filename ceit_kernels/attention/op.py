@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backends import BackendError
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.flops import matmul_flops
 from ..common.operator import Operator
@@ -38,6 +39,9 @@ class _Attention(Operator):
             raise ValueError(f"num_queries: expected from 1 to the {tokens} tokens of qkv, got {num_queries}")
 
     def forward(self, qkv, num_heads, scale, num_queries, need_statistics, backend):
+        if backend != "native":
+            why = "around PyTorch's attention it is no operator, call the function in ceit_kernels instead"
+            raise BackendError(f"ceit::attention: backend {backend!r} cannot run: {why}")
         return attention_forward_cpu(qkv, num_heads, scale, num_queries, need_statistics)
 
     def fake(self, qkv, num_heads, scale, num_queries, need_statistics, backend):

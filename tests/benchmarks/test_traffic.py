@@ -282,7 +282,7 @@ def test_another_pytorchs_compiler_falls_back_on_the_stored_figures(capsys, monk
     ("arguments", "message"),
     [
         (["--size", "huge"], "--size: invalid choice: 'huge'"),
-        (["attention"], "invalid choice: 'attention'"),
+        (["linear"], "invalid choice: 'linear'"),
         (["--image-size", "100"], "--image-size: expected a multiple of 16, got 100"),
         (["--batch", "0"], "--batch: expected at least 1, got 0"),
         (["--times", "--dtype", "float32"], "--times: expected --dtype bfloat16 or float16, got float32"),

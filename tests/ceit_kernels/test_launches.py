@@ -13,6 +13,7 @@ from support.leff import make_shape
 from torch._subclasses import FakeTensorMode
 
 from ceit_kernels.add_norm.triton.launch import add_norm_backward_triton, add_norm_forward_triton
+from ceit_kernels.attention.triton.launch import qkv_gradient_triton
 from ceit_kernels.common.launch import record_launches
 from ceit_kernels.lca.triton.launch import lca_backward_triton, lca_forward_triton
 from ceit_kernels.leff.norms import BatchNorm
@@ -64,6 +65,11 @@ def add_norm(channels, dtype):
     add_norm_backward_triton(out, total, prefix, total, weight, weight, *statistics, True, True, True)
 
 
+def attention(channels, dtype):
+    grad = torch.empty(256, 197, channels // 64, 64, dtype=dtype, device="cuda")
+    qkv_gradient_triton(grad, grad, grad, True, dtype)
+
+
 def lines():
     calls = [
         (run, (shape, torch.bfloat16, "triton"), chip)
@@ -79,7 +85,7 @@ def lines():
     calls += [(run, ("small", torch.float32, "triton"), 90) for run in (leff_inference, leff_training)]
     calls += [(run, ("base", torch.bfloat16, "library"), 90) for run in (leff_inference, leff_training)]
     calls += [(leff_training, ("tiny", torch.bfloat16, "library", kernel_size), 90) for kernel_size in (5, 7)]
-    calls += [(run, (channels, dtype), 90) for run in (lca, add_norm) for channels, dtype in WIDTHS]
+    calls += [(run, (channels, dtype), 90) for run in (lca, add_norm, attention) for channels, dtype in WIDTHS]
     for channels, chip in itertools.product((8, 40, 96, 128, 256, 512), (80, 100)):
         tiles = inference_contract_tiles(channels, torch.bfloat16, chip, has_residual=False).sizes
         words = [f"{name}={size}" for name, size in tiles.items()]

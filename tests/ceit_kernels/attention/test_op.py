@@ -72,7 +72,7 @@ def test_a_dropout_that_is_no_probability_is_refused(dropout_p):
 
 
 def test_the_operator_itself_refuses_a_backend_that_cannot_run():
-    for backend, reason in (("triton", "attention has no triton implementation"), ("reference", "it is plain PyTorch")):
+    for backend, reason in (("triton", "the tensor is on the CPU"), ("reference", "it is plain PyTorch")):
         with pytest.raises(BackendError, match=f"ceit::attention: backend '{backend}' cannot run: {reason}"):
             torch.ops.ceit.attention(make_qkv(), 2, 1.0, 5, False, backend)
 

@@ -1,0 +1,1 @@
+"""What surrounds PyTorch's attention on a GPU, in Triton; imported when a kernel is launched."""
