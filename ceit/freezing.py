@@ -25,7 +25,7 @@ def prepare_ceit(model: CeiT) -> WholeModel | None:
         return None
     blocks = [block for block in model.blocks if is_exactly(block, Block)]
     layers = layers_parts(lca)
-    if layers is None or len(blocks) < len(model.blocks):
+    if layers is None or not len(blocks) == len(model.blocks) == layer_positions.shape[1]:
         return None
     parts = ModelParts(
         embed.backbone,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapters.folding import fold_norms
 from .common.arguments import names_its_arguments
 from .common.graphs import Graphs
+from .common.intact import Intact
 from .common.module import Fusion
 from .convnet import FrozenConvnet
 from .fuse import fuse_modules, warn_of_nothing
@@ -67,8 +68,8 @@ class Frozen(nn.Module):
     """What ``freeze`` returns; made by it alone.
 
     ``torch.save`` and ``torch.load`` take it whole. What would change it (training mode, gradients, a move, a cast, a
-    state_dict) is an error. Hooks run, those that the model had and those put on the snapshot or its parts; tensors of
-    the snapshot's parts are not to be written to.
+    state_dict) is an error. Hooks run, those that the model had and those put on the snapshot or its parts, and so does
+    what is put in the place of a part; tensors of the snapshot's parts are not to be written to.
     """
 
     def __init__(self, model: nn.Module, cuda_graphs: bool = False) -> None:
@@ -80,6 +81,7 @@ class Frozen(nn.Module):
         fuse_modules(self.model)
         for module in self.model.modules():
             _parameters_to_buffers(module)
+            module.register_load_state_dict_pre_hook(_refuse_loading)
         self._prepare()
         if not any(isinstance(module, (Fusion, FrozenConvnet)) for module in self.model.modules()):
             warn_of_nothing(self.model)
@@ -89,9 +91,11 @@ class Frozen(nn.Module):
         self._whole = None if prepare is None else prepare(self.model)
         self._graphs = Graphs(self.model)
         modules = list(self.model.modules())
+        self._intact = Intact(modules)
         self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         if self._whole is None:
             _freeze_parts(self.model)
+        self._intact.remember()
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """What the model's ``forward`` returned when it was frozen, without gradients.
@@ -107,7 +111,7 @@ class Frozen(nn.Module):
             if any(self._hooks):  # of parts, which the calls below do not make
                 return self.model(*arguments, **options)
             if self._whole is not None and len(arguments) == 1 and not options and isinstance(arguments[0], Tensor):
-                out = self._whole(arguments[0])
+                out = self._whole(arguments[0]) if self._intact.holds() else None
                 if out is not None:
                     return out
             if self.cuda_graphs and inputs_reason(arguments, options) is None:
@@ -130,19 +134,26 @@ class Frozen(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **options: Any
     ) -> None:
         # As a part of a module whose load_state_dict was called.
-        if any(name.startswith(prefix) for name in state_dict):
-            _refuse("loaded into")
+        _refuse_loading(self, state_dict, prefix)
 
     def _apply(self, *arguments: Any, **options: Any) -> NoReturn:
         _refuse("moved or cast")
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to this processor or GPU is made again where it is loaded.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_graphs", "_hooks")}
+        return {name: value for name, value in self.__dict__.items() if name not in _MADE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepare()
+
+
+_MADE = "_whole", "_graphs", "_hooks", "_intact"
+
+
+def _refuse_loading(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    if any(name.startswith(prefix) for name in state_dict):
+        _refuse("loaded into")
 
 
 def _refuse(what: str) -> NoReturn:
@@ -169,6 +180,8 @@ def _freeze_parts(module: nn.Module, within: bool = False) -> None:
     Args:
         within: as of ``fold_norms``.
     """
+    if isinstance(module, Frozen):
+        return
     called = FrozenConvnet.freeze(module)
     if called is None:
         for frozen_class in _FROZEN:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..common.children import qualified_name
+from ..common.children import is_patched, qualified_name
 from ..common.module import Fusion, stand_in
 from ..leff.fusion import BlockFusion, BlockParts
 from ..linear.module import LINEAR
@@ -67,4 +67,5 @@ def adapter_of(plain_class: type[nn.Module]) -> Adapter | None:
     """The adapter of exactly this class, if there is one; none where the class was given another ``forward``."""
     name = qualified_name(plain_class)
     adapter = ADAPTERS.get(name)
-    return adapter if adapter and qualified_name(plain_class.forward) == f"{name}.forward" else None
+    own = adapter and qualified_name(plain_class.forward) == f"{name}.forward" and not is_patched(plain_class)
+    return adapter if own else None

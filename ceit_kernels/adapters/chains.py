@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..common.children import qualified_name
+from ..common.children import has_own, is_patched, qualified_name
 from ..common.module import Fusion
 
 __all__ = ["Chain", "chain_of"]
@@ -101,9 +101,10 @@ def chain_of(module: nn.Module) -> Chain | None:
     """What a module does, by the class that it has or was fused from; None where that is not known."""
     found: type[nn.Module] = type(module).plain_class if isinstance(module, Fusion) else type(module)
     if found.forward is nn.Sequential.forward:
-        return None if "forward" in vars(module) else Chain(tuple(module._modules))
+        return None if "forward" in vars(module) or is_patched(found) else Chain(tuple(module._modules))
     name = qualified_name(found)
     chain = _CHAINS.get(name)
     if chain is None or chain.method in vars(module):
         return None
-    return chain if qualified_name(getattr(found, chain.method)) == f"{name}.{chain.method}" else None
+    own = qualified_name(getattr(found, chain.method)) == f"{name}.{chain.method}" and has_own(found, chain.method)
+    return chain if own else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..common.children import child_reason, held, qualified_name
+from ..common.children import child_reason, held, is_patched, qualified_name
 from ..common.module import Fusion
 from .transformers_segformer import attends_to_all
 
@@ -270,4 +270,5 @@ def recipe_of(module: nn.Module) -> Recipe | None:
     """What a module does, by the class that it has or was fused from; None where that is not known."""
     found: type[nn.Module] = type(module).plain_class if isinstance(module, Fusion) else type(module)
     name = qualified_name(found)
-    return _RECIPES.get(name) if qualified_name(found.forward) == f"{name}.forward" else None
+    own = qualified_name(found.forward) == f"{name}.forward" and not is_patched(found)
+    return _RECIPES.get(name) if own else None

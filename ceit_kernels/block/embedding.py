@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..i2t import FusedImage2Tokens
 from ..linear import FusedPatchProjection
 from .arguments import are_readable, can_run_fused
 
-__all__ = ["EmbeddingArguments", "embedding_arguments", "embedding_inference"]
+__all__ = ["EmbeddingArguments", "embedding_arguments", "embedding_inference", "reads_stem"]
 
 torch.library.define(
     "ceit::_embedding_infer",
@@ -58,11 +58,16 @@ def embedding_inference(
     return out
 
 
+def reads_stem(stem: Any) -> bool:
+    """Whether the tensors of a stem and its children may be read."""
+    return child_reason("stem", stem, (FusedImage2Tokens,)) is None and stem.plain_reason() is None
+
+
 def embedding_arguments(
     x: Tensor, stem: nn.Module, projection: nn.Module, class_token: Tensor, positions: Tensor
 ) -> EmbeddingArguments | None:
     """What the compiled call takes of the modules as they are now; None where one has to be called."""
-    if child_reason("stem", stem, (FusedImage2Tokens,)) is not None:
+    if not reads_stem(stem):
         return None
     if child_reason("projection", projection, (FusedPatchProjection,)) or projection.plain_reason():
         return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..add_norm.module import is_plain_layer_norm
 from .arguments import are_readable, can_run_fused, linear_tensors
-from .embedding import embedding_arguments
+from .embedding import embedding_arguments, reads_stem
 from .encoder import EncoderParts, encoder_arguments
 from .layers import LayersParts, layers_arguments
 
@@ -64,6 +64,8 @@ def prepare_model(parts: ModelParts, image_size: tuple[int, int]) -> WholeModel 
         parts: the model.
         image_size: (H, W) of its images.
     """
+    if not reads_stem(parts.stem):
+        return None
     weight = parts.stem.conv.weight
     if weight.device.type != "cpu":
         return None

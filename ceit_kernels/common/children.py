@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -15,8 +17,11 @@ __all__ = [
     "child_reason",
     "children_reason",
     "convolution_reason",
+    "has_own",
     "held",
+    "is_patched",
     "qualified_name",
+    "trust",
 ]
 
 # Classes of other libraries, which may not be there, by their qualified names.
@@ -24,6 +29,8 @@ Classes = Collection[type[nn.Module] | str] | None
 
 ANY: Classes = None  # for a child that the fused module calls, whatever it is
 IDENTITY: Classes = (nn.Identity,)
+
+_own: dict[tuple[type, str], Any] = {}  # methods of classes, as they were when somebody first asked
 
 _SETTINGS = ("stride", "padding", "groups", "dilation", "padding_mode")
 
@@ -42,6 +49,8 @@ def children_reason(module: nn.Module, expected: Mapping[str, Classes], own: Col
     """
     if _has_any_global_hook():
         return "a global hook of modules is set"
+    if is_patched(type(module)):
+        return "its class was given another forward"
     state, found = module.__dict__, 0
     for kind in ("_parameters", "_buffers"):
         for name, tensor in state[kind].items():
@@ -69,6 +78,35 @@ def qualified_name(found: type | Callable[..., Any]) -> str:
     return f"{found.__module__}.{found.__qualname__}"
 
 
+def has_own(kind: type, name: str) -> bool:
+    """Whether a class has the method that it was written with, and not one that was put in its place.
+
+    Wrappers copy names, so that the module in which a function was compiled tells: a method is of the library that its
+    class is of, and stays what it was when somebody first asked.
+    """
+    method: Any = getattr(kind, name, None)
+    known = _own.get((kind, name))
+    if known is None:
+        owner = next((base for base in kind.__mro__ if name in vars(base)), kind)
+        library = getattr(method, "__globals__", {}).get("__name__", "").partition(".")[0]
+        if not isinstance(method, FunctionType) or library != owner.__module__.partition(".")[0]:
+            return False
+        known = _own[kind, name] = method
+    return known is method
+
+
+def trust(kind: type[nn.Module]) -> None:
+    """A class has the ``forward`` that somebody says how to fuse, whoever wrote that."""
+    _own.setdefault((kind, "forward"), kind.forward)
+
+
+@torch.compiler.assume_constant_result
+def is_patched(kind: type) -> bool:
+    """Whether a class, or that which it was fused of, was given another ``forward`` than it was written with."""
+    kind = getattr(kind, "plain_class", kind)
+    return not (has_own(kind, "forward") and (kind is not nn.Conv2d or has_own(kind, "_conv_forward")))
+
+
 def held(module: nn.Module, name: str) -> Any:
     """A parameter or buffer of a module or None; looking it up as an attribute takes several times as long."""
     tensor = module._parameters.get(name)
@@ -93,7 +131,7 @@ def child_reason(name: str, child: nn.Module, classes: Classes) -> str | None:
         or state["_backward_pre_hooks"]
     ):
         return f"{name} has a hook"
-    if "forward" in state or "_conv_forward" in state:
+    if "forward" in state or "_conv_forward" in state or is_patched(type(child)):
         return f"{name} has a forward of its own"
     return None
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 from torch import nn
 
+from .children import trust
+
 __all__ = ["Fusion", "attributes_of", "is_made", "stand_in"]
 
 Plain = TypeVar("Plain", bound=nn.Module)
@@ -83,6 +85,7 @@ def stand_in(plain_class: type[nn.Module], fused_class: type[Fusion]) -> type[Fu
     """
     if not (isinstance(fused_class, type) and issubclass(fused_class, Fusion) and hasattr(fused_class, "forward")):
         raise TypeError(f"fused_class: expected a fused class such as FusedLeFF, got {fused_class!r}")
+    trust(plain_class)
     fusion: Any = fused_class
     if issubclass(fused_class, nn.Module):
         if not is_made(fused_class):

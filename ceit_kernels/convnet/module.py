@@ -14,6 +14,7 @@ from .. import backends
 from ..adapters.chains import Chain, chain_of
 from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, unsupported_reason
+from ..common.intact import Intact
 from .layers import Steps, steps_of
 from .prepack import Prepacking
 from .steps import Attention, ConvLayer, Norm, NotConvolutions, Size
@@ -27,16 +28,15 @@ torch.library.define("ceit::_convnet_infer", "(Tensor x, Tensor prepacked, int[]
 
 @dataclass(eq=False)
 class _Prepacked:
-    """What calls read: layers as the kernels take them, and the state in which the modules compute these.
+    """What calls read: layers as the kernels take them, and whether the modules compute these.
 
     Attributes:
         tensor, sizes: of the kernels.
         steps: what the modules compute.
         dtype: of the input.
         operators: whose backends they follow.
-        modules, classes: the modules within, and their classes then.
-        states, states_then: what all modules have, and what they had then.
-        hooks: of all modules.
+        modules: the modules within.
+        state: of all modules.
     """
 
     tensor: Tensor
@@ -45,20 +45,12 @@ class _Prepacked:
     dtype: torch.dtype
     operators: tuple[str, ...]
     modules: list[nn.Module]
-    classes: list[type]
-    states: list[dict]
-    hooks: list[dict]
-    states_then: list[dict] = field(init=False)
+    state: Intact = field(init=False)
     fitting: dict[Size, bool] = field(default_factory=dict)  # whether images of a size are computed
 
     def is_intact(self) -> bool:
-        """Whether nothing was done to the modules since: no hook, and every attribute as it was."""
-        if any(self.hooks) or list(map(type, self.modules)) != self.classes:
-            return False
-        try:
-            return self.states == self.states_then and all(holds() for holds in self.steps.conditions)
-        except (RuntimeError, ValueError):  # another tensor: of equal objects one look is enough
-            return False
+        """Whether nothing was done to the modules since."""
+        return self.state.holds() and all(holds() for holds in self.steps.conditions)
 
     def serves(self, x: Tensor) -> bool:
         """Whether a call may read it: eager inference on images of the dtype."""
@@ -140,8 +132,9 @@ class FrozenConvnet:
         whole = chain.method != "forward"
         called = [name for name in module._modules if not whole or name in chain.children]
         within = [part for name in called for part in (module._modules[name] or nn.Identity()).modules()]
-        prepacked = module.__dict__["_prepacked"] = _prepack(steps, weights[0], [module, *within])
-        prepacked.states_then = list(map(dict, prepacked.states))
+        prepacked = module.__dict__["_prepacked"] = _prepack(steps, weights[0], within)
+        prepacked.state = Intact([module, *within], chain.method)
+        prepacked.state.remember()
         module.__class__ = _frozen_class(type(module), chain)
         return called
 
@@ -157,8 +150,6 @@ def _made(make: Callable, *arguments: Any) -> nn.Module:
 
 
 def _frozen_class(found: type[nn.Module], chain: Chain) -> type:
-    plain: Callable = getattr(found, chain.method)
-
     def forward(self: Any, x: Any, *arguments: Any, **options: Any) -> Any:
         prepacked = self._prepacked
         if not (arguments or options) and isinstance(x, Tensor) and prepacked.serves(x):
@@ -166,7 +157,7 @@ def _frozen_class(found: type[nn.Module], chain: Chain) -> type:
             for name in chain.then:
                 out = self._modules[name](out)
             return out
-        return plain(self, x, *arguments, **options)
+        return getattr(found, chain.method)(self, x, *arguments, **options)
 
     return type(
         f"Frozen{found.__name__.removeprefix('Fused')}",
@@ -193,18 +184,11 @@ def _operators(steps: Steps) -> tuple[str, ...]:
 
 def _prepack(steps: Steps, like: Tensor, modules: list[nn.Module]) -> _Prepacked:
     made = Prepacking(steps.steps)
-    kinds = "_forward_hooks", "_forward_pre_hooks"  # others have nothing to do without gradients
-    attributes = [vars(module) for module in modules]
-    children = [state["_modules"] for state in attributes]
-    tensors = [state[name] for state in attributes for name in ("_parameters", "_buffers") if state[name]]
     return _Prepacked(
         torch.ops.ceit._convnet_prepack(like, made.parameters, made.sizes),
         made.sizes,
         steps,
         like.dtype,
         _operators(steps),
-        modules[1:],
-        list(map(type, modules[1:])),
-        [*attributes, *children, *tensors],
-        [state[kind] for state in attributes for kind in kinds],
+        modules,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..common.children import Classes, children_reason, convolution_reason, held
-from ..common.freezing import Prepacked, is_freezable, is_frozen_call
+from ..common.freezing import Prepacked, is_freezable, is_frozen_call, prepack_module
 from ..common.module import Fusion, attributes_of, is_made
 from ..common.sync_norm import BATCH_NORMS
 from .activations import MODULES, activation_name
@@ -204,11 +204,11 @@ class FrozenBlock(Prepacked, attributes_of(BlockFusion)):
         weight = None if parts is None or module._kernel_stride() != 1 else parts[0][0]
         if parts is None or weight is None or not is_freezable("leff", module, weight):
             return
-        cast("Any", module).__class__ = _frozen_class(type(module))
         parameters, eps, activations = parts
         parameters = in_compute_dtype(parameters, weight.dtype)
         sizes = leff_sizes(parameters, activations, (1, 1))  # prepacking does not depend on the grid
-        module.__dict__["_prepacked"] = kernels._leff_prepack(weight, parameters, eps, [*sizes, 1]), eps, sizes[:-2]
+        made = kernels._leff_prepack(weight, parameters, eps, [*sizes, 1]), eps, sizes[:-2]
+        prepack_module(cast("Any", _frozen_class(type(module))), module, made)
 
     def _by_operator(
         self,

@@ -9,7 +9,7 @@ from .. import backends
 from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input
 from ..common.children import children_reason
-from ..common.freezing import Prepacked, is_freezable, is_frozen_call
+from ..common.freezing import Prepacked, is_freezable, is_frozen_call, prepack_module
 from ..common.matmul import linear, prepack_linear
 from ..common.module import Fusion, attributes_of
 from .functional import linear_layer
@@ -65,8 +65,7 @@ class FrozenLinear(Prepacked, FusedLinear):
     def freeze(module: nn.Module) -> None:
         """Make one of a fused layer whose tensors do not change any more, where that is faster."""
         if type(module) is FusedLinear and is_freezable("linear", module, module._buffers.get("weight")):
-            module.__class__ = FrozenLinear
-            module.__dict__["_prepacked"] = prepack_linear(module.weight, module.bias)
+            prepack_module(FrozenLinear, module, prepack_linear(module.weight, module.bias))
 
     def _fused_forward(self, x: Tensor) -> Tensor:
         weight = self.weight

@@ -272,6 +272,43 @@ def through_a_file(module):
     return torch.load(memory, weights_only=False)
 
 
+def without_a_block(model):
+    del model.blocks[0]
+
+
+def without_a_norm(model):
+    model.lca.norm1 = nn.Identity()
+
+
+def with_norms_in_training(model):
+    model.blocks[0].leff.train()
+
+
+def with_a_convolution_that_has_only_a_call(model):
+    model.i2t.backbone.conv = nn.Sequential(model.i2t.backbone.conv, nn.Tanh())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change", [without_a_block, without_a_norm, with_norms_in_training, with_a_convolution_that_has_only_a_call]
+)
+def test_what_is_done_to_a_part_of_the_model_or_of_its_snapshot_is_not_ignored(change, whole_calls):
+    model = make_model(fused=False).double()
+    frozen, x = freeze(model), images(model, dtype=torch.float64)
+    before = frozen(x)
+    change(model)
+    change(frozen.model)
+    fused = fuse(copy.deepcopy(model))
+    with use_backend("reference"):
+        expected = model(x)
+    assert (expected - before).abs().max() > 1e-5
+    found = [fused(x), frozen(x)]
+    if change is not with_norms_in_training:
+        found.append(freeze(model)(x))
+    for out in found:
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("copied", [through_a_file, copy.deepcopy, freeze], ids=lambda f: f.__name__)
 def test_copies_compute_the_same_in_one_call(copied, whole_calls):
     model = make_model()

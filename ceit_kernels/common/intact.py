@@ -1,0 +1,49 @@
+"""Whether modules of a snapshot are what they were when something was prepared of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .children import has_own, is_patched
+
+__all__ = ["Intact"]
+
+
+class Intact:
+    """What a module and those within it are, and what they were when ``remember`` was called.
+
+    Made before the class of the module is a frozen one.
+
+    Args:
+        modules: the module first.
+        method: what the module is called by.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], method: str = "forward") -> None:
+        attributes = [vars(module) for module in modules]
+        kinds = "_forward_hooks", "_forward_pre_hooks"  # others have nothing to do without gradients
+        self._hooks = [state[kind] for state in attributes for kind in kinds]
+        self._within = modules[1:]
+        self._classes = list(map(type, self._within))
+        self._called = getattr(type(modules[0]), "plain_class", type(modules[0])), method
+        self._kinds = list(dict.fromkeys((type(modules[0]), *self._classes)))
+        children = [state["_modules"] for state in attributes]
+        tensors = [state[name] for state in attributes for name in ("_parameters", "_buffers") if state[name]]
+        self._states = [*attributes, *children, *tensors]
+
+    def remember(self) -> None:
+        """The module has what was prepared of it."""
+        self._states_then = list(map(dict, self._states))
+
+    def holds(self) -> bool:
+        """Whether nothing was done to the modules since: no hook, and every attribute and class as it was."""
+        if any(self._hooks) or list(map(type, self._within)) != self._classes:
+            return False
+        if not has_own(*self._called) or any(map(is_patched, self._kinds)):
+            return False
+        try:
+            return self._states == self._states_then
+        except (RuntimeError, ValueError):  # another tensor: of equal objects one look is enough
+            return False

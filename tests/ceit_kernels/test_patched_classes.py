@@ -1,0 +1,100 @@
+"""Classes that somebody gives another method than their library did, before a model is fused or frozen."""
+
+import contextlib
+import copy
+import functools
+
+import pytest
+import timm
+import torch
+from support.adapters import grown
+from torch import nn
+
+from ceit import CeiT
+from ceit_kernels import FusedLinear, freeze, fuse
+from ceit_kernels.leff import LocallyEnhancedFeedForward
+
+X = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def patched(kind, name="forward", wraps=True):
+    """Results of a method are larger; its wrapper has its name or one of its own."""
+    method = getattr(kind, name)
+
+    def larger(*arguments, **options):
+        return 1.25 * method(*arguments, **options)
+
+    setattr(kind, name, functools.wraps(method)(larger) if wraps else larger)
+    try:
+        yield
+    finally:
+        setattr(kind, name, method)
+
+
+def of_timm():
+    return timm.create_model("mobilenetv2_035", num_classes=5)
+
+
+def of_ceit():
+    return CeiT(img_size=64, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 200))
+
+
+def made(make):
+    torch.manual_seed(0)
+    return grown(make()).eval()
+
+
+CASES = [
+    (of_timm, nn.Conv2d, "forward"),
+    (of_timm, nn.Conv2d, "_conv_forward"),
+    (of_timm, nn.ReLU6, "forward"),
+    (of_timm, timm.layers.BatchNormAct2d, "forward"),
+    (of_timm, timm.models._efficientnet_blocks.InvertedResidual, "forward"),
+    (of_timm, timm.models.efficientnet.EfficientNet, "forward_features"),
+    (of_ceit, nn.LayerNorm, "forward"),
+    (of_ceit, nn.Identity, "forward"),
+    (of_ceit, LocallyEnhancedFeedForward, "forward"),
+    (linear, nn.Linear, "forward"),
+]
+cases = pytest.mark.parametrize(("make", "kind", "name"), CASES, ids=lambda value: getattr(value, "__name__", None))
+
+
+@pytest.mark.parametrize("wraps", [True, False], ids=["wrapped", "other"])
+@cases
+def test_another_method_of_a_class_is_called(make, kind, name, wraps):
+    if kind is nn.ReLU6:
+        name, kind = "forward", nn.Hardtanh  # which it inherits from
+    model = made(make)
+    fused, frozen = fuse(copy.deepcopy(model)), freeze(model)
+    with torch.no_grad():
+        before = [fused(X), frozen(X)]
+        with patched(kind, name, wraps):
+            expected = model(X)
+            assert (expected - before[0]).abs().max() > 1e-6 * before[0].abs().max()
+            for module in (fused, frozen, fuse(copy.deepcopy(model)), freeze(model)):
+                torch.testing.assert_close(module(X), expected, rtol=1e-9, atol=1e-12)
+        for module, out in zip((fused, frozen), before, strict=True):
+            assert torch.equal(module(X), out)
+
+
+def test_gradients_of_another_method_are_taken():
+    model = made(of_timm).train()
+    fused = fuse(copy.deepcopy(model))
+    with patched(timm.layers.BatchNormAct2d):
+        for module in (model, fused):
+            module(X).sum().backward()
+    largest = max(parameter.grad.abs().max().item() for parameter in model.parameters())
+    for one, other in zip(fused.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-9 * largest)
+
+
+def test_a_class_that_came_with_another_librarys_forward_may_be_fused():
+    class Mine(nn.Linear):
+        forward = nn.Linear.forward
+
+    assert FusedLinear.from_plain(Mine(4, 4)).plain_reason() is None
