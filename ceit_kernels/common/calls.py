@@ -10,7 +10,9 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-__all__ = ["are_eager", "foreign_reason", "is_eager", "needs_gradient", "unsupported_reason"]
+from .launch import is_recording
+
+__all__ = ["are_eager", "foreign_reason", "is_eager", "is_ordinary", "needs_gradient", "unsupported_reason"]
 
 # PyTorch's own, and what compilers and dispatch modes put in their place.
 _KNOWN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
@@ -27,11 +29,7 @@ def is_eager(x: Tensor) -> bool:
 
 def are_eager(tensors: Iterable[Tensor | None]) -> bool:
     """``is_eager`` of all of the tensors that are there."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if _is_seen_by_others():
         return False
     for tensor in tensors:
         if tensor is None:
@@ -39,6 +37,26 @@ def are_eager(tensors: Iterable[Tensor | None]) -> bool:
         if type(tensor) not in _PLAIN_TENSORS or torch._C._functorch.is_legacy_batchedtensor(tensor):
             return False
     return True
+
+
+def is_ordinary() -> bool:
+    """Whether nothing around a call changes what it means: no compiler, mode, transform, autocast or recording."""
+    return not (
+        _is_seen_by_others()
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or is_recording()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _is_seen_by_others() -> bool:
+    """Whether a compiler, a dispatch mode or a transform of functions is to see what a call does."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import backends
 from ..common.arguments import names_its_arguments
 from ..common.autocast import autocast_dtype
-from ..common.calls import needs_gradient, unsupported_reason
+from ..common.calls import is_ordinary, needs_gradient, unsupported_reason
 from ..common.checks import norm_dtype_reason
 from ..common.launch import is_recording
+from ..common.seen import Seen
 from .activations import ACTIVATIONS
 from .arguments import (
     NORM_TENSORS,
@@ -34,6 +35,9 @@ _NAMES = tuple(
     for i in range(3)
     for name in (f"weights[{i}]", f"biases[{i}]", *(f"norms[{i}].{tensor}" for tensor in NORM_TENSORS))
 )
+
+# Of calls that passed the checks: settings, what they compute in, and whether a gradient may be taken.
+_checked: Seen[tuple[Settings, torch.dtype, bool]] = Seen()
 
 
 @names_its_arguments
@@ -116,28 +120,37 @@ def leff_fused(
         names: of the parameters in messages, in the order of ``arguments.PARAMETER_NAMES``.
     """
     parameters = pack(weights, biases, norms)
-    unsupported = unsupported_reason(x, residual, *parameters)
-    if unsupported is not None:
-        backends.leave_to_reference("leff", unsupported)
-        return None
-    tokens, grid_size = to_tokens(x, weights[0].shape[1], layout, num_prefix_tokens, grid_size)
-    if residual is not None:
-        residual = residual_to_tokens(residual, tokens, weights[2].shape[0], layout, grid_size)
     eps = tuple([0.0 if norm is None else norm.eps for norm in norms])
     modes = tuple([norm_mode(norm) for norm in norms])
     group, unsupported = process_group_of(norms)
-    where = (*grid_size, num_prefix_tokens, tuple(activations))
-    settings = Settings(eps, modes, *where, group, autocast_dtype(tokens), "reference")
-    check_call(tokens, parameters, residual, settings, names)
-    dtype = settings.compute_dtype or tokens.dtype
-    unsupported = unsupported or kernel_size_unsupported_reason(weights[1])
-    if not _are_all(dtype, parameters):
-        for first in range(2, len(parameters), parameters_per_layer):
-            # Plain PyTorch says what it lacks.
-            name, tensors = names[first].removesuffix(".weight"), parameters[first : first + len(NORM_TENSORS)]
-            unsupported = unsupported or norm_dtype_reason(name, dtype, *tensors)
+    kind = eps, modes, group, unsupported, tuple(activations), num_prefix_tokens, layout, torch.is_grad_enabled()
+    tensors = x, residual, *parameters
+    checked = _checked.find(kind, tensors) if is_ordinary() else None
+    if checked is None:
+        foreign = unsupported_reason(*tensors)
+        if foreign is not None:
+            backends.leave_to_reference("leff", foreign)
+            return None
+    tokens, grid_size = to_tokens(x, weights[0].shape[1], layout, num_prefix_tokens, grid_size)
+    if residual is not None:
+        residual = residual_to_tokens(residual, tokens, weights[2].shape[0], layout, grid_size)
+    if checked is not None and grid_size == (checked[0].height, checked[0].width):
+        settings, dtype, training = checked
+    else:
+        where = (*grid_size, num_prefix_tokens, tuple(activations))
+        settings = Settings(eps, modes, *where, group, autocast_dtype(tokens), "reference")
+        check_call(tokens, parameters, residual, settings, names)
+        dtype = settings.compute_dtype or tokens.dtype
+        unsupported = unsupported or kernel_size_unsupported_reason(weights[1])
+        if not _are_all(dtype, parameters):
+            for first in range(2, len(parameters), parameters_per_layer):
+                # Plain PyTorch says what it lacks.
+                name, of_norm = names[first].removesuffix(".weight"), parameters[first : first + len(NORM_TENSORS)]
+                unsupported = unsupported or norm_dtype_reason(name, dtype, *of_norm)
+        training = "batch" in modes or needs_gradient(*tensors)
+        if unsupported is None and is_ordinary():
+            _checked.keep(kind, tensors, (settings, dtype, training))
     backend = backends.choose("leff", tokens, dtype, unsupported).backend
-    training = "batch" in settings.norms or needs_gradient(tokens, residual, *parameters)
     if backend == "triton" and backends.current_backend("leff") == "auto" and not is_recording():
         backend = choose(tokens, parameters, norms, residual, settings, training)
     if backend == "reference":
