@@ -91,10 +91,10 @@ class Frozen(nn.Module):
         self._whole = None if prepare is None else prepare(self.model)
         self._graphs = Graphs(self.model)
         modules = list(self.model.modules())
-        self._intact = Intact(modules)
         self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         if self._whole is None:
             _freeze_parts(self.model)
+        self._intact = Intact(modules)
         self._intact.remember()
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -114,7 +114,7 @@ class Frozen(nn.Module):
                 out = self._whole(arguments[0]) if self._intact.holds() else None
                 if out is not None:
                     return out
-            if self.cuda_graphs and inputs_reason(arguments, options) is None:
+            if self.cuda_graphs and inputs_reason(arguments, options) is None and self._intact.holds():
                 return self._graphs(arguments, options, graph_settings())
             return self.model(*arguments, **options)
 

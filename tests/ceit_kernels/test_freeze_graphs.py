@@ -44,3 +44,15 @@ def test_no_graph_hides_a_hook_or_is_used_unasked(monkeypatch):
         unasked(x)
         frozen(x)
     assert (graphs.captured, len(calls)) == (0, 3)
+
+
+def test_a_part_that_is_put_in_the_place_of_another_runs_without_graphs(monkeypatch):
+    graphs = FakeGraphs(monkeypatch)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()), torch.randn(4, 8)
+    frozen = freeze(model, cuda_graphs=True)
+    for _ in range(3):
+        assert torch.equal(frozen(x), model(x))
+    assert (graphs.captured, graphs.replayed) == (1, 2)
+    frozen.model[1] = model[1] = nn.ReLU()
+    assert torch.equal(frozen(x), model(x))
+    assert graphs.replayed == 2
