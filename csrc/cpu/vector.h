@@ -98,6 +98,18 @@ CEIT_INLINE void store(T* to, Vec<acc_t<T>> v, int n) {
   store(buffer, v);
   std::memcpy(static_cast<void*>(to), buffer, sizeof(T) * size_t(n));
 }
+#if defined(__AVX512F__)
+template <>
+CEIT_INLINE Vec<float> load<float>(const float* from, int n) {
+  if (n >= Lanes<float>::count) return load(from);
+  return Vec<float>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), from));
+}
+template <>
+CEIT_INLINE void store<float>(float* to, Vec<float> v, int n) {
+  if (n >= Lanes<float>::count) return store(to, v);
+  _mm512_mask_storeu_ps(to, __mmask16((1u << n) - 1), __m512(v));
+}
+#endif
 
 // A number of lanes that is known when it is compiled.
 template <int kCount>
