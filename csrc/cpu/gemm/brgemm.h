@@ -2,6 +2,7 @@
 // that is given to it. With AVX-512 alone, in bfloat16 on processors that multiply it.
 #pragma once
 
+#include "../scalar.h"
 #include "../tile.h"
 #include "epilogue.h"
 
@@ -132,37 +133,65 @@ struct Brgemm<Bf16> {
   static bool packs(int64_t depth) { return depth % 2 == 0 && available(); }
   template <class Out>
   static bool serves(const Call<Bf16, Out>& call) {
-    return packs(call.depth);
+    return call.b_stride ? call.depth > 1 && available() : packs(call.depth);
   }
   template <class Out>
   static void multiply(Call<Bf16, Out> call, Range rows, Range panels) {
     alignas(64) float sums[kBrgemmRows * kPanelColumns];
-    const Scratch<Bf16> copy(call.b_stride ? kPanelColumns * call.depth : 0);
+    const int64_t pairs = call.depth / 2;
+    const Scratch<Bf16> copy(call.b_stride ? 2 * pairs * kPanelColumns : 0);
+    const bool alone = call.activation == Activation::identity && !call.scale && !call.shift && !call.residual;
     if (call.accumulate) call.residual = call.out;
     for_tiles(call, rows, panels, [&](const Tile& tile, int64_t panel) {
+      const Bf16* a = call.a + tile.row * call.a_stride;
       const Bf16* b = static_cast<const Bf16*>(call.b) + panel * kPanelColumns * (call.b_stride ? 1 : call.depth);
-      if (call.b_stride && tile.row == rows.begin) {
-        for (int64_t k = 0; k < call.depth; ++k)
-          for (int c = 0; c < tile.columns; ++c) copy.get()[place(k, c)] = b[k * call.b_stride + c];
-      }
-      // All columns of the panel, of which those beyond the result's mean nothing.
-      ceit_brgemm_bf16(tile.rows, kPanelColumns, call.depth, call.a_stride, kPanelColumns, kPanelColumns, false,
-                       call.a + tile.row * call.a_stride, call.b_stride ? copy.get() : b, sums, true);
+      if (call.b_stride && tile.row == rows.begin) pack_rows(b, call.b_stride, pairs, tile.columns, copy.get());
+      const auto sum = [&](float* to, int64_t stride, bool add) {
+        // All columns of the panel, of which those beyond the result's mean nothing.
+        ceit_brgemm_bf16(tile.rows, kPanelColumns, 2 * pairs, call.a_stride, kPanelColumns, stride, add, a,
+                         call.b_stride ? copy.get() : b, to, true);
+        if (call.depth % 2) add_term(tile, a + 2 * pairs, call.a_stride, b + 2 * pairs * call.b_stride, to, stride);
+      };
+      if constexpr (std::is_same_v<Out, float>)
+        if (alone && tile.columns == kPanelColumns)
+          return sum(call.out + tile.row * call.out_stride + tile.column, call.out_stride, call.accumulate);
+      sum(sums, kPanelColumns, false);
       write_tile(call, tile, sums, kPanelColumns);
     });
     ceit_brgemm_release(true);
   }
-  // In a panel (depth / 2, kPanelColumns, 2), two neighbours along the depth side by side.
-  static int64_t place(int64_t k, int column) { return (k / 2 * kPanelColumns + column) * 2 + k % 2; }
+  // A panel is (depth / 2, kPanelColumns, 2), two neighbours along the depth side by side: a weight's are so already.
   static void pack(const Weight<Bf16>& weight, Range panels, void* packed) {
+    const int64_t pairs = weight.depth / 2;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      Bf16* to = static_cast<Bf16*>(packed) + panel * kPanelColumns * weight.depth;
-      for (int c = 0; c < kPanelColumns; ++c) {
-        const int64_t column = panel * kPanelColumns + c;
-        const Bf16* from = weight.data + column * weight.depth;
-        for (int64_t k = 0; k < weight.depth; ++k) to[place(k, c)] = column < weight.columns ? from[k] : Bf16{};
-      }
+      const int64_t column = panel * kPanelColumns, count = min_of(weight.columns - column, kPanelColumns);
+      float* to = static_cast<float*>(packed) + column * pairs;
+      if (count < kPanelColumns) std::memset(to, 0, sizeof(float) * size_t(kPanelColumns * pairs));
+      transpose(static_cast<const float*>(static_cast<const void*>(weight.data + column * weight.depth)), pairs, count,
+                pairs, to, kPanelColumns);
     }
+  }
+
+ private:
+  // The panel of rows as they lie.
+  static void pack_rows(const Bf16* b, int64_t stride, int64_t pairs, int columns, Bf16* to) {
+    using Words = Lanes<float>::Words;
+    for (int64_t k = 0; k < pairs; ++k)
+      for_vectors<float>(columns, [&](int64_t c, auto count) {
+        const auto first = reinterpret_cast<Words>(load(b + 2 * k * stride + c, count));
+        const auto words = reinterpret_cast<Words>(load(b + (2 * k + 1) * stride + c, count)) | first >> 16;
+        std::memcpy(static_cast<void*>(to + 2 * (k * kPanelColumns + c)), &words, sizeof words);
+      });
+  }
+  // The last of an odd number of terms.
+  static void add_term(const Tile& tile, const Bf16* a, int64_t a_stride, const Bf16* b, float* to, int64_t stride) {
+    for_vectors<float>(tile.columns, [&](int64_t c, auto count) {
+      const auto row = load(b + c, count);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        float* at = to + r * stride + c;
+        store(at, load(at, count) + value_of(a[r * a_stride]) * row, count);
+      }
+    });
   }
 };
 
