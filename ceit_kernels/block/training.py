@@ -38,13 +38,13 @@ _DIFFERENTIABLE = tuple(i for i, name in enumerate(_NAMES) if "running" not in n
 
 torch.library.define(
     "ceit::_encoder_train",
-    "(Tensor x, Tensor?[] parameters, Tensor? factor1, Tensor? factor2, float[] scalars, int[] sizes, Tensor(a!) out) "
-    "-> Tensor[]",
+    "(Tensor x, Tensor?[] parameters, Tensor? factor1, Tensor? factor2, float[] scalars, int[] sizes, "
+    "bool in_bfloat16, Tensor(a!) out) -> Tensor[]",
 )
 torch.library.define(
     "ceit::_encoder_train_backward",
     "(Tensor grad_out, Tensor? grad_class, Tensor x, Tensor?[] parameters, Tensor? factor1, Tensor? factor2, "
-    "Tensor[] saved, float[] scalars, int[] sizes, bool need_x, int needs) -> Tensor[]",
+    "Tensor[] saved, float[] scalars, int[] sizes, bool in_bfloat16, bool need_x, int needs) -> Tensor[]",
 )
 _train, _train_backward = torch.ops.ceit._encoder_train.default, torch.ops.ceit._encoder_train_backward.default
 
@@ -56,19 +56,20 @@ class _EncoderTraining(Operator):
     differentiable = returned = 2
     _inputs = f"Tensor x, Tensor? factor1, Tensor? factor2, {', '.join(f'Tensor? {name}' for name in _NAMES)}"
     schema = (
-        f"({_inputs}, float[] scalars, int[] sizes, str backend) "
+        f"({_inputs}, float[] scalars, int[] sizes, bool in_bfloat16, str backend) "
         f"-> (Tensor out, Tensor class_token, {', '.join(f'Tensor {name}' for name in _SAVED)})"
     )
     backward_schema = (
         f"(Tensor grad_out, Tensor? grad_class, {_inputs}, {', '.join(f'Tensor {name}' for name in _SAVED)}, "
-        f"float[] scalars, int[] sizes, bool[] needs) -> ({', '.join(['Tensor'] * (1 + len(_DIFFERENTIABLE)))})"
+        "float[] scalars, int[] sizes, bool in_bfloat16, bool[] needs) "
+        f"-> ({', '.join(['Tensor'] * (1 + len(_DIFFERENTIABLE)))})"
     )
     public_name = "ceit.blocks.Block"
 
     def forward(self, x, factor1, factor2, *inputs):
-        *parameters, scalars, sizes, norms = inputs
+        *parameters, scalars, sizes, in_bfloat16, norms = inputs
         out = torch.empty(x.shape, dtype=x.dtype)
-        saved = _train(x, parameters, factor1, factor2, scalars, sizes, out)
+        saved = _train(x, parameters, factor1, factor2, scalars, sizes, in_bfloat16, out)
         if not isinstance(norms, str):
             tokens = x.shape[0] * sizes[3] * sizes[4]
             update_running_statistics(norms, saved[-4:-1], saved[-1], tokens, "native")
@@ -78,26 +79,27 @@ class _EncoderTraining(Operator):
         return inputs
 
     def fake(self, x, factor1, factor2, *inputs):
-        *parameters, _, sizes, _ = inputs
+        *parameters, _, sizes, in_bfloat16, _ = inputs
         (images, rows, channels), heads, tokens = x.shape, sizes[0], sizes[3] * sizes[4]
         hidden, modes = parameters[len(_ATTENTION_NAMES)].shape[0], sizes[5:]
         widths = (channels, 3 * channels, channels, channels, channels)
+        dtypes = [torch.bfloat16 if in_bfloat16 and i != 3 else x.dtype for i in range(len(widths))]
         norms = (x.new_empty((5, n) if mode else 0) for mode, n in zip(modes, (hidden, hidden, channels), strict=True))
         return (
             torch.empty_like(x, memory_format=torch.contiguous_format),
             x.new_empty((images, 1, channels)),
-            *(x.new_empty((images, rows, width)) for width in widths),
+            *(x.new_empty((images, rows, n), dtype=dtype) for n, dtype in zip(widths, dtypes, strict=True)),
             x.new_empty((images, heads, rows, 2)),
             x.new_empty((4, images * rows)),
-            x.new_empty((images * rows, hidden)),
-            x.new_empty((images * tokens, hidden)),
-            x.new_empty((images * tokens, channels) if modes[2] else 0),
+            x.new_empty((images * rows, hidden), dtype=dtypes[0]),
+            x.new_empty((images * tokens, hidden), dtype=dtypes[0]),
+            x.new_empty((images * tokens, channels) if modes[2] else 0, dtype=dtypes[0]),
             *norms,
             x.new_empty(1 if NORM_MODES.index("batch") in modes else 0),
         )
 
     def save(self, ctx, inputs, results):
-        *tensors, ctx.scalars, ctx.sizes, _ = inputs
+        *tensors, ctx.scalars, ctx.sizes, ctx.in_bfloat16, _ = inputs
         x, factor1, factor2, *parameters = tensors
         # Running statistics are written before backward, which does not read them.
         kept = [p if i in _DIFFERENTIABLE else None for i, p in enumerate(parameters)]
@@ -108,19 +110,20 @@ class _EncoderTraining(Operator):
         needs = [need_x, *(need[i] for i in _DIFFERENTIABLE)]
         x, *saved = ctx.saved_tensors
         grad_out = x.new_zeros(x.shape) if grad_out is None else grad_out
-        found = backward(grad_out, grad_class, x, *saved, ctx.scalars, ctx.sizes, needs)
+        found = backward(grad_out, grad_class, x, *saved, ctx.scalars, ctx.sizes, ctx.in_bfloat16, needs)
         gradients: list[Tensor | None] = [found[0], None, None, *(None for _ in _NAMES)]
         for i, gradient in zip(_DIFFERENTIABLE, found[1:], strict=True):
             gradients[3 + i] = gradient
         return gradients
 
     def backward(self, grad_out, grad_class, x, factor1, factor2, *inputs):
-        *tensors, scalars, sizes, (need_x, *needs) = inputs
+        *tensors, scalars, sizes, in_bfloat16, (need_x, *needs) = inputs
         parameters, saved = tensors[: len(_NAMES)], tensors[len(_NAMES) :]
         bits = sum(1 << i for i, need in enumerate(needs) if need)
         grad_class = None if grad_class is None else grad_class.contiguous()
+        factors, settings = (factor1, factor2), (scalars, sizes, in_bfloat16)
         found = _train_backward(
-            grad_out.contiguous(), grad_class, x, parameters, factor1, factor2, saved, scalars, sizes, need_x, bits
+            grad_out.contiguous(), grad_class, x, parameters, *factors, saved, *settings, need_x, bits
         )
         return tuple(grad if need else None for grad, need in zip(found, (need_x, *needs), strict=True))
 
@@ -141,11 +144,12 @@ def encoder_training(
     """The tokens (B, P + H * W, C) behind a block, and the first token (B, 1, C) of x, with their gradients.
 
     Computes ``y = x + factor1 * attention(norm1(x)); y + factor2 * leff(norm2(y))`` in float32 and float64, and keeps
-    the running statistics of LeFF's norms.
+    the running statistics of LeFF's norms. Under autocast in bfloat16 tokens stay in float32, and what the GEMMs take
+    is rounded.
 
-    None where that takes other calls: no gradient is wanted, autocast, a hook, compiler or dispatch mode is active, a
-    module is not the fused or plain one that is known, an operator does not run natively, dropout, or norms over
-    several processes.
+    None where that takes other calls: no gradient is wanted, autocast in float16, a hook, compiler or dispatch mode is
+    active, a module is not the fused or plain one that is known, an operator does not run natively, dropout, or norms
+    over several processes.
 
     Args:
         x: tokens (B, P + H * W, C) on the CPU.
@@ -157,7 +161,8 @@ def encoder_training(
     Raises:
         ValueError: the tokens make no such image.
     """
-    if parts is None or not _may_run(x):
+    in_bfloat16 = autocast_dtype(x) is torch.bfloat16 and x.dtype is torch.float32
+    if parts is None or not _may_run(x, torch.bfloat16 if in_bfloat16 else None):
         return None
     arguments = _arguments(x, parts, grid_size)
     if arguments is None:
@@ -167,11 +172,11 @@ def encoder_training(
         return None
     factors = (None, None) if make_factor is None else (make_factor(), make_factor())
     tensors = x.contiguous(), *factors, *parameters
-    out, class_token = encoder_training_operator.eager(*tensors, scalars, sizes, norms)
+    out, class_token = encoder_training_operator.eager(*tensors, scalars, sizes, in_bfloat16, norms)
     return out, class_token
 
 
-def _may_run(x: Tensor) -> bool:
+def _may_run(x: Tensor, autocast: torch.dtype | None) -> bool:
     return (
         x.dim() == 3
         and x.numel() > 0
@@ -179,9 +184,9 @@ def _may_run(x: Tensor) -> bool:
         and torch.is_grad_enabled()
         and is_eager(x)
         and unsupported_reason(x) is None
-        and autocast_dtype(x) is None
+        and autocast_dtype(x) is autocast
         and not _has_any_global_hook()
-        and all(backends.choose(name, x, x.dtype).backend == "native" for name in OPERATORS)
+        and all(backends.choose(name, x, autocast or x.dtype).backend == "native" for name in OPERATORS)
     )
 
 

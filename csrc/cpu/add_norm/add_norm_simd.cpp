@@ -80,7 +80,7 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
+template <class T, class Scaled = T>
 void backward(const BackwardCall& call, int64_t begin, int64_t end) {
   using Acc = acc_t<T>;
   const int64_t channels = call.channels;
@@ -115,11 +115,13 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
                             ? static_cast<const T*>(call.grad_prefix) + (image * call.prefix + token) * channels
                             : nullptr;
       T* grad = static_cast<T*>(call.grad) + row * channels;
+      Scaled* scaled = call.scaled ? static_cast<Scaled*>(call.scaled) + row * channels : nullptr;
       for_vectors<Acc>(channels, [&](int64_t c, int count) {
         auto value = (weighted(c, count) - mean_g - normalised(c, count) * mean_centred) * rstd;
         if (rest) value += load(rest + c, count);
         if (prefix) value += load(prefix + c, count);
         store(grad + c, value, count);
+        if (scaled) store(scaled + c, Acc(call.factor) * value, count);
       });
     }
   }
@@ -127,9 +129,9 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels kernels[3] = {{forward<float>, backward<float>, forward<float, Bf16>},
-                                   {forward<Bf16>, backward<Bf16>, forward<Bf16>},
-                                   {forward<double>, backward<double>, nullptr}};
+extern const Kernels kernels[3] = {{forward<float>, backward<float>, forward<float, Bf16>, backward<float, Bf16>},
+                                   {forward<Bf16>, backward<Bf16>, forward<Bf16>, backward<Bf16>},
+                                   {forward<double>, backward<double>, nullptr, nullptr}};
 
 }  // namespace CEIT_CAPABILITY
 }  // namespace ceit::add_norm

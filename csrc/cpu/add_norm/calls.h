@@ -31,6 +31,8 @@ struct BackwardCall {
   const void* weight;
   const void *mean, *rstd;
   void* grad;
+  void* scaled;  // factor * grad; or null
+  double factor;
   void* partial;  // (tiles of kTileRows rows, 2, channels): what each tile adds to the gradients of weight and bias
 };
 
@@ -38,7 +40,8 @@ struct BackwardCall {
 struct Kernels {
   Kernel<ForwardCall> forward;
   Kernel<BackwardCall> backward;
-  Kernel<ForwardCall> forward_to_bf16;  // out of 16 bits, the rest of the type
+  Kernel<ForwardCall> forward_to_bf16;    // out of 16 bits, the rest of the type
+  Kernel<BackwardCall> backward_to_bf16;  // likewise of scaled
 };
 
 }  // namespace ceit::add_norm

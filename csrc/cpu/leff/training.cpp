@@ -127,8 +127,15 @@ Tensor summed_and_transposed(const Tensor& parts) {
 class Backward {
  public:
   Backward(const Tensor& x, std::array<Layer, kLayers> layers, const std::vector<Tensor>& saved, const Sizes& sizes,
-           const std::string& group, bool need_x, int64_t needs)
-      : x_(x), layers_(layers), sizes_(sizes), group_(group), need_x_(need_x), needs_(needs), count_(saved[6]) {
+           const std::string& group, ScalarType of_x, bool need_x, int64_t needs)
+      : x_(x),
+        layers_(layers),
+        sizes_(sizes),
+        group_(group),
+        of_x_(of_x),
+        need_x_(need_x),
+        needs_(needs),
+        count_(saved[6]) {
     z1_ = view(saved[0], {sizes.images, sizes.rows, sizes.hidden});
     z2_ = view(saved[1], {sizes.images, sizes.tokens, sizes.hidden});
     if (saved[2].numel()) z3_ = view(saved[2], {sizes.images, sizes.tokens, sizes.outputs});
@@ -168,7 +175,7 @@ class Backward {
     if (below1 || sums_of(0)) gradient1 = coefficients(0, sums1);
     if (!below1) return gradients_;
     const auto [dx, dweight1] =
-        expand_backward({g, z1_, gradient1, x_, layers_[0].matrix(), sizes_.tokens, need_x_, needs(0, 0)});
+        expand_backward({g, z1_, gradient1, x_, layers_[0].matrix(), sizes_.tokens, of_x_, need_x_, needs(0, 0)});
     gradients_[0] = dx;
     if (needs(0, 0)) set_weight(0, dweight1);
     return gradients_;
@@ -224,6 +231,7 @@ class Backward {
   std::array<Layer, kLayers> layers_;
   Sizes sizes_;
   std::string group_;
+  ScalarType of_x_;
   bool need_x_;
   int64_t needs_;
   Tensor count_, z1_, z2_;
@@ -288,15 +296,25 @@ std::vector<Tensor> train(Tensor x, std::vector<OptionalTensor> parameters, Opti
 
 std::vector<Tensor> train_backward(Tensor dout, Tensor x, std::vector<OptionalTensor> parameters,
                                    std::vector<Tensor> saved, std::vector<int64_t> modes, std::vector<int64_t> sizes,
-                                   std::string group, bool need_x, int64_t needs) {
+                                   std::string group, ScalarType of_x, bool need_x, int64_t needs) {
   STD_TORCH_CHECK(saved.size() == 7, "saved: expected what forward kept");
   const auto layers = layers_of(parameters, std::vector<double>(kLayers), modes);
-  return Backward(x, layers, saved, Sizes(x, sizes, layers), group, need_x, needs).run(dout);
+  return Backward(x, layers, saved, Sizes(x, sizes, layers), group, of_x, need_x, needs).run(dout);
 }
+
+namespace {
+
+std::vector<Tensor> train_backward_alike(Tensor dout, Tensor x, std::vector<OptionalTensor> parameters,
+                                         std::vector<Tensor> saved, std::vector<int64_t> modes,
+                                         std::vector<int64_t> sizes, std::string group, bool need_x, int64_t needs) {
+  return train_backward(dout, x, parameters, saved, modes, sizes, group, x.scalar_type(), need_x, needs);
+}
+
+}  // namespace
 
 }  // namespace ceit::leff
 
 STABLE_TORCH_LIBRARY_IMPL(ceit, CPU, m) {
   m.impl("_leff_train", TORCH_BOX(&ceit::leff::train));
-  m.impl("_leff_train_backward", TORCH_BOX(&ceit::leff::train_backward));
+  m.impl("_leff_train_backward", TORCH_BOX(&ceit::leff::train_backward_alike));
 }

@@ -135,15 +135,15 @@ Tensor contract_backward_of(const ContractBackward& c) {
   return gradient.take(memory);
 }
 
-template <class T>
+template <class T, class Out>
 std::tuple<Tensor, Tensor> expand_backward_of(const ExpandBackward& c) {
   const int64_t images = c.x.size(0), rows = c.x.size(1), channels = c.x.size(2), hidden = c.weight.size(0);
   const int64_t prefix = rows - c.tokens;
   T *g1 = elements<T>("g1", c.g1, images * rows * hidden), *z1 = elements<T>("z1", c.z1, images * rows * hidden);
   const T* x = elements<T>("x", c.x, images * rows * channels);
   const void* coefficients = elements<acc_t<T>>("gradient", c.gradient, 4 * hidden);
-  const Tensor dx = new_empty(c.x, {c.need_x ? images : 0, rows, channels});
-  T* to = static_cast<T*>(dx.data_ptr());
+  const Tensor dx = new_empty(c.x, {c.need_x ? images : 0, rows, channels}, c.of_x);
+  Out* to = elements<Out>("dx", dx, dx.numel());
   gemm::Arena counting;
   const gemm::WeightGradient<T> gradient(c.need_weight, c.x, channels, hidden, c.tokens, counting);  // transposed
   gemm::Memory memory;
@@ -165,10 +165,9 @@ std::tuple<Tensor, Tensor> expand_backward_of(const ExpandBackward& c) {
         }
       });
       if (!c.need_x) return;
-      gemm::Call<T> matmul = linear;
-      matmul.a = dz1, matmul.out = to + start * channels;
+      const auto matmul = gemm::call_of<T, Out>(linear, dz1, to + start * channels);
       run(c.tokens, [&](int64_t begin, int64_t end) { gemm::multiply(matmul, begin, end); });
-      std::fill_n(to + image * rows * channels, prefix * channels, T());
+      std::fill_n(to + image * rows * channels, prefix * channels, Out());
     });
   });
   const Tensor sum = gradient.take(memory);
@@ -193,7 +192,9 @@ Tensor contract_backward(const ContractBackward& call) {
 }
 
 std::tuple<Tensor, Tensor> expand_backward(const ExpandBackward& call) {
-  return with_dtype(call.x, [&](auto type) { return expand_backward_of<decltype(type)>(call); });
+  if (call.x.scalar_type() == ScalarType::BFloat16 && call.of_x == ScalarType::Float)
+    return expand_backward_of<Bf16, float>(call);
+  return with_dtype(call.x, [&](auto type) { return expand_backward_of<decltype(type), decltype(type)>(call); });
 }
 
 }  // namespace ceit::leff

@@ -30,12 +30,13 @@ def make_tokens(batch=3, dtype=torch.float32, seed=1):
     return torch.randn(batch, 21, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def step(block, x, grads=None):
+def step(block, x, grads=None, autocast=False):
     """Tokens and class token, the gradients of x and of all parameters, and the buffers behind a step."""
     block = copy.deepcopy(block)
     x = x.clone().requires_grad_()
     torch.manual_seed(2)
-    results = block.forward_with_class_token(x, GRID, False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        results = block.forward_with_class_token(x, GRID, False)
     grads = grads or [torch.cos(torch.arange(r.numel()).view(r.shape) * 0.7).to(r.dtype) for r in results]
     torch.autograd.backward(results, grads)
     return [*results, x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
@@ -57,41 +58,80 @@ def calls(monkeypatch):
 
 
 def test_is_as_accurate_as_plain_pytorch(calls):
-    plain = make_block()
+    assert_step_is_as_accurate(make_block(), 3)
+    assert None not in calls
+
+
+def assert_step_is_as_accurate(plain, batch, autocast=False):
     fused, exact = fuse(copy.deepcopy(plain)), copy.deepcopy(plain).double()
-    names = [
-        "out",
-        "class token",
-        "x",
-        *(n for n, _ in plain.named_parameters()),
-        *(n for n, _ in plain.named_buffers()),
-    ]
+    named = [*plain.named_parameters(), *plain.named_buffers()]
+    names = ["out", "class token", "x", *(name for name, _ in named)]
 
     def draws():
         for seed in range(12):
-            x = make_tokens(3, seed=seed)
-            yield [t.float() for t in step(fused, x)], [t.float() for t in step(plain, x)], step(exact, x.double())
+            x = make_tokens(batch, seed=seed)
+            found, expected = step(fused, x, autocast=autocast), step(plain, x, autocast=autocast)
+            yield [t.float() for t in found], [t.float() for t in expected], step(exact, x.double())
+            assert [t.dtype for t in found] == [t.dtype for t in expected]
 
     assert_as_accurate_over_draws(names, draws())
+
+
+def freeze_norms(block, names):
+    for name in names:
+        block.get_submodule(name).eval()
+    return block
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "frozen"),
+    [
+        (3, {}, ()),
+        (1, {"qkv_bias": False, "kernel_size": 5, "mlp_ratio": 1.4}, ()),
+        (5, {"drop_path": 0.4}, ()),
+        (3, {"drop_path": 0.4, "with_bn": False, "qk_scale": 0.3}, ()),
+        (3, {"mlp_ratio": 9.0}, ("leff.bn2",)),
+        (2, {"drop_path": 0.4}, ("",)),
+    ],
+    ids=["whole", "other sizes", "stochastic depth", "no norms", "one frozen norm", "evaluation"],
+)
+def test_under_autocast_is_as_accurate_as_plain_pytorch_and_of_its_dtypes(calls, batch, options, frozen):
+    assert_step_is_as_accurate(freeze_norms(make_block(**options), frozen), batch, autocast=True)
+    assert None not in calls
+
+
+def test_gradients_under_autocast_are_those_that_are_wanted_one_by_one_or_several_at_once(calls):
+    block, x = fuse(make_block()), make_tokens().requires_grad_()
+    block.attn.requires_grad_(False)
+    block.norm1.requires_grad_(False)
+    block.leff.bn2.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(x, GRID)
+    wanted = [x, *(p for p in block.parameters() if p.requires_grad)]
+    grads = torch.randn(2, *out.shape)
+    together = torch.autograd.grad(out, wanted, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        found = torch.autograd.grad(out, wanted, grad, retain_graph=True)
+        torch.testing.assert_close([g[i] for g in together], list(found), rtol=1e-5, atol=1e-5)
+    out.sum().backward()
+    assert all((p.grad is not None) is p.requires_grad for p in block.parameters())
     assert None not in calls
 
 
 @pytest.mark.parametrize(
     ("batch", "options", "frozen"),
     [
-        (1, {}, ""),
-        (2, {"qkv_bias": False, "kernel_size": 5, "mlp_ratio": 1.4}, ""),
-        (5, {"drop_path": 0.4}, ""),
-        (3, {"drop_path": 0.4, "with_bn": False, "qk_scale": 0.3}, ""),
-        (3, {"mlp_ratio": 9.0}, "leff.bn2"),
-        (2, {"drop_path": 0.4}, "."),
+        (1, {}, ()),
+        (2, {"qkv_bias": False, "kernel_size": 5, "mlp_ratio": 1.4}, ()),
+        (5, {"drop_path": 0.4}, ()),
+        (3, {"drop_path": 0.4, "with_bn": False, "qk_scale": 0.3}, ()),
+        (3, {"mlp_ratio": 9.0}, ("leff.bn2",)),
+        (2, {"drop_path": 0.4}, ("",)),
     ],
     ids=["one image", "other sizes", "stochastic depth", "no norms", "one frozen norm", "evaluation"],
 )
 def test_agrees_to_rounding_in_float64(calls, batch, options, frozen):
-    plain, x = make_block(torch.float64, **options), make_tokens(batch, torch.float64)
-    if frozen:
-        (plain if frozen == "." else plain.get_submodule(frozen)).eval()
+    plain, x = freeze_norms(make_block(torch.float64, **options), frozen), make_tokens(batch, torch.float64)
     expected, found = step(plain, x), step(fuse(plain), x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert None not in calls
@@ -207,7 +247,7 @@ def test_declines_where_someone_would_notice(calls):
         return calls in ([], [None]) and drawn  # by the operators, not by the call
 
     assert not declines()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert declines()
     for operator in ("add_norm", "linear", "attention", "leff"):
         with use_backend(f"{operator}=reference"):
