@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+
+from .constant import constant_result
 
 __all__ = [
     "ANY",
@@ -100,7 +101,7 @@ def trust(kind: type[nn.Module]) -> None:
     _own.setdefault((kind, "forward"), kind.forward)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def is_patched(kind: type) -> bool:
     """Whether a class, or that which it was fused of, was given another ``forward`` than it was written with."""
     kind = getattr(kind, "plain_class", kind)

@@ -25,6 +25,8 @@ def check_calls(operator, number):
 
 _BF16, _LCA = torch.bfloat16, {"dim": 48, "num_heads": 3}
 _ONE_CHANNEL = {"grid": (2, 6), "in_features": 1, "hidden_features": 1, "out_features": 1, "act_layer": nn.SiLU}
+_FEW_PLACES = {"grid": (2, 2), "in_features": 18, "hidden_features": 45}
+_LARGE_SCORES = {"queries": None, "dim": 7, "num_heads": 1, "qkv_bias": True}
 # Kinds of calls that were less right once.
 KINDS = {
     "tokens far from zero": Call(LCAAttention, _LCA, ((20, 12, 48),), _BF16, mean=100.0),
@@ -37,6 +39,10 @@ KINDS = {
     ),
     "images all the same": Call(
         Image2Tokens, {"in_chans": 3, "out_chans": 8}, ((2, 3, 1, 1),), _BF16, mean=1e3, size=1e-2
+    ),
+    "scores of a million": Call(FirstQueries, _LARGE_SCORES, ((2, 132, 7),), _BF16, mode="eval", mean=1e3),
+    "batch statistics of four places": Call(
+        LeFF, _FEW_PLACES, ((1, 5, 18),), torch.float32, autocast=True, mode="train", norms="fbb"
     ),
     "slopes of almost nothing": Call(LeFF, _ONE_CHANNEL, ((1, 13, 1),), torch.float32, mode="eval", mean=1e3, bias=1e4),
 }

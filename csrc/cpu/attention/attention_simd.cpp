@@ -165,8 +165,9 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
   const int64_t channels = shape.channels, tokens = shape.tokens;
   const Layout<Acc> layout(shape);
   const Tail<Acc> tail(tokens);
-  const Scratch<Acc> keys_t(layout.channels_by_tokens()), values_t(layout.channels_by_tokens());
-  const Scratch<Acc> keys(layout.tokens_by_channels());
+  // Of the forward pass's own products, for a large score's rounding makes other weights.
+  const Products<T> products(shape, Acc(call.scale * kLog2E));
+  const Scratch<Acc> values_t(layout.channels_by_tokens()), keys(layout.tokens_by_channels());
   const Scratch<Acc> grad_keys(layout.tokens_by_channels()), grad_values(layout.tokens_by_channels());
   const Scratch<Acc> queries(layout.queries_by_channels()), grad_out(layout.queries_by_channels());
   const Scratch<Acc> grad_queries(layout.queries_by_channels());
@@ -175,7 +176,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
     const auto q = part_of<T>(call.qkv, shape, 0, task), k = part_of<T>(call.qkv, shape, 1, task);
     const auto dout = gradient_of<T>(call.grad_out, shape, task);
     const Rows<T> dq(call.grad_qkv, shape, tokens, 3, 0, task);
-    pack_transposed(k, tokens, channels, keys_t.get(), layout.tokens);
+    products.pack_keys(k);
     pack_transposed(part_of<T>(call.qkv, shape, 2, task), tokens, channels, values_t.get(), layout.tokens);
     pack<T, Acc>(k, 0, tokens, channels, Acc(1), {keys.get(), layout.channels});
     const Acc* statistics = static_cast<const Acc*>(call.statistics) + task * shape.queries * 2;
@@ -183,6 +184,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
       const QueryTile tile(shape, at, end * shape.queries);
       const int64_t first = tile.first, count = tile.count;
       at += count;
+      products.pack_queries(q, first, count);
       pack<T, Acc>(q, first, count, channels, Acc(call.scale * kLog2E), {queries.get(), layout.channels});
       pack<T, Acc>(dout, first, count, channels, Acc(1), {grad_out.get(), layout.channels});
       prefetch<true>(dq, first, count, channels);
@@ -192,8 +194,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
         const QueryTile next(shape, at, end * shape.queries);
         prefetch(gradient_of<T>(call.grad_out, shape, next.task), next.first, next.count, channels);
       }
-      multiply<Acc>({queries.get(), layout.channels, 1}, {keys_t.get(), layout.tokens}, {p.get(), layout.tokens}, count,
-                    channels, tokens, false);
+      products.score(count, {p.get(), layout.tokens});
       multiply<Acc>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens},
                     {grad_p.get(), layout.tokens}, count, channels, tokens, false);
       softmax_backward<Acc>({p.get(), layout.tokens}, {grad_p.get(), layout.tokens}, count, tokens, tail,

@@ -98,6 +98,10 @@ void depthwise_task(const DepthwiseCall& call, const Task& task, const Ring<acc_
       with_activation(call.second, [&](auto kind) {
         store_activated<T, decltype(kind)::value>(line + s.start, to, channels, width, s.count);
       });
+      // The norm is of what is stored: where a mean is many deviations, its rounding is a shift.
+      if constexpr (!std::is_same_v<T, Acc>)
+        if (call.moments)
+          for (int x = 0; x < width; ++x) store(line + s.start + x * kTileChannels, load(to + x * channels, s.count));
     }
     if (call.moments) moments.add(line, width, vectors);
   }
