@@ -31,8 +31,12 @@ CEIT_INLINE Normal normal(Vec<float> x) {
   return {0.398942280f * bell, p * t * bell};
 }
 
+// Below it the distribution is less than half a unit in the last place of 1, and the value 0 as PyTorch's; without the
+// slope x would magnify what a sum leaves.
+constexpr float kNoGelu = -5.42f;
+
 // Without the slope: the distribution is 1/2 + x P(x^2) / Q(x^2), fitted for the least relative error, 1.3e-8, up
-// to 5.4, and 0 where it is less than half a unit in the last place of 1, or x would magnify what the sum leaves.
+// to 5.4.
 CEIT_INLINE Vec<float> gelu_value(Vec<float> x) {
   const auto bounded = larger<float>(smaller<float>(x, splat(5.4f)), splat(-5.4f));
   const auto s = bounded * bounded;
@@ -47,7 +51,7 @@ CEIT_INLINE Vec<float> gelu_value(Vec<float> x) {
   q = q * s + 2.49459692e-1f;
   q = q * s + 1.0f;
   const auto distribution = 0.5f + bounded * p * reciprocal<float>(q);
-  return x * (x < -5.42f ? splat(0.0f) : distribution);
+  return x * (x < kNoGelu ? splat(0.0f) : distribution);
 }
 CEIT_INLINE Vec<double> gelu_value(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::count; ++i) x[i] *= 0.5 * std::erfc(-x[i] * 0.7071067811865475244);
@@ -57,7 +61,7 @@ CEIT_INLINE Vec<double> gelu_value(Vec<double> x) {
 CEIT_INLINE WithSlope<float> gelu(Vec<float> x) {
   const Normal n = normal(x);
   const auto distribution = x < 0.0f ? n.tail : 1.0f - n.tail;
-  return {x * distribution, distribution + x * n.density};
+  return {x * (x < kNoGelu ? splat(0.0f) : distribution), distribution + x * n.density};
 }
 CEIT_INLINE WithSlope<double> gelu(Vec<double> x) {
   WithSlope<double> result;

@@ -27,6 +27,10 @@ _BF16, _LCA = torch.bfloat16, {"dim": 48, "num_heads": 3}
 _ONE_CHANNEL = {"grid": (2, 6), "in_features": 1, "hidden_features": 1, "out_features": 1, "act_layer": nn.SiLU}
 _FEW_PLACES = {"grid": (2, 2), "in_features": 18, "hidden_features": 45}
 _LARGE_SCORES = {"queries": None, "dim": 7, "num_heads": 1, "qkv_bias": True}
+_TAIL = {
+    "grid": (1, 5), "in_features": 22, "hidden_features": 1, "out_features": 1, "kernel_size": 7, "with_bn": False,
+    "num_prefix_tokens": 0, "bias": False, "first_act": False,
+}  # fmt: skip
 # Kinds of calls that were less right once.
 KINDS = {
     "tokens far from zero": Call(LCAAttention, _LCA, ((20, 12, 48),), _BF16, mean=100.0),
@@ -43,6 +47,9 @@ KINDS = {
     "scores of a million": Call(FirstQueries, _LARGE_SCORES, ((2, 132, 7),), _BF16, mode="eval", mean=1e3),
     "batch statistics of four places": Call(
         LeFF, _FEW_PLACES, ((1, 5, 18),), torch.float32, autocast=True, mode="train", norms="fbb"
+    ),
+    "values of almost nothing": Call(
+        LeFF, _TAIL, ((1, 5, 22),), torch.float32, autocast=True, view="expanded", mean=1e4, size=1e-2
     ),
     "slopes of almost nothing": Call(LeFF, _ONE_CHANNEL, ((1, 13, 1),), torch.float32, mode="eval", mean=1e3, bias=1e4),
 }

@@ -9,8 +9,6 @@ from torch import Tensor
 # In units of eps times the largest value. The last rounding alone is half of that, also in a result that is as good as
 # the type allows, while plain PyTorch's may be less by luck, down to none.
 _ROUNDINGS = 1
-# Where float32 underflows to, within its digits: a GELU that is zero may be that.
-_NOTHING = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 # The ratio to what is allowed at which no more draws are needed.
 _CLEAR = 0.5
 # How many times the error allowed says that a draw lies at a jump, which only one of two ways to compute it has taken.
@@ -62,7 +60,7 @@ def assert_as_accurate_over_draws(
 def _ratio(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     """The error in units of what is allowed, and at least a quarter: luck in one draw excuses little in another."""
     error, plain_error = ((result.double() - truth).abs().max().item() for result in (ours, theirs))
-    allowed = 2 * plain_error + _ROUNDINGS * torch.finfo(ours.dtype).eps * truth.abs().max().item() + _NOTHING
+    allowed = 2 * plain_error + _ROUNDINGS * torch.finfo(ours.dtype).eps * truth.abs().max().item()
     if error <= allowed / 4:
         return 0.25
     return error / allowed if allowed else float("inf")
