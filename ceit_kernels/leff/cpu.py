@@ -81,7 +81,8 @@ def leff_inference_native(
         return out
     # Under autocast prefix tokens and residual are not rounded to the dtype of the GEMMs.
     out = out.to(out_dtype)
-    out[:, : settings.num_prefix_tokens] = x[:, : settings.num_prefix_tokens]
+    if settings.num_prefix_tokens:
+        out[:, : settings.num_prefix_tokens] = x[:, : settings.num_prefix_tokens]
     return out if residual is None else out.add_(residual)
 
 

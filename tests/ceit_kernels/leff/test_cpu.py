@@ -24,7 +24,8 @@ from support.leff import (
 from support.processors import LESSER, run_with
 from torch import nn
 
-from ceit_kernels import freeze, use_backend
+from ceit_kernels import freeze, fuse, use_backend
+from ceit_kernels.leff import LocallyEnhancedFeedForward
 
 CASES = [
     *TRAINING_CASES,
@@ -343,3 +344,13 @@ def test_a_forked_process_may_go_on():
     process.join(60)
     assert process.exitcode == 0
     assert queue.get() == pytest.approx(leff(x).sum().item(), rel=1e-4, abs=1e-4)
+
+
+def test_other_outputs_without_prefix_tokens_run_under_autocast():
+    plain = LocallyEnhancedFeedForward(8, hidden_features=16, out_features=4, num_prefix_tokens=0).eval()
+    x, residual = torch.randn(2, 9, 8), torch.randn(2, 9, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = plain(x, (3, 3), residual)
+        with use_backend("native"):
+            found = fuse(copy.deepcopy(plain))(x, (3, 3), residual)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
