@@ -27,6 +27,7 @@ _BF16, _LCA = torch.bfloat16, {"dim": 48, "num_heads": 3}
 _ONE_CHANNEL = {"grid": (2, 6), "in_features": 1, "hidden_features": 1, "out_features": 1, "act_layer": nn.SiLU}
 _FEW_PLACES = {"grid": (2, 2), "in_features": 18, "hidden_features": 45}
 _LARGE_SCORES = {"queries": None, "dim": 7, "num_heads": 1, "qkv_bias": True}
+_ONE_PRODUCT = {"queries": None, "dim": 1, "num_heads": 1, "qkv_bias": True}
 _TAIL = {
     "grid": (1, 5), "in_features": 22, "hidden_features": 1, "out_features": 1, "kernel_size": 7, "with_bn": False,
     "num_prefix_tokens": 0, "bias": False, "first_act": False,
@@ -45,6 +46,9 @@ KINDS = {
         Image2Tokens, {"in_chans": 3, "out_chans": 8}, ((2, 3, 1, 1),), _BF16, mean=1e3, size=1e-2
     ),
     "scores of a million": Call(FirstQueries, _LARGE_SCORES, ((2, 132, 7),), _BF16, mode="eval", mean=1e3),
+    "one weight of a row": Call(
+        FirstQueries, _ONE_PRODUCT, ((1, 118, 1),), torch.float32, mode="eval", size=30.0, threads=2
+    ),
     "batch statistics of four places": Call(
         LeFF, _FEW_PLACES, ((1, 5, 18),), torch.float32, autocast=True, mode="train", norms="fbb"
     ),

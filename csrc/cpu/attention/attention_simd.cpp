@@ -74,7 +74,7 @@ CEIT_INLINE void prefetch_next(const Operand& q, const Operand& k, const Operand
 // for all rows at a time, so that reductions overlap.
 template <class Acc, class To>
 CEIT_INLINE void softmax(Matrix<Acc> scores, To* to, int64_t rows, int64_t tokens, const Tail<Acc>& tail, Acc* largest,
-                         Acc* sums) {
+                         Acc exponent, Acc* sums) {
   constexpr int64_t fraction = sizeof(Acc) / sizeof(To);
   for (int64_t i = 0; i < rows; ++i) {
     const Acc* row = scores.data + i * scores.stride;
@@ -86,7 +86,7 @@ CEIT_INLINE void softmax(Matrix<Acc> scores, To* to, int64_t rows, int64_t token
   for (int64_t i = 0; i < rows; ++i) {
     auto sum = splat(Acc(0));
     const Acc* row = scores.data + i * scores.stride;
-    powers_of_two(row, to + i * scores.stride * fraction, tokens, largest[i], [&](int64_t, Vec<Acc> power) {
+    powers_of_two(row, to + i * scores.stride * fraction, tokens, largest[i], exponent, [&](int64_t, Vec<Acc> power) {
       sum += power;
       return power;
     });
@@ -94,17 +94,29 @@ CEIT_INLINE void softmax(Matrix<Acc> scores, To* to, int64_t rows, int64_t token
   }
 }
 
+// The gradient of the largest score's weight, from which the others' are measured: those that are large and nearly the
+// same count by their differences alone, and where one weight is all there is, its score's gradient is zero and not what
+// is left of roundings.
+template <class Acc>
+CEIT_INLINE Acc gradient_of_largest(const Acc* row, const Acc* gradient, int64_t tokens, Acc largest) {
+  auto found = splat(-Acc(INFINITY));
+  for (int64_t at = 0; at < tokens; at += Lanes<Acc>::count)
+    found = larger<Acc>(found, load(row + at) == splat(largest) ? load(gradient + at) : splat(-Acc(INFINITY)));
+  const Acc about = largest_lane<Acc>(found);
+  return about > -Acc(INFINITY) ? about : gradient[0];
+}
+
 // Scores become the softmax, and its gradient that of the scores.
 template <class Acc>
 CEIT_INLINE void softmax_backward(Matrix<Acc> scores, Matrix<Acc> gradient, int64_t rows, int64_t tokens,
-                                  const Tail<Acc>& tail, const Acc* statistics) {
+                                  const Tail<Acc>& tail, Acc exponent, const Acc* statistics) {
   for (int64_t i = 0; i < rows; ++i) {
     Acc *row = scores.data + i * scores.stride, *grad_row = gradient.data + i * gradient.stride;
-    // Gradients that are large and nearly the same count by their differences alone.
-    const Acc share = Acc(1) / statistics[2 * i + 1], about = grad_row[0];
-    auto sum = splat(Acc(0));
     tail.mask(row);
-    powers_of_two(row, row, tokens, statistics[2 * i], [&](int64_t at, Vec<Acc> power) {
+    const Acc largest = statistics[2 * i], share = Acc(1) / statistics[2 * i + 1];
+    const Acc about = gradient_of_largest(row, grad_row, tokens, largest);
+    auto sum = splat(Acc(0));
+    powers_of_two(row, row, tokens, largest, exponent, [&](int64_t at, Vec<Acc> power) {
       const auto weight = power * share;
       sum += weight * (load(grad_row + at) - about);
       return weight;
@@ -124,7 +136,8 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
   const int64_t channels = shape.channels;
   const Layout<Acc> layout(shape);
   const Tail<Acc> tail(shape.tokens);
-  const Products<T> products(shape, Acc(call.scale * kLog2E));
+  const Scaling<Acc> scaling(call.scale, call.bias);
+  const Products<T> products(shape, scaling.queries);
   const Scratch<Acc> results(layout.queries_by_channels()), scratch(layout.queries_by_tokens());
   const Matrix<Acc> scores{scratch.get(), layout.tokens}, result{results.get(), layout.channels};
   Acc largest[kQueries], sums[kQueries];
@@ -145,9 +158,9 @@ void forward(const ForwardCall& call, int64_t begin, int64_t end) {
     products.score(count, scores);
     if (call.bias) {
       const int64_t row = task % shape.heads * shape.queries + first;
-      add_bias<T, Acc>(static_cast<const T*>(call.bias) + row * shape.tokens, scores, count, shape.tokens);
+      add_bias(static_cast<const T*>(call.bias) + row * shape.tokens, scaling.products, scores, count, shape.tokens);
     }
-    softmax(scores, products.weights(scores), count, shape.tokens, tail, largest, sums);
+    softmax(scores, products.weights(scores), count, shape.tokens, tail, largest, scaling.exponent, sums);
     products.weigh(count, scores, result);
     unpack<Acc>({result.data, result.stride}, out, first, count, channels,
                 [&](int64_t row) { return Acc(1) / sums[row]; });
@@ -166,7 +179,8 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
   const Layout<Acc> layout(shape);
   const Tail<Acc> tail(tokens);
   // Of the forward pass's own products, for a large score's rounding makes other weights.
-  const Products<T> products(shape, Acc(call.scale * kLog2E));
+  const Scaling<Acc> scaling(call.scale, false);
+  const Products<T> products(shape, scaling.queries);
   const Scratch<Acc> values_t(layout.channels_by_tokens()), keys(layout.tokens_by_channels());
   const Scratch<Acc> grad_keys(layout.tokens_by_channels()), grad_values(layout.tokens_by_channels());
   const Scratch<Acc> queries(layout.queries_by_channels()), grad_out(layout.queries_by_channels());
@@ -185,7 +199,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
       const int64_t first = tile.first, count = tile.count;
       at += count;
       products.pack_queries(q, first, count);
-      pack<T, Acc>(q, first, count, channels, Acc(call.scale * kLog2E), {queries.get(), layout.channels});
+      pack<T, Acc>(q, first, count, channels, Acc(call.scale), {queries.get(), layout.channels});
       pack<T, Acc>(dout, first, count, channels, Acc(1), {grad_out.get(), layout.channels});
       prefetch<true>(dq, first, count, channels);
       prefetch_next<T>(attention::part_of(call.qkv, shape, 0), attention::part_of(call.qkv, shape, 1),
@@ -198,9 +212,8 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
       multiply<Acc>({grad_out.get(), layout.channels, 1}, {values_t.get(), layout.tokens},
                     {grad_p.get(), layout.tokens}, count, channels, tokens, false);
       softmax_backward<Acc>({p.get(), layout.tokens}, {grad_p.get(), layout.tokens}, count, tokens, tail,
-                            statistics + 2 * first);
-      // Packed queries bring scale * log2(e) into the keys' gradient, of which log2(e) is too much; their own lacks the
-      // scale. Unpacking mends both.
+                            scaling.exponent, statistics + 2 * first);
+      // Packed queries bring the scale into the keys' gradient; their own gets it as it is unpacked.
       multiply<Acc>({grad_p.get(), layout.tokens, 1}, {keys.get(), layout.channels},
                     {grad_queries.get(), layout.channels}, count, tokens, channels, false);
       multiply<Acc>({grad_p.get(), 1, layout.tokens}, {queries.get(), layout.channels},
@@ -213,7 +226,7 @@ void backward(const BackwardCall& call, int64_t begin, int64_t end) {
     for (int64_t row = shape.queries; row < tokens; ++row)
       std::memset(static_cast<void*>(dq.row(row)), 0, sizeof(T) * size_t(channels));
     unpack<Acc>({grad_keys.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 1, task), 0, tokens,
-                channels, [](int64_t) { return Acc(kLn2); });
+                channels, [](int64_t) { return Acc(1); });
     unpack<Acc>({grad_values.get(), layout.channels}, Rows<T>(call.grad_qkv, shape, tokens, 3, 2, task), 0, tokens,
                 channels, [](int64_t) { return Acc(1); });
   }

@@ -26,9 +26,9 @@ inline Operand part_of(const void* qkv, const Shape& shape, int part) {
   return {qkv, part * row, shape.tokens * 3 * row, shape.channels, 3 * row};
 }
 
-// out = softmax(scale * q k^T + bias) v. Statistics are, for each query, the largest of its scores times log2(e), and
-// the sum of the exponentials of all relative to it, from which backward gets its weights again without a rounding
-// more.
+// out = softmax(scale * q k^T + bias) v. Statistics are, for each query, the largest of its scores as they are
+// compared, and the sum of the exponentials of all relative to it, from which backward gets its weights again without a
+// rounding more.
 struct ForwardCall {
   Shape shape;
   double scale;

@@ -25,8 +25,8 @@ void score(const MixedCall& call, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; ++head) {
     const Matrix<Acc> scores = scores_of_head<Acc>(call, head);
     pack_transposed(Rows<const T>(call.k, shape, head), shape.tokens, shape.channels, keys.get(), scores.stride);
-    pack<T, Acc>(Rows<const T>(call.q, shape, head), 0, shape.queries, shape.channels, Acc(call.scale * kLog2E),
-                 packed);
+    pack<T, Acc>(Rows<const T>(call.q, shape, head), 0, shape.queries, shape.channels,
+                 Scaling<Acc>(call.scale, call.bias).queries, packed);
     multiply<Acc>({packed.data, packed.stride, 1}, {keys.get(), scores.stride}, scores, shape.queries, shape.channels,
                   shape.tokens, false);
   }
@@ -52,6 +52,7 @@ void softmax(const MixedCall& call, int64_t begin, int64_t end) {
   const int64_t heads = shape.heads, tokens = shape.tokens, width = score_stride(tokens);
   const int64_t stride = score_rows(shape.queries) * width;
   const Tail<Acc> tail(tokens);
+  const Scaling<Acc> scaling(call.scale, call.bias);
   const Scratch<Acc> rows(heads * width);
   for (int64_t query = begin; query < end; ++query) {
     Acc* scores = static_cast<Acc*>(call.scores) + query * width;
@@ -60,12 +61,13 @@ void softmax(const MixedCall& call, int64_t begin, int64_t end) {
     for (int64_t head = 0; head < heads; ++head) {
       Acc* row = call.before ? rows.get() + head * width : scores + head * stride;
       const T* bias = static_cast<const T*>(call.bias);
-      if (bias) add_bias<T, Acc>(bias + (head * shape.queries + query) * tokens, {row, width}, 1, tokens);
+      if (bias)
+        add_bias<T, Acc>(bias + (head * shape.queries + query) * tokens, scaling.products, {row, width}, 1, tokens);
       tail.mask(row);
       auto found = load(row);
       for (int64_t c = Lanes<Acc>::count; c < tokens; c += Lanes<Acc>::count) found = larger<Acc>(found, load(row + c));
       auto sum = splat(Acc(0));
-      powers_of_two(row, row, tokens, largest_lane<Acc>(found), [&](int64_t, Vec<Acc> power) {
+      powers_of_two(row, row, tokens, largest_lane<Acc>(found), scaling.exponent, [&](int64_t, Vec<Acc> power) {
         sum += power;
         return power;
       });

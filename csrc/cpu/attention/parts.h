@@ -27,8 +27,21 @@ struct Rows {
   CEIT_INLINE T* row(int64_t index) const { return data + index * stride; }
 };
 
-// Packed queries carry it and the scale, so that scores are exponents of two.
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// Scores are products of queries and keys and nothing more, for each rounding of a large score makes other weights.
+// What scales them comes to their differences.
+template <class Acc>
+struct Scaling {
+  static constexpr double kLog2E = 1.4426950408889634;
+  Acc queries;   // their sign in the scores: the largest product is the largest score; 0 where all scores are
+  Acc products;  // to be added to biases
+  Acc exponent;  // of two, for a difference of scores
+  Scaling(double scale, bool biased)
+      : queries(scale > 0   ? Acc(1)
+                : scale < 0 ? Acc(-1)
+                            : Acc(scale)),
+        products(scale ? Acc(std::abs(scale)) : Acc(1)),
+        exponent(biased ? Acc(kLog2E) : Acc(kLog2E * (scale ? std::abs(scale) : 1))) {}
+};
 
 // Strides of a head's packed matrices.
 template <class Acc>
@@ -89,20 +102,20 @@ class Tail {
   alignas(64) Acc added_[Lanes<Acc>::count];
 };
 
-// to = visit(index, 2^(row - largest)); `to` may start where the row does.
+// to = visit(index, 2^(exponent * (row - largest))); `to` may start where the row does.
 template <class Acc, class To, class Visit>
-CEIT_INLINE void powers_of_two(const Acc* row, To* to, int64_t tokens, Acc largest, Visit visit) {
+CEIT_INLINE void powers_of_two(const Acc* row, To* to, int64_t tokens, Acc largest, Acc exponent, Visit visit) {
   for (int64_t i = 0; i < tokens; i += Lanes<Acc>::count)
-    store(to + i, visit(i, power_of_two(load(row + i) - largest)));
+    store(to + i, visit(i, power_of_two(exponent * (load(row + i) - largest))));
 }
 
-// scores += log2(e) * bias, of which rows are `tokens` apart.
+// scores = factor * scores + bias, of which rows are `tokens` apart.
 template <class T, class Acc>
-CEIT_INLINE void add_bias(const T* bias, Matrix<Acc> scores, int64_t rows, int64_t tokens) {
+CEIT_INLINE void add_bias(const T* bias, Acc factor, Matrix<Acc> scores, int64_t rows, int64_t tokens) {
   for (int64_t i = 0; i < rows; ++i) {
     Acc* row = scores.data + i * scores.stride;
     for_vectors<Acc>(tokens, [&](int64_t j, auto count) {
-      store(row + j, load(row + j, count) + Acc(kLog2E) * load(bias + i * tokens + j, count), count);
+      store(row + j, factor * load(row + j, count) + load(bias + i * tokens + j, count), count);
     });
   }
 }

@@ -13,10 +13,10 @@ template <class T>
 class Products {
  public:
   using Acc = acc_t<T>;
-  // Scores are products of queries and keys times the factor.
-  Products(const Shape& shape, Acc factor)
+  // Scores are products of queries and keys times their sign.
+  Products(const Shape& shape, Acc sign)
       : shape_(shape),
-        factor_(factor),
+        sign_(sign),
         layout_(shape),
         queries_(layout_.queries_by_channels()),
         keys_(layout_.channels_by_tokens()),
@@ -28,7 +28,7 @@ class Products {
     pack<T, Acc>(rows, 0, shape_.tokens, shape_.channels, Acc(1), {values_.get(), layout_.channels});
   }
   void pack_queries(const Rows<const T>& rows, int64_t first, int64_t count) const {
-    pack<T, Acc>(rows, first, count, shape_.channels, factor_, {queries_.get(), layout_.channels});
+    pack<T, Acc>(rows, first, count, shape_.channels, sign_, {queries_.get(), layout_.channels});
   }
   void score(int64_t count, Matrix<Acc> scores) const {
     multiply<Acc>({queries_.get(), layout_.channels, 1}, {keys_.get(), layout_.tokens}, scores, count, shape_.channels,
@@ -43,7 +43,7 @@ class Products {
 
  private:
   const Shape& shape_;
-  Acc factor_;
+  Acc sign_;
   Layout<Acc> layout_;
   Scratch<Acc> queries_, keys_, values_;
 };
@@ -54,9 +54,9 @@ class Products {
 template <>
 class Products<Bf16> {
  public:
-  Products(const Shape& shape, float factor)
+  Products(const Shape& shape, float sign)
       : shape_(shape),
-        factor_(factor),
+        sign_(sign),
         pairs_(ceil_div(shape.channels, 2)),
         layout_(shape),
         queries_(layout_.queries_by_channels()),
@@ -91,7 +91,7 @@ class Products<Bf16> {
   }
   void score(int64_t count, Matrix<float> scores) const {
     multiply<float>({queries_.get(), layout_.channels, 1}, {keys_.get(), layout_.tokens}, scores, count, pairs_,
-                    shape_.tokens, false, Pair{factor_});
+                    shape_.tokens, false, Pair{sign_});
   }
   Bf16* weights(Matrix<float> scores) const { return reinterpret_cast<Bf16*>(scores.data); }
   void weigh(int64_t count, Matrix<float> scores, Matrix<float> result) const {
@@ -110,7 +110,7 @@ class Products<Bf16> {
     return load_vector<Vec<float>>(buffer);
   }
   const Shape& shape_;
-  float factor_;
+  float sign_;
   int64_t pairs_;
   Layout<float> layout_;
   Scratch<float> queries_, keys_, values_;

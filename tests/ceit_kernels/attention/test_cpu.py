@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate_over_draws
@@ -11,6 +12,7 @@ from support.attention import make_call, step
 from support.processors import LESSER, run_with
 
 from ceit_kernels import self_attention, use_backend
+from ceit_kernels.attention.cpu import attention_infer_cpu
 
 NAMES = ("out", "grad_qkv")
 DRAWS = 8
@@ -76,6 +78,15 @@ def test_long_sums_are_as_accurate(tokens, channels):
 def test_takes_a_scale(scale):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         check(draws_of(2, 20, 2, 16, dtype), 2, scale=scale)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.5, 0.0])
+def test_adds_a_bias_to_scores_of_any_scale(scale):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 21, 16, dtype=torch.float64)
+    bias = torch.randn(3, 21, 21, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention_infer_cpu(q, k, v, bias, scale), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("size", [30.0, 100.0])
