@@ -204,7 +204,7 @@ KERNELS: dict[str, KernelCost] = {
         tokens=image_tokens,
         prefix=prefix_tokens,
     ),
-    "qkv_gradient_kernel": _cost("dq dk dv partial tickets", "dqkv dbias partial tickets"),
+    "qkv_gradient_kernel": _cost("dq dk dv dout partial tickets", "dqkv dbias dout_bias partial tickets"),
     "add_norm_forward_kernel": _cost("x branch weight bias", "total out prefix mean rstd tickets"),
     "add_norm_backward_kernel": _cost(
         "dout dtotal total weight mean rstd partial tickets",

@@ -54,10 +54,12 @@ def attention_of_projection(
     scale: float | None,
     num_queries: int | None,
     dropout_p: float = 0.0,
+    projection: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``self_attention``; a bias, which a projection added to qkv without a gradient, gets its gradient here.
 
-    With a bias the call has to be one that is served by Triton, without dropout.
+    So does that of a projection behind it, weight and bias, which is computed here. With either the call has to be one
+    that is served by Triton, without dropout.
     """
     if num_queries is None:
         num_queries = qkv.shape[1] if qkv.dim() == 3 else 0
@@ -69,8 +71,12 @@ def attention_of_projection(
     unsupported = "the kernels have no attention dropout" if dropout_p > 0.0 else unsupported_reason(qkv)
     dtype = autocast_dtype(qkv) or qkv.dtype
     backend = backends.choose("attention", qkv, dtype, unsupported).backend
-    if bias is not None or (backend == "triton" and training and not torch.compiler.is_compiling()):
-        return attend_by_parts(qkv, bias, num_heads, factor, num_queries)
+    if (
+        bias is not None
+        or projection is not None
+        or (backend == "triton" and training and not torch.compiler.is_compiling())
+    ):
+        return attend_by_parts(qkv, bias, num_heads, factor, num_queries, projection)
     if backend in ("reference", "triton"):
         return attention_reference(qkv, num_heads, factor, num_queries, dropout_p)
     return attention_operator(qkv.to(dtype), num_heads, factor, num_queries, training, backend)[0]

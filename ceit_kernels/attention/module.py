@@ -81,8 +81,8 @@ class Attention(nn.Module):
 class AttentionFusion(Fusion, attributes_of(Attention)):
     """``forward`` of multi-head self-attention, fused on the CPU. The projections are called, whatever they are.
 
-    On a GPU the first one, if it is exactly a linear layer, is computed here in training: its bias's gradient is then
-    summed in the pass that puts those of queries, keys and values together.
+    On a GPU those that are exactly linear layers are computed here in training: their biases' gradients are then summed
+    in the pass that puts those of queries, keys and values together.
     """
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
@@ -122,27 +122,34 @@ class AttentionFusion(Fusion, attributes_of(Attention)):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The projection of x, and its bias if that has no gradient by it, which attention is to take then."""
-        bias = self._bias_without_gradient(x)
+        bias = self._bias_without_gradient("qkv", x)
         if bias is None:
             return self.qkv(x), None
         return F.linear(x, held(self.qkv, "weight"), bias.detach()), bias
 
-    def _bias_without_gradient(self, x: Tensor) -> Tensor | None:
-        """The bias of the projection where attention takes its gradient, None where the projection is called."""
+    def _bias_without_gradient(self, name: str, x: Tensor) -> Tensor | None:
+        """The bias of a projection where attention takes its gradient, None where the projection is called."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        qkv = self.qkv
-        if child_reason("qkv", qkv, _LINEAR) or backends.current_backend("linear") not in ("auto", "reference"):
+        projection: nn.Module = getattr(self, name)
+        if child_reason(name, projection, _LINEAR) or backends.current_backend("linear") not in ("auto", "reference"):
             return None
-        bias = held(qkv, "bias")
-        if bias is None or not bias.requires_grad or foreign_reason(held(qkv, "weight"), bias):
+        bias = held(projection, "bias")
+        if bias is None or not bias.requires_grad or foreign_reason(x, held(projection, "weight"), bias):
             return None
         backend = backends.choose("attention", x, autocast_dtype(x) or x.dtype).backend
         return bias if backend == "triton" else None
 
     def _project_attention(self, qkv: Tensor, bias: Tensor | None, num_queries: int | None) -> Tensor:
-        attention = attention_of_projection(qkv, bias, self.num_heads, self.scale, num_queries)
-        return self.proj_drop(self.proj(attention))
+        projection, out_bias = None, None
+        # Where nothing ahead of it has a gradient, attention would be taken back for the sum alone.
+        if (qkv.requires_grad or bias is not None) and qkv.dtype == (autocast_dtype(qkv) or qkv.dtype):
+            out_bias = self._bias_without_gradient("proj", qkv)
+        if out_bias is not None and 3 * out_bias.shape[0] == qkv.shape[-1]:
+            projection = held(self.proj, "weight"), out_bias
+        arguments = qkv, bias, self.num_heads, self.scale, num_queries, 0.0, projection
+        out = attention_of_projection(*arguments)
+        return self.proj_drop(self.proj(out) if projection is None else out)
 
     def plain_reason(self) -> str | None:
         """As of ``Fusion``."""

@@ -67,7 +67,8 @@ def add_norm(channels, dtype):
 
 def attention(channels, dtype):
     grad = torch.empty(256, 197, channels // 64, 64, dtype=dtype, device="cuda")
-    qkv_gradient_triton(grad, grad, grad, True, dtype)
+    grad_out = grad.view(-1, channels)
+    qkv_gradient_triton(grad, grad, grad, grad_out, True, dtype, dtype)
 
 
 def lines():

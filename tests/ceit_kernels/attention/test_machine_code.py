@@ -18,11 +18,15 @@ from ceit_kernels.attention.triton.launch import qkv_gradient_triton
 from ceit_kernels.common.launch import record_launches
 
 
-def record(channels, dtype, *, heads=1, tokens=197, queries=197, batch=256, need_qkv=True, bias_dtype=torch.float32):
+def record(
+    channels, dtype, *, heads=1, tokens=197, queries=197, batch=256, need_qkv=True, bias_dtype=torch.float32,
+    out_bias_dtype=torch.float32,
+):  # fmt: skip
     """The launch of a call."""
     with FakeTensorMode(), record_launches() as launches:
         k = torch.empty(batch, tokens, heads, channels // heads, dtype=dtype, device="cuda")
-        qkv_gradient_triton(k[:, :queries], k, k, need_qkv, bias_dtype)
+        grad_out = None if out_bias_dtype is None else k.new_empty(batch * queries, channels)
+        qkv_gradient_triton(k[:, :queries], k, k, grad_out, need_qkv, bias_dtype, out_bias_dtype)
     (launch,) = launches
     return launch
 
@@ -54,6 +58,8 @@ VARIANTS = {
     "autocast": {"bias_dtype": torch.float32},
     "class token": {"queries": 1},
     "frozen bias": {"bias_dtype": None},
+    "frozen bias behind": {"out_bias_dtype": None},
+    "frozen biases": {"bias_dtype": None, "out_bias_dtype": None},
     "frozen weight": {"need_qkv": False},
     "one row": {"batch": 1, "tokens": 1, "queries": 1},
 }
