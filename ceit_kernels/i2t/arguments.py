@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Stem", "conv_size", "pooled_size"]
+__all__ = ["Running", "Stem", "conv_size", "pooled_size"]
 
 
 class Stem(NamedTuple):
@@ -21,6 +21,19 @@ class Stem(NamedTuple):
     mean: Tensor | None
     variance: Tensor | None
     eps: float
+
+
+class Running(NamedTuple):
+    """What a norm keeps of batches: mean and variance (O,), and how many they were.
+
+    Then the weight of a batch, and the factor that makes its variance that of the population.
+    """
+
+    mean: Tensor | None
+    variance: Tensor | None
+    batches: Tensor | None
+    momentum: float
+    unbiased: float
 
 
 def conv_size(size: int) -> int:

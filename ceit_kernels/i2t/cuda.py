@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import is_recording
-from .arguments import Stem, conv_size, pooled_size
+from .arguments import Running, Stem, conv_size, pooled_size
 
 __all__ = ["OUT_CHANNELS", "i2t_backward_cuda", "i2t_forward_cuda"]
 
@@ -15,8 +15,9 @@ OUT_CHANNELS = (32, 64, 96)
 torch.library.define(
     "ceit::_i2t_forward",
     "(Tensor image, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!) mean, Tensor(b!) variance, "
-    "Tensor(c!) prepacked, Tensor(d!)? moments, Tensor(e!) out, Tensor(f!)? indices, float eps, bool training, "
-    "bool tensor_cores, int rows_per_block) -> ()",
+    "Tensor(c!) prepacked, Tensor(d!)? moments, Tensor(e!) out, Tensor(f!)? indices, Tensor(g!)? running_mean, "
+    "Tensor(h!)? running_variance, Tensor(i!)? batches, float eps, bool training, bool tensor_cores, "
+    "int rows_per_block, float momentum, float unbiased) -> ()",
 )
 torch.library.define(
     "ceit::_i2t_backward",
@@ -29,6 +30,7 @@ _PACKED_PER_CHANNEL = 7 * 8 * 4
 _POOLED_COLUMNS_PER_BLOCK, _WARPS_ACROSS, _TILE_ROWS = 14, 2, 4
 _TILE = (14, 16)  # of the convolution, in backward
 _CHANNELS_PER_BLOCK = 32  # in backward
+_NONE = Running(None, None, None, 0.0, 1.0)
 _MULTIPROCESSORS_ON_HOST, _MULTIPROCESSORS_RECORDED = 4, 132  # the latter an H100's
 
 
@@ -67,9 +69,9 @@ def _rows_per_block(x: Tensor, height: int, width: int) -> int:
 
 
 def i2t_forward_cuda(
-    x: Tensor, stem: Stem, need_indices: bool, dtype: torch.dtype
+    x: Tensor, stem: Stem, need_indices: bool, dtype: torch.dtype, running: Running = _NONE
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
-    """The registered operator's results, its arguments checked."""
+    """The registered operator's results, its arguments checked; averages running statistics in training."""
     training, parameter = stem.mean is None, _parameter_dtype(dtype)
     channels, height, width = stem.weight.shape[0], pooled_size(x.shape[2]), pooled_size(x.shape[3])
     weight, gamma, beta, mean, variance = _as_parameters(dtype, *stem[:5])
@@ -87,8 +89,8 @@ def i2t_forward_cuda(
         moments = torch.empty(_WARPS_ACROSS * blocks * (1 + 2 * channels), dtype=parameter, device=x.device)
     prepacked = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
     torch.ops.ceit._i2t_forward(
-        _image_for(x, dtype), weight, gamma, beta, mean, variance, prepacked, moments, out, indices,
-        stem.eps, training, _tensor_cores(dtype), rows,
+        _image_for(x, dtype), weight, gamma, beta, mean, variance, prepacked, moments, out, indices, *running[:3],
+        stem.eps, training, _tensor_cores(dtype), rows, *running[3:],
     )  # fmt: skip
     indices = None if indices is None else indices.permute(0, 3, 1, 2)
     return (result, indices, mean, variance, None) if training else (result, indices, None, None, None)

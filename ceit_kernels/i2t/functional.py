@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.calls import needs_gradient
+from ..common.calls import is_eager, needs_gradient
 from ..common.checks import norm_dtype_reason
+from ..common.launch import is_recording
+from ..common.operator import tell_autograd
 from ..common.sync_norm import process_group_of_norm, sum_over_processes
-from .op import group_unsupported_reason, i2t_operator, size_unsupported_reason
+from .arguments import Running
+from .op import group_unsupported_reason, i2t_operator, on_cpu, size_unsupported_reason
 
 __all__ = ["image_to_tokens"]
 
@@ -51,11 +54,30 @@ def image_to_tokens(x: Tensor, weight: Tensor, bn: BatchNorm) -> Tensor | None:
     batch_statistics = bn.training or bn.running_mean is None
     statistics = (None, None) if batch_statistics else (bn.running_mean, bn.running_var)
     settings = bn.eps, needs_gradient(*tensors), compute_dtype, group, backend
+    tracked = bn.training and bn.track_running_stats and bn.running_mean is not None
+    running = _for_one_launch(bn, x, values_per_channel) if tracked else None
+    if running is not None and is_eager(x):
+        out, *_ = i2t_operator.eager(*tensors, *statistics, *settings, running)
+        tell_autograd(running[:3])
+        return out
     out, _, mean, variance, _ = i2t_operator(*tensors, *statistics, *settings)
-    if bn.training and bn.track_running_stats and bn.running_mean is not None:
+    # Recorded is what an eager call launches.
+    if tracked and (running is None or not is_recording()):
         values = values_per_channel if group is None else _total(values_per_channel, mean, group)
         _update_running_statistics(bn, mean, variance, values)
     return out
+
+
+def _for_one_launch(bn: BatchNorm, x: Tensor, values: int) -> Running | None:
+    """What the kernels of a GPU average of so many values in a channel; None where they cannot."""
+    mean, variance, batches = buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+    if on_cpu(x) or bn.momentum is None or mean is None or variance is None:
+        return None
+    if any(b is not None and (not b.is_contiguous() or b.device != x.device) for b in buffers):
+        return None
+    if batches is not None and batches.dtype != torch.int64:
+        return None
+    return Running(*buffers, bn.momentum, values / (values - 1))
 
 
 def _total(values: int, like: Tensor, group: str) -> Tensor:

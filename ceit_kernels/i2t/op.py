@@ -13,12 +13,19 @@ from .arguments import Stem, conv_size, pooled_size
 from .cpu import i2t_backward_cpu, i2t_forward_cpu
 from .cuda import OUT_CHANNELS, i2t_backward_cuda, i2t_forward_cuda
 
-__all__ = ["MAX_IN_CHANNELS", "OUT_CHANNELS", "group_unsupported_reason", "i2t_operator", "size_unsupported_reason"]
+__all__ = [
+    "MAX_IN_CHANNELS",
+    "OUT_CHANNELS",
+    "group_unsupported_reason",
+    "i2t_operator",
+    "on_cpu",
+    "size_unsupported_reason",
+]
 
 MAX_IN_CHANNELS = 4
 
 
-def _on_cpu(x: Tensor) -> bool:
+def on_cpu(x: Tensor) -> bool:
     """Whether the code for the CPU serves a tensor."""
     return backends.compiled_operator("i2t", x) == "_i2t_forward_cpu"
 
@@ -27,7 +34,7 @@ def size_unsupported_reason(x: Tensor, out_channels: int) -> str | None:
     """Why sizes are beyond the kernels, if they are."""
     if x.shape[0] == 0:
         return "the batch is empty"
-    if _on_cpu(x):
+    if on_cpu(x):
         return None
     if x.shape[1] > MAX_IN_CHANNELS:
         return f"the kernels take images of up to {MAX_IN_CHANNELS} channels, x has {x.shape[1]}"
@@ -38,10 +45,12 @@ def size_unsupported_reason(x: Tensor, out_channels: int) -> str | None:
 
 def group_unsupported_reason(x: Tensor, group: str | None) -> str | None:
     """Why statistics over processes are beyond the kernels, if they are."""
-    return None if group is None or _on_cpu(x) else "the kernels for GPUs take statistics of one process alone"
+    return None if group is None or on_cpu(x) else "the kernels for GPUs take statistics of one process alone"
 
 
 class _I2T(Operator):
+    """An eager call on a GPU may pass ``Running`` behind the arguments, which the call averages."""
+
     # With mean and variance they are BatchNorm's; without, the call's own are used and returned. The second result are
     # the places of the maxima in their windows, if something asks for them. The last is the map before its norm (B, H',
     # W', channels), which backward needs on the CPU where the statistics are the call's own. A group, of processes that
@@ -78,9 +87,9 @@ class _I2T(Operator):
         return size_unsupported_reason(x, weight.shape[0]) or group_unsupported_reason(x, rest[-1])
 
     def forward(self, x, *rest):
-        *stem, need_indices, compute_dtype, group, _ = rest
+        (*stem, need_indices, compute_dtype, group), running = rest[:9], rest[10:]
         call = x, Stem(*stem), need_indices, compute_dtype or x.dtype
-        return i2t_forward_cpu(*call, group) if _on_cpu(x) else i2t_forward_cuda(*call)
+        return i2t_forward_cpu(*call, group) if on_cpu(x) else i2t_forward_cuda(*call, *running)
 
     def fake(self, x, weight, gamma, beta, mean, variance, eps, need_indices, compute_dtype, group, backend):
         dtype, training = compute_dtype or x.dtype, mean is None
@@ -90,7 +99,7 @@ class _I2T(Operator):
         if training:
             acc_dtype = torch.promote_types(dtype, torch.float32)
             statistics = (x.new_empty(weight.shape[0], dtype=acc_dtype) for _ in range(2))
-        pooled = x.new_empty(size, dtype=dtype) if training and need_indices and _on_cpu(x) else None
+        pooled = x.new_empty(size, dtype=dtype) if training and need_indices and on_cpu(x) else None
         return x.new_empty(size, dtype=dtype).permute(0, 3, 1, 2), indices, *statistics, pooled
 
     def flops(self, x, weight, *rest, **options):
@@ -98,11 +107,11 @@ class _I2T(Operator):
 
     def save(self, ctx, inputs, results):
         x, weight, gamma, beta, mean, variance, ctx.eps, ctx.has_indices, ctx.compute_dtype, *rest = inputs
-        ctx.group, ctx.backend = rest
+        ctx.group, ctx.backend = rest[:2]
         _, indices, new_mean, new_variance, pooled = results
         ctx.training = mean is None
         statistics = (new_mean, new_variance) if ctx.training else (mean, variance)
-        pooled = pooled if ctx.training and _on_cpu(x) else None
+        pooled = pooled if ctx.training and on_cpu(x) else None
         ctx.save_for_backward(x, weight, gamma, beta, indices, *statistics, pooled)
 
     def gradients(self, backward, ctx, grad_out, *_):
@@ -124,7 +133,7 @@ class _I2T(Operator):
         if pooled is not None:
             check_shape("pooled", pooled, x.shape[0], height, width, weight.shape[0])
             check_dtype("pooled", pooled, compute_dtype or x.dtype, "the forward's")
-        elif training and _on_cpu(x):
+        elif training and on_cpu(x):
             raise ValueError("pooled: expected the forward's, which the code for the CPU reads in training")
 
     def backward(
@@ -132,7 +141,7 @@ class _I2T(Operator):
         backend, pooled=None, group=None,
     ):  # fmt: skip
         dtype, stem = compute_dtype or x.dtype, Stem(weight, gamma, beta, mean, variance, eps)
-        if _on_cpu(x):
+        if on_cpu(x):
             pooled = pooled if training else None
             grads = i2t_backward_cpu(grad_out, x, stem, indices, pooled, need_input, dtype, group)
         else:

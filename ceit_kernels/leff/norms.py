@@ -15,6 +15,7 @@ from .. import backends
 from ..common.calls import is_eager
 from ..common.children import held
 from ..common.launch import is_recording
+from ..common.operator import tell_autograd
 from ..common.sync_norm import process_group_of_norm
 from .activations import ACTIVATIONS
 
@@ -27,7 +28,6 @@ __all__ = [
     "of_module",
     "plain_norm",
     "process_group_of",
-    "tell_autograd",
     "update_running_statistics",
 ]
 
@@ -201,9 +201,3 @@ def buffers_for_one_launch(norms: Sequence[BatchNorm | None], device: torch.devi
 def momenta_of(norms: Sequence[BatchNorm | None]) -> tuple[float, ...]:
     """The momentum of each norm, 0 where there is none."""
     return tuple([0.0 if norm is None else float(norm.momentum or 0.0) for norm in norms])
-
-
-def tell_autograd(buffers: Sequence[Tensor | None]) -> None:
-    """Count that a kernel has written buffers."""
-    written = [b for b in buffers if b is not None and not b.is_inference()]
-    torch.autograd.graph.increment_version(written)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ...common.launch import cdiv
+from ...common.operator import tell_autograd
 from ...common.plan import compute, planned
 from ...common.sync_norm import gather_moments
 from ...common.tuning import Tiles
 from ..arguments import PARAMETER_NAMES, SHAPED, Settings
-from ..norms import BatchNorm, buffers_for_one_launch, momenta_of, tell_autograd, update_running_statistics
+from ..norms import BatchNorm, buffers_for_one_launch, momenta_of, update_running_statistics
 from . import NORM_ROWS
 from .kernels_depthwise import leff_depthwise_kernel
 from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kernel

@@ -41,6 +41,10 @@ struct ForwardCall : Call {
   void* out;
   uint8_t* indices;  // or null
   int rows_per_block;
+  void *running_mean, *running_variance;  // averaged in training, or null
+  int64_t* batches;                       // counted beside them, or null
+  bool running_in_acc;                    // their dtype: that of sums, or that of the result
+  double momentum, unbiased;              // weight of the batch, and what makes its variance that of a population
 };
 
 struct BackwardCall : Call {

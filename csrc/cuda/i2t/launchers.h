@@ -54,9 +54,16 @@ void compute(const ForwardCall& call) {
          static_cast<const In*>(call.image), arguments);
   if (!call.training) return;
 
-  launch("merge_moments", merge_moments<Acc>, {s.out_channels}, kMergeThreads, 3 * sizeof(Acc) * kMergeThreads,
+  const Running<Output, Acc> running{call.running_mean,
+                                     call.running_variance,
+                                     call.batches,
+                                     call.running_in_acc,
+                                     Acc(1 - call.momentum),
+                                     Acc(call.momentum),
+                                     Acc(call.momentum * call.unbiased)};
+  launch("merge_moments", merge_moments<Output, Acc>, {s.out_channels}, kMergeThreads, 3 * sizeof(Acc) * kMergeThreads,
          call.stream, moments, rows, static_cast<const Acc*>(call.gamma), static_cast<Acc*>(call.mean),
-         static_cast<Acc*>(call.variance));
+         static_cast<Acc*>(call.variance), running);
   const int64_t size = s.pooled_elements();
   const int64_t per_block = kNormaliseThreads * (16 / sizeof(Output));
   // A multiple of 3, so that a thread meets the same channels again where there are 96.

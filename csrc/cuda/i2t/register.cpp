@@ -60,8 +60,9 @@ void dispatch(const SomeCall& call, ScalarType dtype, ScalarType image, bool ten
 }
 
 void i2t_forward(Tensor image, Tensor weight, OptionalTensor gamma, OptionalTensor beta, Tensor mean, Tensor variance,
-                 Tensor packed, OptionalTensor moments, Tensor out, OptionalTensor indices, double eps, bool training,
-                 bool tensor_cores, int64_t rows_per_block) {
+                 Tensor packed, OptionalTensor moments, Tensor out, OptionalTensor indices, OptionalTensor running_mean,
+                 OptionalTensor running_variance, OptionalTensor batches, double eps, bool training, bool tensor_cores,
+                 int64_t rows_per_block, double momentum, double unbiased) {
   const DeviceGuard guard(image.get_device_index());
   ForwardCall call{};
   fill(call, image, weight, gamma, mean, variance, packed, eps, training);
@@ -73,6 +74,13 @@ void i2t_forward(Tensor image, Tensor weight, OptionalTensor gamma, OptionalTens
   call.moments = elements("moments", moments, moments_elements(call.problem, call.rows_per_block), acc);
   call.out = elements("out", out, pooled, dtype);
   call.indices = elements<uint8_t>("indices", indices, pooled);
+  STD_TORCH_CHECK(running_mean.has_value() == running_variance.has_value(), "running_variance: expected with its mean");
+  const ScalarType running = running_mean && running_mean->scalar_type() == acc ? acc : dtype;
+  call.running_mean = elements("running_mean", running_mean, channels, running);
+  call.running_variance = elements("running_variance", running_variance, channels, running);
+  call.batches = static_cast<int64_t*>(elements("batches", batches, 1, ScalarType::Long));
+  call.running_in_acc = running == acc;
+  call.momentum = momentum, call.unbiased = unbiased;
   dispatch(call, dtype, image.scalar_type(), tensor_cores);
 }
 

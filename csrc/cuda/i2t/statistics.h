@@ -72,12 +72,38 @@ struct Accumulated {
   }
 };
 
+// The statistics that BatchNorm keeps, in Acc or as the result is stored; none if the mean is null.
+template <class Output, class Acc>
+struct Running {
+  void *mean, *variance;  // (O,)
+  int64_t* batches;       // how many were averaged, or null
+  bool in_acc;
+  Acc keep, mean_share, variance_share;  // weights of the old statistics and of a batch's mean and biased variance
+
+  DEVICE void average(int channel, Acc batch_mean, Acc batch_variance) const {
+    if (in_acc) {
+      average_as(static_cast<Acc*>(mean) + channel, mean_share * batch_mean);
+      average_as(static_cast<Acc*>(variance) + channel, variance_share * batch_variance);
+    } else {
+      average_as(static_cast<Output*>(mean) + channel, mean_share * batch_mean);
+      average_as(static_cast<Output*>(variance) + channel, variance_share * batch_variance);
+    }
+    if (batches && channel == 0) *batches += 1;
+  }
+
+  template <class T>
+  DEVICE void average_as(T* old, Acc share) const {
+    *old = convert<T>(keep * to_float(*old) + share);
+  }
+};
+
 constexpr int kMergeThreads = 128;
 
 // One block for each channel; `gamma` takes the sign back out.
-template <class Acc>
+template <class Output, class Acc>
 KERNEL(kMergeThreads, 1)
-merge_moments(Moments<Acc> moments, int rows, const Acc* gamma, Acc* mean_out, Acc* variance_out) {
+merge_moments(Moments<Acc> moments, int rows, const Acc* gamma, Acc* mean_out, Acc* variance_out,
+              Running<Output, Acc> running) {
   SHARED_MEMORY(memory);
   Acc* shared = reinterpret_cast<Acc*>(memory);  // (3, kMergeThreads)
   const int channel = blockIdx.x, channels = gridDim.x, thread = threadIdx.x;
@@ -98,8 +124,10 @@ merge_moments(Moments<Acc> moments, int rows, const Acc* gamma, Acc* mean_out, A
     barrier();
   }
   if (thread == 0) {
-    mean_out[channel] = gamma && gamma[channel] < Acc(0) ? -mean : mean;
+    mean = gamma && gamma[channel] < Acc(0) ? -mean : mean;
+    mean_out[channel] = mean;
     variance_out[channel] = squares / count;
+    if (running.mean) running.average(channel, mean, squares / count);
   }
 }
 

@@ -8,6 +8,7 @@ from support.stems import make_stem
 from support.where import DEVICE, ON_GPU
 
 from ceit_kernels import BackendError, FusedImage2Tokens, use_backend
+from ceit_kernels.i2t import functional
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -107,6 +108,32 @@ def test_running_statistics_are_those_of_batchnorm(momentum):
             with use_backend("i2t=reference"):
                 plain(x)
     torch.testing.assert_close(stem.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+KEPT = {
+    "as they are": (lambda bn: None, True),
+    "strided": (lambda bn: setattr(bn, "running_var", bn.running_var.repeat_interleave(2)[::2]), False),
+    "counted in 32 bits": (lambda bn: setattr(bn, "num_batches_tracked", bn.num_batches_tracked.int()), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("change", "in_the_call"), KEPT.values(), ids=KEPT)
+def test_an_eager_call_averages_running_statistics_that_the_kernel_can_write(monkeypatch, dtype, change, in_the_call):
+    torch.manual_seed(1)
+    stem, x = make_stem().to(dtype), torch.randn(2, 3, 14, 11, device=DEVICE).to(dtype)
+    plain, found = copy.deepcopy(stem).double(), []
+    change(stem.bn)
+    average = functional._update_running_statistics
+    monkeypatch.setattr(functional, "_update_running_statistics", lambda *call: (found.append(call), average(*call)))
+    versions = [buffer._version for buffer in stem.bn.buffers()]
+    stem(x)
+    with use_backend("i2t=reference"):
+        plain(x.double())
+    assert bool(found) is not in_the_call
+    assert all(after._version > before for after, before in zip(stem.bn.buffers(), versions, strict=True))
+    for ours, exact in zip(stem.bn.buffers(), plain.bn.buffers(), strict=True):
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=0.02, atol=0.02)
 
 
 def test_without_affine_and_without_running_statistics():
