@@ -244,6 +244,8 @@ class LCABlock(nn.Module):
         (B, L, dim) -> (B, 1, dim).
     """
 
+    __jit_ignored_attributes__ = ("add_norm",)  # as of Block
+
     def __init__(
         self,
         dim: int,
@@ -261,15 +263,45 @@ class LCABlock(nn.Module):
         self.norm1 = norm_layer(dim)
         self.attn = LCAAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
         self.feedforward = Mlp(dim, hidden_features=int(dim * mlp_ratio), drop=proj_drop)
+        self.add_norm = AddNorm()
 
     def forward(self, x: Tensor) -> Tensor:
         """Reduce class tokens (B, L, dim) to one (B, 1, dim)."""
-        if not torch.jit.is_scripting():
-            out = self._fused(x)
-            if out is not None:
-                return out
+        if torch.jit.is_scripting():
+            return self._unfused(x)
+        return self._forward(x)
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        """The block part by part, as TorchScript and torch.fx record it."""
         x = x[:, -1:] + self.attn(self.norm1(x))
         return x + self.feedforward(self.norm2(x))
+
+    @torch.jit.unused
+    def _forward(self, x: Tensor) -> Tensor:
+        if is_symbolic(x):
+            return self._unfused(x)
+        out = self._fused(x)
+        if out is None:
+            x, branch = self._halves(x)
+            out = x + branch
+        return out
+
+    def normalised(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What `norm` makes of the result of `forward`, with the sum that ends the block in the norm's pass."""
+        out = self._fused(x)
+        return self._added(*self._halves(x), norm)[1] if out is None else norm(out)
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The asking token behind attention, and the feed-forward half, which is to be added."""
+        _, y, last = self.add_norm(x, None, self.norm1, -1)
+        x, y = self._added(last, self.attn(y), self.norm2)
+        return x, self.feedforward(y)
+
+    def _added(self, x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, ...]:
+        """The sum and its norm. Someone else's module may give a branch for each of several tokens."""
+        if branch.shape != x.shape:
+            return self.add_norm(x + branch, None, norm)
+        return self.add_norm(x, branch, norm)
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The block in one compiled call; None if its parts have to be called one by one."""

@@ -16,7 +16,7 @@ from ceit_kernels.common.arguments import check_at_least, check_probability, nam
 from .blocks import Block, LCABlock, NormLayer
 from .embed import I2TEmbed
 from .encode import encode
-from .shortcuts import is_symbolic
+from .shortcuts import is_exactly, is_symbolic
 
 try:
     from timm.models._input import update_model_input_size
@@ -227,7 +227,7 @@ class CeiT(nn.Module):
             Logits (B, num_classes), or features (B, embed_dim); (B, 1 + N, ...) if `global_pool` is "".
         """
         if self.global_pool == "token":
-            x = x[:, 0]
+            x = x[:, :1].squeeze(1)  # whose gradient, if that is all of x, is a view
         elif self.global_pool == "avg":
             x = x[:, self.num_prefix_tokens :].mean(dim=1)
         x = self.head_drop(x)
@@ -357,6 +357,10 @@ class CeiT(nn.Module):
         if self.lca is None or self.pos_layer_embed is None:
             return self.norm(tokens[:, :1])
         layers = class_tokens + self.pos_layer_embed[:, : class_tokens.shape[1]]
+        if not torch.jit.is_scripting():
+            lca = self.lca
+            if is_exactly(lca, LCABlock) and not is_symbolic(layers):
+                return lca.normalised(layers, self.norm)
         return self.norm(self.lca(layers))
 
     def _features(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import prefix_of
+
 __all__ = ["add_norm_backward_cpu", "add_norm_forward_cpu", "total_dtype"]
 
 torch.library.define(
@@ -64,7 +66,7 @@ def add_norm_forward_cpu(
         out = torch.empty_like(source)
         _forward(source, None, weight, bias, eps, None, out, mean, rstd)
         out = out.to(out_dtype)
-    prefix = (x if total is None else total)[:, :num_prefix_tokens].clone() if num_prefix_tokens else None
+    prefix = prefix_of(x if total is None else total, num_prefix_tokens).clone() if num_prefix_tokens else None
     return total, out, prefix, mean, rstd, None
 
 

@@ -13,7 +13,7 @@ from ..common.arguments import names_its_arguments
 from ..common.calls import needs_gradient, unsupported_reason
 from .cpu import total_dtype
 from .op import add_norm_operator, layer_norm_dtype
-from .reference import add_norm_reference
+from .reference import add_norm_reference, prefix_of
 
 __all__ = ["add_layer_norm", "add_norm", "add_norm_of_tensors"]
 
@@ -39,10 +39,10 @@ def add_norm(
         weight: (C,), or None for ones.
         bias: (C,), or None for zeros.
         eps: added to the variance.
-        num_prefix_tokens: return the first tokens of the sum as well, for x of shape (B, N, C).
+        num_prefix_tokens: return the first tokens of the sum as well, the last if negative, for x of shape (B, N, C).
 
     Returns:
-        The sum (..., C) and its LayerNorm (..., C), with ``num_prefix_tokens`` also the sum's first tokens (B, P, C).
+        The sum (..., C) and its LayerNorm (..., C), with ``num_prefix_tokens`` also these tokens of the sum (B, P, C).
         The LayerNorm has the dtype that ``torch.nn.functional.layer_norm`` gives it, which under autocast on a GPU is
         float32.
 
@@ -67,14 +67,14 @@ def add_norm_of_tensors(
     prefix_tokens = num_prefix_tokens or 0
     dtype, training = total_dtype(x, branch), needs_gradient(x, branch, weight, bias)
     inputs = x, branch, weight, bias, eps, prefix_tokens, training, layer_norm_dtype(x, dtype)
-    some_prefix = x.dim() == 3 and 0 < prefix_tokens <= x.shape[1]
+    some_prefix = x.dim() == 3 and 0 < abs(prefix_tokens) <= x.shape[1]
     if not (_are_alike(x, branch, weight, bias) and (some_prefix or not prefix_tokens)):
         add_norm_operator.check(*inputs)
     unsupported = add_norm_operator.unsupported(x) or unsupported
     backend = backends.choose("add_norm", x, dtype, unsupported).backend
     if backend == "reference":
         total, out = add_norm_reference(x, branch, weight, bias, eps)
-        prefix = total[:, :prefix_tokens] if prefix_tokens else total
+        prefix = prefix_of(total, prefix_tokens) if prefix_tokens else total
     elif branch is None and training:
         total, out, prefix = _without_branch(*inputs, backend)
     else:

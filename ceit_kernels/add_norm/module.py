@@ -13,6 +13,7 @@ from ..common.calls import unsupported_reason
 from ..common.children import child_reason, children_reason, held
 from ..common.module import Fusion, attributes_of
 from .functional import add_norm_of_tensors
+from .reference import prefix_of
 
 __all__ = ["AddNorm", "FusedAddNorm", "is_plain_layer_norm"]
 
@@ -38,13 +39,13 @@ class AddNorm(nn.Module):
             x: the residual stream.
             branch: what is added to it; None for nothing.
             norm: the norm over ``dim`` channels.
-            num_prefix_tokens: how many of the first tokens of the sum to return as well.
+            num_prefix_tokens: how many of the first tokens of the sum to return as well, of the last if negative.
 
         Returns:
-            The sum, which takes the place of ``x``, and its norm; with ``num_prefix_tokens`` also the first tokens.
+            The sum, which takes the place of ``x``, and its norm; with ``num_prefix_tokens`` also these tokens.
         """
         x = x if branch is None else x + branch
-        return (x, norm(x)) if num_prefix_tokens is None else (x, norm(x), x[:, :num_prefix_tokens])
+        return (x, norm(x)) if num_prefix_tokens is None else (x, norm(x), prefix_of(x, num_prefix_tokens))
 
 
 class AddNormFusion(Fusion, attributes_of(AddNorm)):
@@ -63,11 +64,11 @@ class AddNormFusion(Fusion, attributes_of(AddNorm)):
             x: (..., C).
             branch: of the shape of x, added to it; nothing if None.
             norm: over C channels.
-            num_prefix_tokens: return the first tokens of the sum as well, for x of shape (B, N, C).
+            num_prefix_tokens: the first tokens of the sum to return too, for x (B, N, C); the last if negative.
 
         Returns:
             As ``add_norm``: the sum, to be used in the place of x, and its norm, (..., C); with
-            ``num_prefix_tokens`` also the sum's first tokens (B, P, C).
+            ``num_prefix_tokens`` also these tokens of the sum (B, P, C).
 
         Raises:
             ValueError, TypeError, BackendError: as ``add_norm``.

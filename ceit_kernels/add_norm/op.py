@@ -14,6 +14,7 @@ from ..common.autocast import is_autocast_enabled
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
 from ..common.operator import Operator, gradients_like
 from .cpu import add_norm_backward_cpu, add_norm_forward_cpu, total_dtype
+from .reference import prefix_of
 from .triton import TICKETS
 
 __all__ = ["add_norm_operator", "layer_norm_dtype"]
@@ -39,7 +40,8 @@ class _AddNorm(Operator):
     )
     backward_schema = (
         "(Tensor grad_out, Tensor? grad_total, Tensor? grad_prefix, Tensor total, Tensor? weight, Tensor? bias, "
-        "Tensor mean, Tensor rstd, Tensor? tickets, bool need_input, bool need_weight, bool need_bias, str backend) "
+        "Tensor mean, Tensor rstd, Tensor? tickets, bool need_input, bool need_weight, bool need_bias, bool last, "
+        "str backend) "
         "-> (Tensor, Tensor, Tensor)"
     )
     differentiable = returned = 3
@@ -65,7 +67,7 @@ class _AddNorm(Operator):
                 check_dtype(name, parameter, dtype, "x" if branch is None else "x + branch")
         if num_prefix_tokens:
             check_shape("x", x, "B", "N", "C")
-            if not 0 < num_prefix_tokens <= x.shape[1]:
+            if not 0 < abs(num_prefix_tokens) <= x.shape[1]:
                 raise ValueError(
                     f"num_prefix_tokens: expected at most the {x.shape[1]} tokens of x, got {num_prefix_tokens}"
                 )
@@ -100,7 +102,8 @@ class _AddNorm(Operator):
         return x, branch, *rest, out_dtype or layer_norm_dtype(x, total_dtype(x, branch)), backend
 
     def save(self, ctx, inputs, results):
-        x, branch, weight, bias, *_, ctx.backend = inputs
+        x, branch, weight, bias, _, num_prefix_tokens, *_, ctx.backend = inputs
+        ctx.last = num_prefix_tokens < 0
         total, _, _, *saved = results
         ctx.save_for_backward(x if branch is None else total, weight, bias, *saved)
         ctx.dtypes = x.dtype, None if branch is None else branch.dtype
@@ -111,10 +114,12 @@ class _AddNorm(Operator):
         # Not those of results that were not there.
         grad_total, grad_prefix = [g if g is not None and g.numel() else None for g in (grad_total, grad_prefix)]
         if grad_out is None:
-            grad, parameters = _gradient_beside_norm(total, grad_total, grad_prefix), (None, None)
+            grad, parameters = _with_prefix(total, grad_total, grad_prefix, ctx.last), (None, None)
         else:
             needs = need_x or need_branch, *need_parameters
-            grad, *parameters = backward(grad_out, grad_total, grad_prefix, total, *saved, *needs, ctx.backend)
+            grad, *parameters = backward(
+                grad_out, grad_total, grad_prefix, total, *saved, *needs, ctx.last, ctx.backend
+            )
         grads = [grad if grad is None or grad.dtype is dtype else dtype and grad.to(dtype) for dtype in ctx.dtypes]
         return *grads, *parameters
 
@@ -126,7 +131,7 @@ class _AddNorm(Operator):
             check_shape("grad_prefix", grad_prefix, total.shape[0], "P", total.shape[-1])
         for name, tensor in (("mean", mean), ("rstd", rstd)):
             check_shape(name, tensor, *total.shape[:-1])
-        _, *needs, backend = rest
+        _, *needs, _, backend = rest
         if backend == "triton" and total.numel():
             check_shape("tickets", tickets, TICKETS)
         for name, parameter, need in (("weight", weight, needs[0]), ("bias", bias, needs[1])):
@@ -134,13 +139,15 @@ class _AddNorm(Operator):
                 raise ValueError(f"need_{name}: expected False where {name} is None, got True")
 
     def backward(self, *inputs):
-        *tensors, need_input, need_weight, need_bias, backend = inputs
+        *tensors, need_input, need_weight, need_bias, last, backend = inputs
         needs = need_input, need_weight, need_bias
         if tensors[3].numel() == 0:
             return gradients_like(tensors[3:6], needs, torch.zeros_like)
-        if backend == "native":
-            return add_norm_backward_cpu(*tensors[:-1], *needs)
-        return _triton("backward")(*tensors, *needs)
+        if backend == "triton":
+            return _triton("backward")(*tensors, *needs, last=last)
+        if last:
+            tensors[1:3] = _with_prefix(tensors[3], tensors[1], tensors[2], last), None
+        return add_norm_backward_cpu(*tensors[:-1], *needs)
 
     def fake_backward(self, *inputs):
         return gradients_like(inputs[3:6], inputs[9:12])
@@ -158,18 +165,18 @@ def _results(make, x, branch, num_prefix_tokens, need_statistics, out_dtype, bac
     return (
         None if branch is None else make(x.shape, dtype=dtype),
         make(x.shape, dtype=out_dtype),
-        make((x.shape[0], num_prefix_tokens, x.shape[2]), dtype=dtype) if num_prefix_tokens else None,
+        make((x.shape[0], abs(num_prefix_tokens), x.shape[2]), dtype=dtype) if num_prefix_tokens else None,
         *(make(x.shape[:-1], dtype=acc_dtype) if need_statistics else None for _ in range(2)),
         make(TICKETS, dtype=torch.int32) if need_statistics and backend == "triton" else None,
     )
 
 
-def _gradient_beside_norm(total: Tensor, grad_total: Tensor | None, grad_prefix: Tensor | None) -> Tensor | None:
-    """The sum's gradient where nothing uses its norm."""
+def _with_prefix(total: Tensor, grad_total: Tensor | None, grad_prefix: Tensor | None, last: bool) -> Tensor | None:
+    """The sum's gradient beside that by its norm."""
     if grad_prefix is None:
         return grad_total
     grad = torch.zeros_like(total) if grad_total is None else grad_total.clone()
-    grad[:, : grad_prefix.shape[1]] += grad_prefix
+    prefix_of(grad, -grad_prefix.shape[1] if last else grad_prefix.shape[1]).add_(grad_prefix)
     return grad
 
 

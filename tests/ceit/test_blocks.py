@@ -228,3 +228,26 @@ def test_compiles_and_exports_with_the_class_token_alone(model, images):
     leffs = sum("leff_inference" in target for target in targets)
     of_stem = 1 if isinstance(model.i2t.proj, FusedPatchProjection) else 2
     assert convolutions + 3 * leffs == of_stem + 3 * (len(model.blocks) - 1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_sums_over_class_tokens_are_taken_with_the_norms_behind_them(images, fused):
+    torch.manual_seed(0)
+    model, seen = CeiT(**SMALL).double(), []
+    model = fuse(model) if fused else model
+    plain = copy.deepcopy(model)
+    plain.lca.register_forward_hook(lambda *call: None)  # by which the block is called for itself
+    model.lca.add_norm.register_forward_hook(lambda module, arguments, out: seen.append(arguments[2]))
+    outs = [m(images) for m in (model, plain)]
+    assert seen == [model.lca.norm1, model.lca.norm2, model.norm]
+    grads = [torch.autograd.grad(outs[i].square().sum(), m.parameters()) for i, m in enumerate((model, plain))]
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-8, atol=1e-10)
+
+
+def test_a_hook_of_the_block_over_class_tokens_is_ahead_of_the_norm(model, images):
+    seen = []
+    model.lca.register_forward_hook(lambda module, arguments, out: torch.ones_like(out))
+    model.norm.register_forward_hook(lambda module, arguments, out: seen.append(arguments[0]))
+    model(images)
+    assert [bool((x == 1).all()) for x in seen] == [True]

@@ -111,7 +111,7 @@ def test_a_gradient_that_cannot_be_taken_is_named():
     x, rows = torch.randn(2, 3, 4), torch.ones(2, 3)
     for needs, name in (((True, True, False), "weight"), ((True, False, True), "bias")):
         with pytest.raises(ValueError, match=f"need_{name}: expected False where {name} is None, got True"):
-            torch.ops.ceit.add_norm_backward(x, None, None, x, None, None, rows, rows, None, *needs, "native")
+            torch.ops.ceit.add_norm_backward(x, None, None, x, None, None, rows, rows, None, *needs, False, "native")
     image, weight = torch.randn(1, 3, 8, 8), torch.randn(32, 3, 7, 7, requires_grad=True)
     out, *_ = torch.ops.ceit.i2t(image, weight, None, None, None, None, 1e-5, False, None, None, "native")
     with pytest.raises(RuntimeError, match="a gradient needs a forward with need_indices=True"):

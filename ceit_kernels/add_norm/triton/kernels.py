@@ -9,7 +9,7 @@ where dtotal comes from everything else that the sum is used for; dx is the grad
 
 Names: ``p_`` pointer, ``i_`` index of a program instance, ``o_`` offsets, ``m_`` mask, ``b_`` a tile in registers with
 its shape behind it. A program instance holds whole rows, TILE_R at a time, whose C channels are padded to TILE_C. The
-rows of tokens (B, N, C) follow one another; the first P of every N are the prefix.
+rows of tokens (B, N, C) follow one another; the first P of every N are the prefix, the last if LAST.
 """
 
 import triton
@@ -29,18 +29,23 @@ def _rows(m, M, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
 
 
 @triton.jit
-def _prefix_rows(m, N, P, STRIDE, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+def _prefix_rows(m, N, P, STRIDE, LAST: tl.constexpr, C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
     """Where the rows from m on that are prefix tokens are in (B, P, C), with images STRIDE apart, and which are."""
     o_m = m + tl.arange(0, TILE_R)
     o_t = o_m % N
+    m_t = o_t < P
+    if LAST:
+        o_t -= N - P
+        m_t = o_t >= 0
     offsets = (o_m // N).to(tl.int64) * STRIDE + o_t * C
-    return offsets[:, None] + tl.arange(0, TILE_C)[None, :], (o_t < P)[:, None]
+    return offsets[:, None] + tl.arange(0, TILE_C)[None, :], m_t[:, None]
 
 
 @kernel
 def add_norm_forward_kernel(
     p_x, p_branch, p_weight, p_bias, p_total, p_out, p_prefix, p_mean, p_rstd, p_tickets, M, N, P, EPS: tl.constexpr,
-    C: tl.constexpr, TICKETS: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, ACC: tl.constexpr,
+    LAST: tl.constexpr, C: tl.constexpr, TICKETS: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """total = x + branch, where there is a branch, its LayerNorm, its prefix tokens and its statistics (M,). The
     counters (TICKETS,) of the backward kernel start at 0.
@@ -59,7 +64,7 @@ def add_norm_forward_kernel(
         tl.store(p_total + start + offsets, b_rounded, mask=mask)
         b_total = b_rounded.to(ACC)
     if p_prefix is not None:
-        o_prefix, m_prefix = _prefix_rows(m, N, P, P * C, C, TILE_R, TILE_C)
+        o_prefix, m_prefix = _prefix_rows(m, N, P, P * C, LAST, C, TILE_R, TILE_C)
         tl.store(p_prefix + o_prefix, b_total.to(p_prefix.dtype.element_ty), mask=mask & m_prefix)
 
     # Two passes over registers: with a mean far from zero a sum of squares would cancel.
@@ -81,8 +86,8 @@ def add_norm_forward_kernel(
 @kernel
 def add_norm_backward_kernel(
     p_dout, p_dtotal, p_dprefix, p_total, p_weight, p_mean, p_rstd, p_dx, p_partial, p_tickets, p_dweight, p_dbias,
-    M, N, P, STRIDE, ROWS, T, GROUP, C: tl.constexpr, TILE_T: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
-    ACC: tl.constexpr,
+    M, N, P, STRIDE, ROWS, T, GROUP, LAST: tl.constexpr, C: tl.constexpr, TILE_T: tl.constexpr, TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx (M, C), and the gradients (C,) of weight and bias, where wanted, from partial sums (T, 2, C) of dout * hat and
     dout over ROWS rows each.
@@ -115,7 +120,7 @@ def add_norm_backward_kernel(
             if p_dtotal is not None:
                 b_dx += tl.load(p_dtotal + start + offsets, mask=mask, other=0.0).to(ACC)
             if p_dprefix is not None:
-                o_prefix, m_prefix = _prefix_rows(m, N, P, STRIDE, C, TILE_R, TILE_C)
+                o_prefix, m_prefix = _prefix_rows(m, N, P, STRIDE, LAST, C, TILE_R, TILE_C)
                 b_dx += tl.load(p_dprefix + o_prefix, mask=mask & m_prefix, other=0.0).to(ACC)
             tl.store(p_dx + start + offsets, b_dx.to(p_dx.dtype.element_ty), mask=mask)
     if p_partial is not None:

@@ -37,7 +37,8 @@ def _tiles(x: Tensor) -> tuple[dict[str, Any], int]:
 
 
 def _token_arguments(x: Tensor, num_prefix_tokens: int) -> dict[str, Any]:
-    return {"M": x.numel() // x.shape[-1], "N": x.shape[-2] if num_prefix_tokens else 1, "P": num_prefix_tokens}
+    rows, tokens = x.numel() // x.shape[-1], x.shape[-2] if num_prefix_tokens else 1
+    return {"M": rows, "N": tokens, "P": abs(num_prefix_tokens), "LAST": num_prefix_tokens < 0}
 
 
 @planned(tensors=4)
@@ -59,7 +60,7 @@ def add_norm_forward_triton(
     source = x if total is None else total
     prefix = None
     if num_prefix_tokens:
-        shape = (x.shape[0], num_prefix_tokens, x.shape[2])
+        shape = (x.shape[0], abs(num_prefix_tokens), x.shape[2])
         prefix = buffer(shape, source.dtype, x.device)
     mean, rstd = (buffer(x.shape[:-1], statistics_dtype(source), x.device) for _ in range(2))
     tickets = buffer((TICKETS,), torch.int32, x.device) if need_statistics else None
@@ -73,16 +74,17 @@ def add_norm_forward_triton(
 
 
 def add_norm_backward_triton(
-    grad_out: Tensor, grad_total: Tensor | None, grad_prefix: Tensor | None, *others: Any
+    grad_out: Tensor, grad_total: Tensor | None, grad_prefix: Tensor | None, *others: Any, last: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """One launch; the gradients of the sum, the weight and the bias, None for those that are not needed.
 
     Args:
         grad_out, grad_total, grad_prefix: gradients of the results.
         others: total, weight, bias, mean, rstd, tickets, need_input, need_weight and need_bias.
+        last: whether the prefix is that of the last tokens.
     """
     prefix, tokens, stride = _in_one_piece(grad_prefix)
-    return _backward(grad_out, grad_total, prefix, *others, tokens, stride)
+    return _backward(grad_out, grad_total, prefix, *others, -tokens if last else tokens, stride)
 
 
 def _in_one_piece(prefix: Tensor | None) -> tuple[Tensor | None, int, int]:

@@ -24,10 +24,10 @@ def make(*args, **options):
 
 
 def shorten(grads, prefix):
-    return [*grads[:2], grads[2][:, :prefix]]
+    return [*grads[:2], grads[2][:, : None if prefix is None else abs(prefix)]]
 
 
-@pytest.mark.parametrize("prefix", [None, 1])
+@pytest.mark.parametrize("prefix", [None, 1, -1])
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -55,7 +55,7 @@ def test_agrees_to_rounding_in_float64(poisoned_memory, shape, affine, branch):
     dtype=st.sampled_from([torch.bfloat16, torch.float64]),
     branch=st.booleans(),
     affine=st.booleans(),
-    prefix=st.sampled_from([None, 1]),
+    prefix=st.sampled_from([None, 1, -1]),
 )
 def test_agrees_at_any_size(batch, tokens, channels, dtype, branch, affine, prefix):
     inputs, grads = make((batch, tokens, channels), dtype, branch, affine)
@@ -188,17 +188,17 @@ def test_registration_passes_pytorchs_own_checks(branch, out_dtype):
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)], ids=str)
-@pytest.mark.parametrize("others", [True, False])
-def test_registration_of_backward_passes_pytorchs_own_checks(needs, others):
+@pytest.mark.parametrize(("others", "last"), [(True, False), (True, True), (False, False)])
+def test_registration_of_backward_passes_pytorchs_own_checks(needs, others, last):
     (total, grad_out, weight, bias), grads = make((2, 5, 24), torch.float32)
     rest = grads[1:] if others else (None, None)
     mean, rstd = total.mean(-1), total.var(-1).rsqrt()
-    arguments = (grad_out, *rest, total, weight, bias, mean, rstd, None, *needs, "native")
+    arguments = (grad_out, *rest, total, weight, bias, mean, rstd, None, *needs, last, "native")
     torch.library.opcheck(torch.ops.ceit.add_norm_backward, arguments)
 
 
 @pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("prefix", [None, 2])
+@pytest.mark.parametrize("prefix", [None, 2, -2])
 def test_gradients_are_those_of_finite_differences(branch, prefix):
     inputs, _ = make((2, 3, 6), torch.float64, branch)
     leaves = [None if t is None else t.requires_grad_() for t in inputs]

@@ -19,7 +19,7 @@ check, check_over_draws, check_to_rounding = (
 )
 
 
-@pytest.mark.parametrize(("branch", "prefix"), [(True, None), (False, 1)])
+@pytest.mark.parametrize(("branch", "prefix"), [(True, None), (False, 1), (False, -1)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_plain_pytorch(poisoned_memory, shape, dtype, branch, prefix):
@@ -32,7 +32,7 @@ def test_agrees_with_plain_pytorch(poisoned_memory, shape, dtype, branch, prefix
 
 @pytest.mark.kernels(ttsem=False)
 @pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("prefix", [None, 2])
+@pytest.mark.parametrize("prefix", [None, 2, -2])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 1], ids=str)
 def test_agrees_to_rounding_in_float64(poisoned_memory, shape, prefix, branch):
     check_to_rounding(*make_inputs(shape, torch.float64, branch), prefix)
@@ -46,7 +46,7 @@ def test_agrees_to_rounding_in_float64(poisoned_memory, shape, prefix, branch):
     dtype=st.sampled_from(ANY_SIZE_DTYPES),
     branch=st.booleans(),
     affine=st.booleans(),
-    prefix=st.sampled_from([None, 1]),
+    prefix=st.sampled_from([None, 1, -1]),
 )
 def test_agrees_at_any_size(batch, tokens, channels, dtype, branch, affine, prefix):
     inputs, grads = make_inputs((batch, tokens, channels), dtype, branch, affine)
@@ -141,6 +141,7 @@ def test_a_prefix_is_a_part_of_the_sum(branch):
     inputs, grads = make_inputs((3, 7, 64), torch.float32, branch)
     total, _, prefix = run("triton", inputs, grads, 2)[:3]
     assert torch.equal(prefix, total[:, :2])
+    assert torch.equal(run("triton", inputs, grads, -2)[2], total[:, 5:])
     with use_backend("add_norm=triton"):
         assert add_layer_norm(*inputs, EPS, num_prefix_tokens=0)[2].shape == (3, 0, 64)
 
@@ -162,14 +163,15 @@ def test_frozen_inputs_get_no_gradient_and_the_others_the_same(leaves):
 
 
 @pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("prefix", [2, -2])
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
-def test_results_that_nothing_uses_need_no_gradient(used, branch):
+def test_results_that_nothing_uses_need_no_gradient(used, prefix, branch):
     inputs, grads = make_inputs((3, 5, 48), torch.float32, branch)
     gradients = {}
     for backend in ("triton", "reference"):
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
         with use_backend(f"add_norm={backend}"):
-            results = add_layer_norm(*leaves, EPS, num_prefix_tokens=2)
+            results = add_layer_norm(*leaves, EPS, num_prefix_tokens=prefix)
         torch.autograd.backward([results[i] for i in used], [grads[i] for i in used])
         gradients[backend] = [None if t is None else t.grad for t in leaves]
     for ours, theirs in zip(gradients["triton"], gradients["reference"], strict=True):

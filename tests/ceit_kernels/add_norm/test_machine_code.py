@@ -46,7 +46,9 @@ def record(
         with record_launches() as backward:
             total = x if total is None else total
             rest = total if has_rest else None
-            add_norm_backward_triton(out, rest, first, total, weight, bias, mean, rstd, tickets, *needs)
+            add_norm_backward_triton(
+                out, rest, first, total, weight, bias, mean, rstd, tickets, *needs, last=prefix < 0
+            )
     return forward, backward
 
 
@@ -84,6 +86,7 @@ VARIANTS = {
     "as is": {},
     "no branch": {"has_branch": False},
     "class token": {"has_branch": False, "prefix": 1},
+    "last token": {"has_branch": False, "prefix": -1},
     "norm alone": {"has_branch": False, "has_rest": False},
     "no weight": {"affine": False, "needs": (True, False, False)},
     "frozen weight": {"needs": (True, False, False)},

@@ -48,7 +48,7 @@ BAD_ARGUMENTS = {
     "bias shape": ({"bias": torch.zeros(1, 32)}, ValueError, r"bias: expected shape \(32\), got"),
     "bias dtype": ({"bias": torch.zeros(32).double()}, TypeError, "bias: expected torch.float32 like x"),
     "too many prefix tokens": ({"num_prefix_tokens": 6}, ValueError, "num_prefix_tokens: expected at most the 5 tok"),
-    "a negative number": ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens: expected at most .* got -1"),
+    "too many last tokens": ({"num_prefix_tokens": -6}, ValueError, "num_prefix_tokens: expected at most .* got -6"),
     "prefix of a row": (
         {"x": torch.zeros(32), "branch": None},
         ValueError,
@@ -73,7 +73,7 @@ def test_backward_has_no_gradient_of_a_parameter_that_is_not_there(missing):
     parameters = [None if name == missing else torch.ones(8) for name in ("weight", "bias")]
     tensors = x, None, None, x, *parameters, rows, rows, None
     with pytest.raises(ValueError, match=f"need_{missing}: expected False where {missing} is None, got True"):
-        torch.ops.ceit.add_norm_backward(*tensors, True, True, True, "native")
+        torch.ops.ceit.add_norm_backward(*tensors, True, True, True, False, "native")
 
 
 def test_the_operator_itself_refuses_a_backend_that_cannot_run(monkeypatch):

@@ -45,7 +45,7 @@ def loss_of(results):
 
 
 @pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("prefix", [0, 2, -2])
 @pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=str)
 def test_opcheck_of_the_forward_operator(branch, prefix, out_dtype):
     dtype = torch.float32 if out_dtype is None else torch.float16
@@ -54,18 +54,18 @@ def test_opcheck_of_the_forward_operator(branch, prefix, out_dtype):
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)], ids=str)
-@pytest.mark.parametrize("others", [True, False])
-def test_opcheck_of_the_backward_operator(needs, others):
+@pytest.mark.parametrize(("others", "last"), [(True, False), (True, True), (False, False)])
+def test_opcheck_of_the_backward_operator(needs, others, last):
     total, grad_out, weight, bias = make_tensors(requires_grad=False)
     rest = (torch.randn_like(total), torch.randn_like(total[:, :2])) if others else (None, None)
     mean, rstd = total.mean(-1), total.var(-1).rsqrt()
     tickets = torch.zeros(TICKETS, dtype=torch.int32, device=DEVICE)
-    arguments = (grad_out, *rest, total, weight, bias, mean, rstd, tickets, *needs, "triton")
+    arguments = (grad_out, *rest, total, weight, bias, mean, rstd, tickets, *needs, last, "triton")
     torch.library.opcheck(torch.ops.ceit.add_norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("prefix", [None, 2])
+@pytest.mark.parametrize("prefix", [None, 2, -2])
 def test_gradcheck(branch, prefix):
     tensors = make_tensors(torch.float64, branch)
 
