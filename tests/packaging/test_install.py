@@ -139,7 +139,13 @@ def test_a_wheel_serves_every_python_and_needs_no_compiler(source, tmp_path):
     assert rows(run_installed(site, env, CHECK))["leff"] == "native"
     # The installed package, and not this one, passes the tests.
     shutil.copytree(ROOT / "tests", bare / "tests")
-    names = ("leff/test_cpu.py", "linear", "attention/test_cpu.py", "attention/test_op.py", "attention/test_registration.py")
+    names = (
+        "leff/test_cpu.py",
+        "linear",
+        "attention/test_cpu.py",
+        "attention/test_op.py",
+        "attention/test_registration.py",
+    )
     files = [f"tests/ceit_kernels/{name}" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *files]
     env["PYTHONPATH"] = f"{site}{os.pathsep}{bare / 'tests'}"
