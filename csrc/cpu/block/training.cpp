@@ -232,9 +232,10 @@ struct AttentionBackward {
     const int64_t before = counting.bytes();
     take_memory(counting);
     const auto make = [&](gemm::Packer<T>& packer) {
-      return std::array{packer.weight("qkv", channels, 3 * channels), packer.weight("projection", channels, channels)};
+      return std::array{packer.weight("qkv", channels, 3 * channels, true),
+                        packer.weight("projection", channels, channels, true)};
     };
-    const Parameters weights{gemm::transposed(*parameters[2]), gemm::transposed(*parameters[4])};
+    const Parameters weights{parameters[2], parameters[4]};
     gemm::Memory memory{};
     gemm::with_prepacked<T>(weights, std::nullopt, make, [&](const std::array<gemm::Call<T>, 2>& matmuls) {
       memory = gemm::for_images(s.images, counting.bytes(), [&](int64_t image, gemm::Place place, auto run) {

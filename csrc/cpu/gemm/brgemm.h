@@ -107,8 +107,19 @@ struct Brgemm<float> {
       const int64_t column = panel * kPanelColumns, count = min_of(weight.columns - column, kPanelColumns);
       float* to = static_cast<float*>(packed) + column * weight.depth;
       if (count < kPanelColumns) std::memset(to, 0, sizeof(float) * size_t(kPanelColumns * weight.depth));
-      transpose(weight.data + column * weight.depth, weight.depth, count, weight.depth, to, kPanelColumns);
+      if (weight.is_b)
+        copy_rows(weight.data + column, weight.columns, weight.depth, count, to);
+      else
+        transpose(weight.data + column * weight.depth, weight.depth, count, weight.depth, to, kPanelColumns);
     }
+  }
+
+ private:
+  static void copy_rows(const float* b, int64_t stride, int64_t depth, int64_t columns, float* to) {
+    for (int64_t k = 0; k < depth; ++k)
+      for_vectors<float>(columns, [&](int64_t c, auto count) {
+        store(to + k * kPanelColumns + c, load(b + k * stride + c, count), count);
+      });
   }
 };
 
@@ -167,8 +178,11 @@ struct Brgemm<Bf16> {
       const int64_t column = panel * kPanelColumns, count = min_of(weight.columns - column, kPanelColumns);
       float* to = static_cast<float*>(packed) + column * pairs;
       if (count < kPanelColumns) std::memset(to, 0, sizeof(float) * size_t(kPanelColumns * pairs));
-      transpose(static_cast<const float*>(static_cast<const void*>(weight.data + column * weight.depth)), pairs, count,
-                pairs, to, kPanelColumns);
+      if (weight.is_b)
+        pack_rows(weight.data + column, weight.columns, pairs, int(count), static_cast<Bf16*>(static_cast<void*>(to)));
+      else
+        transpose(static_cast<const float*>(static_cast<const void*>(weight.data + column * weight.depth)), pairs,
+                  count, pairs, to, kPanelColumns);
     }
   }
 

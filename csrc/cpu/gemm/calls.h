@@ -44,11 +44,12 @@ Call<T, Out> call_of(const Product<T>& product, const T* a, Out* out, const Out*
   return call;
 }
 
-// A weight (columns, depth), row by row: B transposed.
+// A weight (columns, depth), row by row: B transposed; or B itself, (depth, columns).
 template <class T>
 struct Weight {
   const T* data;
   int64_t columns, depth;
+  bool is_b = false;
 };
 
 inline int64_t panels_of(int64_t columns) { return ceil_div(columns, kPanelColumns); }

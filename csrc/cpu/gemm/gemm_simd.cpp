@@ -243,6 +243,10 @@ void pack(const Weight<T>& weight, Range panels, void* packed) {
   for (int64_t column = panels.begin * kPanelColumns; column < panels.end * kPanelColumns; column += kWidth<Acc>) {
     Acc* slice = static_cast<Acc*>(packed) + column * weight.depth;
     const int64_t count = min_of(weight.columns - column, kWidth<Acc>);
+    if (weight.is_b) {
+      copy_slice(weight.data + column, weight.columns, weight.depth, int(count), slice);
+      continue;
+    }
     if (count < kWidth<Acc>) std::memset(slice, 0, sizeof(Acc) * size_t(kWidth<Acc> * weight.depth));
     transpose(weight.data + column * weight.depth, weight.depth, count, weight.depth, slice, kWidth<Acc>);
   }

@@ -70,14 +70,14 @@ class Packer {
     return {scale, shift};
   }
 
-  // A weight (columns, depth); its epilogue is left to the caller.
-  Call<T> weight(const char* name, int64_t columns, int64_t depth) {
-    return packed(fills() ? whole(name, columns * depth) : nullptr, columns, depth);
+  // A weight (columns, depth), or B itself; its epilogue is left to the caller.
+  Call<T> weight(const char* name, int64_t columns, int64_t depth, bool is_b = false) {
+    return packed(fills() ? whole(name, columns * depth) : nullptr, columns, depth, is_b);
   }
   // A weight that the caller has put in order.
-  Call<T> packed(const T* weight, int64_t columns, int64_t depth) {
+  Call<T> packed(const T* weight, int64_t columns, int64_t depth, bool is_b = false) {
     void* to = arena_.take_bytes(packed_bytes<T>(columns, depth));
-    if (fills()) pack(Weight<T>{weight, columns, depth}, to);
+    if (fills()) pack(Weight<T>{weight, columns, depth, is_b}, to);
     Call<T> call;
     call.b = to, call.depth = call.a_stride = depth, call.columns = call.out_stride = columns;
     return call;

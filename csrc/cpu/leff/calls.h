@@ -26,6 +26,8 @@ constexpr int kTileChannels = 64;
 constexpr int kTileRows = 32;
 // Tokens that are fetched ahead: a task's channels of two tokens are too far apart for the processor to see a stream.
 constexpr int kPrefetch = 16;
+// Channels of a row that are fetched ahead, where so many rows pass by that the processor does not see their streams.
+constexpr int kPrefetchChannels = 64;
 
 inline int64_t channel_tiles(const Shape& shape) { return shape.images * ceil_div(shape.channels, kTileChannels); }
 inline int64_t row_tiles(const Shape& shape, int64_t rows) { return shape.images * ceil_div(rows, kTileRows); }

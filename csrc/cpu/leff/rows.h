@@ -86,8 +86,10 @@ void activate_rows(const ActivateCall& call, int64_t begin, int64_t end) {
     with_activation(call.activation, [&](auto kind) {
       for_vectors<Acc>(channels, [&](int64_t c, int count) {
         const Norm<Acc> norm(call.norm, channels, c, count);
-        for (int64_t at = task.first * channels + c; at < task.last * channels; at += channels)
+        for (int64_t at = task.first * channels + c; at < task.last * channels; at += channels) {
+          __builtin_prefetch(in + at + kPrefetchChannels);
           store(out + at, activate<decltype(kind)::value, Acc>(norm(load(in + at, count))), count);
+        }
       });
     });
   }

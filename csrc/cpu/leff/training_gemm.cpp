@@ -28,6 +28,15 @@ void with_linear(const Tensor& weight, const OptionalTensor& bias, const Use& us
   gemm::with_linear<T>(weight, bias, std::nullopt, weight.size(0), weight.size(1), use);
 }
 
+// Backward: the product of what has its outputs as columns.
+template <class T, class Use>
+void with_transposed(const Tensor& weight, const Use& use) {
+  const auto make = [&](gemm::Packer<T>& packer) {
+    return packer.weight("weight", weight.size(1), weight.size(0), true);
+  };
+  gemm::with_prepacked<T>({weight}, std::nullopt, make, use);
+}
+
 // The moments of some tiles of an image's tokens (tokens, channels).
 template <class T>
 void take_moments(T* z, int64_t tokens, int64_t channels, gemm::Range tiles, acc_t<T>* moments) {
@@ -107,7 +116,7 @@ Tensor contract_backward_of(const ContractBackward& c) {
   const int64_t before = counting.bytes();
   counting.take<T>(c.need_weight ? parts * tokens * kChannels : 0);
   gemm::Memory memory;
-  with_linear<T>(gemm::transposed(c.weight), std::nullopt, [&](gemm::Call<T> linear) {
+  with_transposed<T>(c.weight, [&](gemm::Call<T> linear) {
     memory = gemm::for_images(images, counting.bytes(), [&](int64_t image, gemm::Place place, auto run) {
       gemm::Call<T> matmul = linear;
       matmul.a = dz3 + image * tokens * outputs;
@@ -147,7 +156,7 @@ std::tuple<Tensor, Tensor> expand_backward_of(const ExpandBackward& c) {
   gemm::Arena counting;
   const gemm::WeightGradient<T> gradient(c.need_weight, c.x, channels, hidden, c.tokens, counting);  // transposed
   gemm::Memory memory;
-  with_linear<T>(gemm::transposed(c.weight), std::nullopt, [&](gemm::Call<T> linear) {
+  with_transposed<T>(c.weight, [&](gemm::Call<T> linear) {
     memory = gemm::for_images(images, counting.bytes(), [&](int64_t image, gemm::Place place, auto run) {
       const int64_t start = image * rows + prefix;
       T* dz1 = g1 + start * hidden;  // in the place of g1
