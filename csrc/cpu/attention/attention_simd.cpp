@@ -95,8 +95,8 @@ CEIT_INLINE void softmax(Matrix<Acc> scores, To* to, int64_t rows, int64_t token
 }
 
 // The gradient of the largest score's weight, from which the others' are measured: those that are large and nearly the
-// same count by their differences alone, and where one weight is all there is, its score's gradient is zero and not what
-// is left of roundings.
+// same count by their differences alone, and where one weight is all there is, its score's gradient is zero and not
+// what is left of roundings.
 template <class Acc>
 CEIT_INLINE Acc gradient_of_largest(const Acc* row, const Acc* gradient, int64_t tokens, Acc largest) {
   auto found = splat(-Acc(INFINITY));
