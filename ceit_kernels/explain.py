@@ -75,7 +75,7 @@ def explain(model: nn.Module) -> Explanation:
         A list of ``ModuleRow`` in the order of ``named_modules``, which prints as a table.
     """
     like = next((tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()), None)
-    like = torch.empty(0) if like is None else like
+    like = torch.empty(0, device="cpu") if like is None else like
     depthwise = [name for name, module in model.named_modules() if _is_depthwise(module)]
     blocks = dict(_unknown_blocks(model, depthwise))
     rows = Explanation()

@@ -72,7 +72,7 @@ def encoder_inference(
     arguments = encoder_arguments(x, [parts_of(block) for block in blocks], grid_size, class_token_only)
     if arguments is None:
         return None
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     class_tokens = x.new_empty(x.shape[0], len(blocks), x.shape[2])
     torch.ops.ceit._encoder_infer(x.contiguous(), *arguments, in_bfloat16, class_token_only, out, class_tokens)
     return class_tokens[:, -1:].clone() if class_token_only else out, class_tokens

@@ -68,7 +68,7 @@ class _EncoderTraining(Operator):
 
     def forward(self, x, factor1, factor2, *inputs):
         *parameters, scalars, sizes, in_bfloat16, norms = inputs
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = x.new_empty(x.shape)
         saved = _train(x, parameters, factor1, factor2, scalars, sizes, in_bfloat16, out)
         if not isinstance(norms, str):
             tokens = x.shape[0] * sizes[3] * sizes[4]

@@ -331,7 +331,7 @@ def _exact(tensor: Any) -> Tensor:
 
 def _linear(module: Any) -> ConvLayer:
     weight, bias = held(module, "weight").detach(), held(module, "bias")
-    shift = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else _exact(bias)
+    shift = weight.new_zeros(weight.shape[0], dtype=torch.float64) if bias is None else _exact(bias)
     return ConvLayer((), weight[:, :, None, None], torch.ones_like(shift), shift, 1, 0, False)
 
 
@@ -351,5 +351,5 @@ def convolution_of(name: str, module: Any) -> ConvLayer:
         raise NotConvolutions(f"{name} is not the same in both directions")
     if tuple(module.dilation) != (1, 1) or module.padding_mode != "zeros":
         raise NotConvolutions(f"{name} has dilation={module.dilation}, padding_mode={module.padding_mode}")
-    shift = torch.zeros(outputs, dtype=torch.float64) if bias is None else _exact(bias)
+    shift = weight.new_zeros(outputs, dtype=torch.float64) if bias is None else _exact(bias)
     return ConvLayer((), weight.detach(), torch.ones_like(shift), shift, stride, padding[0], depthwise)

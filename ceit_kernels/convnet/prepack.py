@@ -72,4 +72,4 @@ class Prepacking:
 
 
 def _scalar(value: float) -> Tensor:
-    return torch.tensor([value], dtype=torch.float64)
+    return torch.tensor([value], dtype=torch.float64, device="cpu")

@@ -52,7 +52,8 @@ def _vectors(stem: Stem, acc_dtype: torch.dtype) -> list[Tensor | None]:
 def stem_arguments(stem: Stem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the kernel takes beside the image: weight, sign of gamma, and the norm; none in training."""
     acc_dtype = torch.promote_types(dtype, torch.float32)
-    sign = torch.ones(stem.weight.shape[0], dtype=acc_dtype) if stem.gamma is None else stem.gamma.to(acc_dtype).sign()
+    ones = stem.weight.new_ones(stem.weight.shape[0], dtype=acc_dtype)
+    sign = ones if stem.gamma is None else stem.gamma.to(acc_dtype).sign()
     norm = None if stem.mean is None else _norm(stem, acc_dtype)
     return _prepack(stem.weight, dtype, acc_dtype), sign, norm
 
@@ -80,15 +81,14 @@ def i2t_forward_cpu(
     """The registered operator's results, its arguments checked, B at least 1."""
     training, acc_dtype = stem.mean is None, torch.promote_types(dtype, torch.float32)
     channels, conv_sizes = stem.weight.shape[0], [conv_size(size) for size in x.shape[2:]]
-    result = torch.empty(
-        (x.shape[0], channels, *map(conv_size, conv_sizes)), dtype=dtype, memory_format=torch.channels_last
-    )
+    size = x.shape[0], channels, *map(conv_size, conv_sizes)
+    result = torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     out = result.permute(0, 2, 3, 1)
-    indices = torch.empty(out.shape, dtype=torch.uint8) if training or need_indices else None
+    indices = x.new_empty(out.shape, dtype=torch.uint8) if training or need_indices else None
     # Backward takes it in training as it is before the norm: the result is its user's, who may write to it.
     pooled = torch.empty_like(out) if training and need_indices else None
     target = out if pooled is None else pooled
-    moments = torch.empty((x.shape[0], conv_sizes[0], 2, channels), dtype=acc_dtype) if training else None
+    moments = x.new_empty((x.shape[0], conv_sizes[0], 2, channels), dtype=acc_dtype) if training else None
     prepacked, sign, norm = stem_arguments(stem, dtype)
     torch.ops.ceit._i2t_forward_cpu(x.to(dtype), prepacked, sign, norm, target, indices, moments)
     mean = variance = None
@@ -120,7 +120,7 @@ def i2t_backward_cpu(
     grad_out, indices = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_out.to(dtype), indices))
     scale, zeros = _scale(variance, gamma, eps), torch.zeros_like(mean)
     if pooled is not None:
-        sums = torch.empty((*grad_out.shape[:2], 2, channels), dtype=acc_dtype)
+        sums = x.new_empty((*grad_out.shape[:2], 2, channels), dtype=acc_dtype)
         torch.ops.ceit._i2t_sums_cpu(grad_out, pooled.contiguous(), mean, sums)
         grad_beta, centred = sums.flatten(0, 1).sum(0)
         totals = torch.cat((grad_beta, centred, mean.new_tensor([x.shape[0] * conv_sizes[0] * conv_sizes[1]])))
@@ -134,8 +134,8 @@ def i2t_backward_cpu(
     image = x.to(dtype)
     prepacked = _prepack(weight, dtype, acc_dtype)
     parts = min(_PARTS, x.shape[0] * conv_sizes[0])
-    grad_weight, dots = (torch.empty((parts, *size), dtype=acc_dtype) for size in (prepacked.shape, (channels,)))
-    grad_convolution = torch.empty((x.shape[0], *conv_sizes, channels), dtype=dtype) if need_x else None
+    grad_weight, dots = (x.new_empty((parts, *size), dtype=acc_dtype) for size in (prepacked.shape, (channels,)))
+    grad_convolution = x.new_empty((x.shape[0], *conv_sizes, channels), dtype=dtype) if need_x else None
     torch.ops.ceit._i2t_backward_cpu(
         grad_out, indices, image, prepacked, torch.stack(coefficients), grad_weight, dots, grad_convolution
     )

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from ceit import CeiT
-from ceit_kernels import fuse, unfuse
+from ceit_kernels import freeze, fuse, unfuse
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
 
@@ -86,6 +86,20 @@ def test_a_model_on_the_meta_device_gives_shapes(fused, training, gradients):
     if gradients:
         logits.sum().backward()
         assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_default_device_is_for_tensors_of_the_users(images, training):
+    model = make_model(fused=False).train(training)
+    fused = fuse(copy.deepcopy(model))
+    with torch.set_grad_enabled(training):
+        expected = model(images)
+        with torch.device("meta"):
+            found = [fused(images)] if training else [fused(images), freeze(model)(images)]
+            if training:
+                found[0].sum().backward()
+    for out in found:
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def saved_and_loaded(model):
