@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import backends
+from .common.calls import functions_reason
 from .common.children import convolution_reason
 from .common.freezing import Prepacked
 from .common.module import Fusion
@@ -132,7 +133,7 @@ def _operator_of(module: Fusion) -> str:
 
 
 def _choice(operator: str, module: Any, like: Tensor) -> tuple[str, str]:
-    reason = module.plain_reason()
+    reason = module.plain_reason() or functions_reason()
     if reason is not None:
         return "plain", reason
     tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), like)

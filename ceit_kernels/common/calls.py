@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
+from .children import library_of
+from .constant import constant_result
 from .launch import is_recording
 
-__all__ = ["are_eager", "foreign_reason", "is_eager", "is_ordinary", "needs_gradient", "unsupported_reason"]
+__all__ = [
+    "are_eager",
+    "foreign_reason",
+    "functions_reason",
+    "is_eager",
+    "is_ordinary",
+    "needs_gradient",
+    "unsupported_reason",
+]
 
 # PyTorch's own, and what compilers and dispatch modes put in their place.
 _KNOWN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+
+# What the modules call that the kernels stand for.
+_functions = itemgetter(
+    *("linear", "conv2d", "pad", "batch_norm", "layer_norm", "max_pool2d", "interpolate", "dropout", "softmax"),
+    *("gelu", "silu", "relu", "hardtanh", "relu6", "hardswish", "hardsigmoid", "scaled_dot_product_attention"),
+)
+
+
+_IN_USE = vars(F)
+_OWN = tuple(function if library_of(function) in ("", "torch") else None for function in _functions(_IN_USE))
 
 
 def is_eager(x: Tensor) -> bool:
@@ -43,6 +66,7 @@ def is_ordinary() -> bool:
     """Whether nothing around a call changes what it means: no compiler, mode, transform, autocast or recording."""
     return not (
         _is_seen_by_others()
+        or functions_reason() is not None
         or torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or is_recording()
@@ -59,6 +83,22 @@ def _is_seen_by_others() -> bool:
     )
 
 
+@constant_result
+def _are_replaced() -> bool:
+    return _functions(_IN_USE) != _OWN
+
+
+def functions_reason() -> str | None:
+    """Why the functions of PyTorch that modules call have to be called; None if they compute what they say."""
+    if _are_replaced():
+        return "a function of torch.nn.functional was replaced"
+    if torch._C._len_torch_function_stack() and not torch.compiler.is_compiling():  # exporters put their own there
+        for i in range(torch._C._len_torch_function_stack()):
+            if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
+                return "a mode that sees PyTorch's functions is active"
+    return None
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether a gradient of any of these tensors may be taken through the call."""
     if torch.is_grad_enabled():
@@ -72,9 +112,12 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
     """Why only plain PyTorch can compute with these tensors here and now; None if operators of this package may.
 
     They have no formulas for the transforms of ``torch.func`` and for derivatives in forward mode, other runtimes do
-    not know them, and what a subclass of tensors means by its data is its own business. Compilers and dispatch modes
-    see registered operators.
+    not know them, and what a subclass of tensors means by its data is its own business, as what is put in the place of
+    PyTorch's functions is. Compilers and dispatch modes see registered operators.
     """
+    functions = functions_reason()
+    if functions is not None:
+        return functions
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():
             return "a model is exported to ONNX, which does not know the kernels"

@@ -31,6 +31,7 @@ Classes = Collection[type[nn.Module] | str] | None
 ANY: Classes = None  # for a child that the fused module calls, whatever it is
 IDENTITY: Classes = (nn.Identity,)
 
+_CALL = nn.Module.__call__
 _own: dict[tuple[type, str], Any] = {}  # methods of classes, as they were when somebody first asked
 
 _SETTINGS = ("stride", "padding", "groups", "dilation", "padding_mode")
@@ -89,11 +90,15 @@ def has_own(kind: type, name: str) -> bool:
     known = _own.get((kind, name))
     if known is None:
         owner = next((base for base in kind.__mro__ if name in vars(base)), kind)
-        library = getattr(method, "__globals__", {}).get("__name__", "").partition(".")[0]
-        if not isinstance(method, FunctionType) or library != owner.__module__.partition(".")[0]:
+        if not isinstance(method, FunctionType) or library_of(method) != owner.__module__.partition(".")[0]:
             return False
         known = _own[kind, name] = method
     return known is method
+
+
+def library_of(function: Any) -> str:
+    """The package in which a function was compiled; nothing for one that is not of Python."""
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
 
 
 def trust(kind: type[nn.Module]) -> None:
@@ -103,8 +108,13 @@ def trust(kind: type[nn.Module]) -> None:
 
 @constant_result
 def is_patched(kind: type) -> bool:
-    """Whether a class, or that which it was fused of, was given another ``forward`` than it was written with."""
+    """Whether a class, or that which it was fused of, was given another ``forward`` than it was written with.
+
+    So is one that was given another ``__call__``, as long as it is not PyTorch's own, whose tracers put theirs there.
+    """
     kind = getattr(kind, "plain_class", kind)
+    if kind.__call__ is not _CALL and library_of(kind.__call__) != "torch":
+        return True
     return not (has_own(kind, "forward") and (kind is not nn.Conv2d or has_own(kind, "_conv_forward")))
 
 

@@ -1,4 +1,4 @@
-"""Classes that somebody gives another method than their library did, before a model is fused or frozen."""
+"""Classes and functions that somebody gives another implementation than their library did, before and after fusing."""
 
 import contextlib
 import copy
@@ -7,8 +7,10 @@ import functools
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from support.adapters import grown
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ceit import CeiT
 from ceit_kernels import FusedLinear, freeze, fuse
@@ -60,6 +62,12 @@ CASES = [
     (of_ceit, nn.Identity, "forward"),
     (of_ceit, LocallyEnhancedFeedForward, "forward"),
     (linear, nn.Linear, "forward"),
+    (linear, nn.Linear, "__call__"),
+    (of_ceit, F, "linear"),
+    (of_ceit, F, "conv2d"),
+    (of_ceit, F, "layer_norm"),
+    (of_ceit, F, "scaled_dot_product_attention"),
+    (of_timm, F, "batch_norm"),
 ]
 cases = pytest.mark.parametrize(("make", "kind", "name"), CASES, ids=lambda value: getattr(value, "__name__", None))
 
@@ -80,6 +88,29 @@ def test_another_method_of_a_class_is_called(make, kind, name, wraps):
                 torch.testing.assert_close(module(X), expected, rtol=1e-9, atol=1e-12)
         for module, out in zip((fused, frozen), before, strict=True):
             assert torch.equal(module(X), out)
+
+
+class Larger(TorchFunctionMode):
+    """Results of a function are larger."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        return 1.25 * out if function is self.function else out
+
+
+@pytest.mark.parametrize("function", [F.linear, F.conv2d, F.gelu], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mode_sees_the_functions_that_modules_call(function, training):
+    model = made(of_ceit).train(training)
+    fused, frozen = fuse(copy.deepcopy(model)), freeze(model)
+    with Larger(function), torch.set_grad_enabled(training):
+        expected = model(X)
+        for module in (fused,) if training else (fused, frozen):
+            torch.testing.assert_close(module(X), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_of_another_method_are_taken():
