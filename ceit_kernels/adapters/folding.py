@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from ..common.calls import foreign_reason
 from ..common.children import child_reason, qualified_name
 from ..leff.norms import folded, of_module
 from .chains import chain_of
@@ -47,6 +48,8 @@ def _fold(module: nn.Module, of_convolution: str, of_norm: str) -> None:
         return
     given = of_module(norm)
     if given is None or given.training or convolution.weight.dtype not in (torch.float32, torch.float64):
+        return
+    if foreign_reason(*convolution.buffers(), *norm.buffers()) is not None:
         return
     module._modules[of_convolution] = folded(convolution, given)
     module._modules[of_norm] = nn.Sequential(*norm.children()) if with_activation else nn.Identity()

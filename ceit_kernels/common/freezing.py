@@ -11,7 +11,6 @@ from .. import backends
 from .autocast import autocast_dtype
 from .calls import is_eager, unsupported_reason
 from .intact import Intact
-from .module import Fusion
 
 __all__ = ["Prepacked", "is_freezable", "is_frozen_call", "prepack_module"]
 
@@ -47,11 +46,11 @@ def prepack_module(frozen_class: type[Prepacked], module: Any, made: Any) -> Non
     module.__class__ = frozen_class
 
 
-def is_freezable(operator: str, module: Fusion, weight: Tensor | None) -> bool:
+def is_freezable(operator: str, module: Any, weight: Tensor | None) -> bool:
     """Whether compiled code on the CPU serves a fused module in evaluation mode."""
     if weight is None or weight.device.type != "cpu":
         return False
-    if module.plain_reason() is not None or unsupported_reason(weight) is not None:
+    if module.plain_reason() is not None or unsupported_reason(*module.buffers()) is not None:
         return False
     with torch.no_grad():
         return backends.choose(operator, weight, weight.dtype).backend == "native"

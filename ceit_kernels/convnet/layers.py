@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.chains import Chain, chain_of
 from ..adapters.recipes import recipe_of
+from ..common.calls import foreign_reason
 from ..common.children import child_reason, held, qualified_name
 from ..leff.activations import MODULES, activation_name
 from ..leff.norms import of_module
@@ -91,6 +92,7 @@ class Steps:
         """A module is called with the value."""
         kind = type(module)
         reason = child_reason(name, module, (kind,))
+        reason = reason or foreign_reason(*module._parameters.values(), *module._buffers.values())
         if reason is not None:
             raise NotConvolutions(reason)
         if kind is nn.Conv2d or kind in LINEAR:

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.accuracy import assert_as_accurate
 from support.changes import VALUES, Inapplicable, Live
 from support.fused_modules import MODULES, make_pair
@@ -191,6 +192,35 @@ def test_a_snapshot_that_is_loaded_elsewhere_runs_there():
     with use_backend("reference"):
         other = through_a_file(frozen)
     torch.testing.assert_close(other(X), frozen(X), rtol=1e-4, atol=1e-4)
+
+
+class Opaque(torch.Tensor):
+    """What its numbers stand for is its own business: here for twice as much."""
+
+    def __deepcopy__(self, memo):
+        return self.detach().clone()
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if function not in (F.linear, F.conv2d) or not isinstance(arguments[1], Opaque):
+            return super().__torch_function__(function, types, arguments, options)
+        x, weight, *rest = arguments
+        return function(x, 2 * weight.as_subclass(torch.Tensor), *rest, **(options or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [0, 1, 3, 5])
+def test_a_subclass_of_tensors_in_a_layer_is_left_to_plain_pytorch(index):
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Linear(5, 48), nn.GELU(), nn.Linear(48, 48)
+    model, x = nn.Sequential(*layers[:3], Tokens(), *layers[3:]).eval(), torch.randn(2, 3, 5, 5)
+    layer = layers[index]
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Opaque))
+    torch.testing.assert_close(freeze(model)(x), model(x))
+
+
+class Tokens(nn.Module):
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
 
 
 def test_hooks_that_the_model_has_run_and_later_ones_do_not():
