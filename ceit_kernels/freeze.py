@@ -180,7 +180,7 @@ def _freeze_parts(module: nn.Module, within: bool = False) -> None:
     Args:
         within: as of ``fold_norms``.
     """
-    if isinstance(module, Frozen):
+    if isinstance(module, (Frozen, FrozenConvnet)):  # the latter of a snapshot that shares it, by copy.copy
         return
     called = FrozenConvnet.freeze(module)
     if called is None:

@@ -317,10 +317,13 @@ def test_calls_that_the_kernels_do_not_serve_are_the_modules():
         frozen(x[:, :5])
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda frozen: pickle.loads(pickle.dumps(frozen))])
-def test_copies_compute_the_same(copied):
-    frozen, x = freeze(make("shortcuts in a row")), images(1, 12, 9, 7)
-    assert torch.equal(run(copied(frozen), x), frozen(x))
+@pytest.mark.parametrize("name", ["shortcuts in a row", "MobileNetV2, shortcut"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda frozen: pickle.loads(pickle.dumps(frozen))])
+def test_copies_compute_the_same(name, copied):
+    frozen, x = freeze(make(name)), images(1, 12, 9, 7)
+    expected = frozen(x)
+    assert torch.equal(run(copied(frozen), x), expected)
+    assert torch.equal(run(frozen, x), expected)
 
 
 def test_compilers_see_the_modules():
