@@ -2,15 +2,24 @@
 
 from torch import nn
 
-from ceit_kernels.block import ModelParts, WholeModel, prepare_model
+from ceit_kernels.block import ModelParts, prepare_model
+from ceit_kernels.common.children import has_own
+from ceit_kernels.freeze import Whole
 
 from .blocks import Block, LCABlock, encoder_parts, layers_parts
 from .embed import I2TEmbed
 from .model import CeiT
 from .shortcuts import is_exactly
 
+# What a call of the model calls of it.
+_METHODS = "_embed", "_class_feature", "forward_head"
 
-def prepare_ceit(model: CeiT) -> WholeModel | None:
+
+def _has_own_methods() -> bool:
+    return all(has_own(CeiT, name) for name in _METHODS)
+
+
+def prepare_ceit(model: CeiT) -> Whole | None:
     """The model in one call; None if a part has a hook, or the result is not the logits of the class token.
 
     Args:
@@ -18,6 +27,8 @@ def prepare_ceit(model: CeiT) -> WholeModel | None:
     """
     embed, lca, layer_positions = model.i2t, model.lca, model.pos_layer_embed
     if not (is_exactly(model, CeiT) and is_exactly(embed, I2TEmbed) and is_exactly(lca, LCABlock)):
+        return None
+    if not _has_own_methods() or any(name in model.__dict__ for name in _METHODS):
         return None
     if model.global_pool != "token" or model.dynamic_img_size or layer_positions is None:
         return None
@@ -38,4 +49,5 @@ def prepare_ceit(model: CeiT) -> WholeModel | None:
         model.norm,
         model.head,
     )
-    return prepare_model(parts, embed.img_size)
+    whole = prepare_model(parts, embed.img_size)
+    return None if whole is None else lambda x: whole(x) if _has_own_methods() else None

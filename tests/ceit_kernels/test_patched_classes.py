@@ -60,6 +60,7 @@ CASES = [
     (of_timm, timm.models.efficientnet.EfficientNet, "forward_features"),
     (of_ceit, nn.LayerNorm, "forward"),
     (of_ceit, nn.Identity, "forward"),
+    (of_ceit, CeiT, "forward_head"),
     (of_ceit, LocallyEnhancedFeedForward, "forward"),
     (linear, nn.Linear, "forward"),
     (linear, nn.Linear, "__call__"),
@@ -88,6 +89,14 @@ def test_another_method_of_a_class_is_called(make, kind, name, wraps):
                 torch.testing.assert_close(module(X), expected, rtol=1e-9, atol=1e-12)
         for module, out in zip((fused, frozen), before, strict=True):
             assert torch.equal(module(X), out)
+
+
+@torch.no_grad()
+def test_another_method_of_a_model_is_called():
+    model = made(of_ceit)
+    own = model.forward_head
+    model.forward_head = lambda *arguments: 1.25 * own(*arguments)
+    torch.testing.assert_close(freeze(model)(X), model(X), rtol=1e-9, atol=1e-12)
 
 
 class Larger(TorchFunctionMode):
