@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..common.children import child_reason, held, is_patched, qualified_name
+from ..common.children import child_reason, has_own, held, is_patched, qualified_name
 from ..common.module import Fusion
 from .transformers_segformer import attends_to_all
 
@@ -24,8 +24,12 @@ __all__ = ["recipe_of"]
 Recipe = Callable[["Steps", str, Any], None]
 
 
-def _biases(module: Any) -> Tensor:
+def _biases(steps: Steps, name: str, module: Any) -> Tensor:
     """Of the scores, by the distance of tokens: (heads, queries, keys)."""
+    is_own = partial(has_own, type(module), "get_attention_biases")
+    if not is_own() or "get_attention_biases" in vars(module):
+        steps.refuse(f"{name} computes its biases in another way")
+    steps.conditions.append(is_own)
     return held(module, "attention_biases").detach()[:, held(module, "attention_bias_idxs")]
 
 
@@ -156,7 +160,7 @@ def _tiny_vit_block(steps: Steps, name: str, block: Any) -> None:
             scale=keys**-0.5 if attention.fused_attn else attention.scale,
             firsts=(0, keys, 2 * keys),
             steps=(each, each, each),
-            bias=_biases(attention),
+            bias=_biases(steps, name, attention),
             window=window,
         )
         steps.calls(f"{name}.attn", attention, ("proj",))
@@ -184,7 +188,7 @@ def _efficientformer_attention(steps: Steps, name: str, module: Any) -> None:
     convolutions = "stride_conv", "q", "k", "v", "v_local", "upsample", "act", "proj"
     steps.only(name, module, (*convolutions, "talking_head1", "talking_head2"), _OF_BIASES)
     heads, width, value_width = module.num_heads, module.key_dim, module.d
-    bias, mixing = _biases(module), None
+    bias, mixing = _biases(steps, name, module), None
     if mixes:
         (before, shift), (after, added) = (
             steps.pointwise(f"{name}.{head}", module._modules[head]) for head in ("talking_head1", "talking_head2")

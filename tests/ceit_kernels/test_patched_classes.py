@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from support.adapters import grown
+from timm.models import tiny_vit
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -42,6 +43,11 @@ def of_ceit():
     return CeiT(img_size=64, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 
 
+def of_tiny_vit():
+    sizes = {"embed_dims": (8, 12), "depths": (1, 1), "num_heads": (1, 3), "window_sizes": (7, 4)}
+    return tiny_vit.TinyVit(**sizes, num_classes=5)
+
+
 def linear():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 200))
 
@@ -58,6 +64,7 @@ CASES = [
     (of_timm, timm.layers.BatchNormAct2d, "forward"),
     (of_timm, timm.models._efficientnet_blocks.InvertedResidual, "forward"),
     (of_timm, timm.models.efficientnet.EfficientNet, "forward_features"),
+    (of_tiny_vit, tiny_vit.Attention, "get_attention_biases"),
     (of_ceit, nn.LayerNorm, "forward"),
     (of_ceit, nn.Identity, "forward"),
     (of_ceit, CeiT, "forward_head"),
