@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..common.children import child_reason, has_own, held, is_patched, qualified_name
 from ..common.module import Fusion
-from .transformers_segformer import attends_to_all
+from .transformers_segformer import IDLE_OPTIONS, attends_to_all
 
 if TYPE_CHECKING:
     from ..convnet.layers import Steps
 
-__all__ = ["recipe_of"]
+__all__ = ["idle_options", "recipe_of"]
 
 Recipe = Callable[["Steps", str, Any], None]
 
@@ -276,3 +276,8 @@ def recipe_of(module: nn.Module) -> Recipe | None:
     name = qualified_name(found)
     own = qualified_name(found.forward) == f"{name}.forward" and not is_patched(found)
     return _RECIPES.get(name) if own else None
+
+
+def idle_options(plain_class: type[nn.Module]) -> frozenset[str]:
+    """The options of a class's ``forward`` that do nothing."""
+    return IDLE_OPTIONS if qualified_name(plain_class) == f"{_SEGFORMER}.SegformerStage" else frozenset()

@@ -21,7 +21,10 @@ from ..common.module import Fusion, attributes_of
 from ..linear.functional import linear_layer
 from .attention import InferenceAttention
 
-__all__ = ["SegformerAttention", "SegformerDecodeHead", "attends_to_all"]
+__all__ = ["IDLE_OPTIONS", "SegformerAttention", "SegformerDecodeHead", "attends_to_all"]
+
+# Of stages and what is in them, which do nothing there.
+IDLE_OPTIONS = frozenset({"output_hidden_states"})
 
 
 class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
@@ -103,8 +106,9 @@ class SegformerAttention(InferenceAttention):
         self: Any, hidden_states: Tensor, height: int, width: int, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N, C) of an image of height x width -> (B, N, C), and no weights."""
+        # With `output_hidden_states`, as all calls for segmentation have, the model captures them around its parts.
         is_plain = attention_mask is not None or any(
-            value is not None and value is not False for value in kwargs.values()
+            value is not None and value is not False for name, value in kwargs.items() if name not in IDLE_OPTIONS
         )
         if is_plain or not self._serves(hidden_states):
             return super().forward(hidden_states, height, width, attention_mask, **kwargs)

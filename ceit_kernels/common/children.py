@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .capturing import has_working_hooks
 from .constant import constant_result
 
 __all__ = [
@@ -136,7 +137,7 @@ def child_reason(name: str, child: nn.Module, classes: Classes) -> str | None:
         return f"the kernels take {wanted} for {name}, not {type(child).__name__}"
     state = child.__dict__
     if (
-        state["_forward_hooks"]
+        (state["_forward_hooks"] and has_working_hooks(state["_forward_hooks"]))
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .capturing import has_working_hooks
 from .children import has_own, is_patched
 
 __all__ = ["Intact"]
@@ -23,8 +24,9 @@ class Intact:
 
     def __init__(self, modules: Sequence[nn.Module], method: str = "forward") -> None:
         attributes = [vars(module) for module in modules]
-        kinds = "_forward_hooks", "_forward_pre_hooks"  # others have nothing to do without gradients
-        self._hooks = [state[kind] for state in attributes for kind in kinds]
+        # The module's own run around it, and hooks of gradients have nothing to do.
+        self._hooks = [state["_forward_hooks"] for state in attributes[1:]]
+        self._pre_hooks = [state["_forward_pre_hooks"] for state in attributes[1:]]
         self._within = modules[1:]
         self._classes = list(map(type, self._within))
         self._called = getattr(type(modules[0]), "plain_class", type(modules[0])), method
@@ -39,7 +41,9 @@ class Intact:
 
     def holds(self) -> bool:
         """Whether nothing was done to the modules since: no hook, and every attribute and class as it was."""
-        if any(self._hooks) or list(map(type, self._within)) != self._classes:
+        if any(self._pre_hooks) or (any(self._hooks) and any(map(has_working_hooks, self._hooks))):
+            return False
+        if list(map(type, self._within)) != self._classes:
             return False
         if not has_own(*self._called) or any(map(is_patched, self._kinds)):
             return False

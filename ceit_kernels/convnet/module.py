@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..adapters.chains import Chain, chain_of
+from ..adapters.recipes import idle_options
 from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, unsupported_reason
 from ..common.intact import Intact
@@ -150,9 +151,11 @@ def _made(make: Callable, *arguments: Any) -> nn.Module:
 
 
 def _frozen_class(found: type[nn.Module], chain: Chain) -> type:
+    idle = idle_options(found)
+
     def forward(self: Any, x: Any, *arguments: Any, **options: Any) -> Any:
         prepacked = self._prepacked
-        if not (arguments or options) and isinstance(x, Tensor) and prepacked.serves(x):
+        if not arguments and options.keys() <= idle and isinstance(x, Tensor) and prepacked.serves(x):
             out = prepacked(x)
             for name in chain.then:
                 out = self._modules[name](out)
