@@ -2,7 +2,7 @@
 
 The head's convolution runs before upsampling: a 1x1 convolution of upsampled maps is the sum of the upsampled 1x1
 convolutions of each. At the maps' own sizes it takes a third of the multiply-adds, and neither the upsampled maps nor
-their concatenation reach memory.
+their concatenation reach memory. At inference all of the head is one call, see ``segmentation_head``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..common.children import ANY, children_reason, convolution_reason, held
 from ..common.module import Fusion, attributes_of
 from ..linear.functional import linear_layer
 from .attention import InferenceAttention
+from .segmentation_head import classify_maps
 
 __all__ = ["IDLE_OPTIONS", "SegformerAttention", "SegformerDecodeHead", "attends_to_all"]
 
@@ -52,6 +53,8 @@ class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
             return None
         if backends.choose("linear", weight, weight.dtype).backend == "reference":
             return None
+        if (out := classify_maps(self, projections, encoder_hidden_states)) is not None:
+            return out
         size = encoder_hidden_states[0].shape[2:]
         parts = weight.flatten(1).chunk(len(projections), dim=1)[::-1]
         total: Any = 0

@@ -33,6 +33,22 @@ struct UpsampleCall {
   void* out;
 };
 
+// A map (height, width, channels) that is upsampled to the size of another one.
+struct Upsampled {
+  const void* x;
+  int64_t height, width;
+};
+constexpr int kMostUpsampled = 7;
+
+// out = activation(out + the upsampled maps), pixels `begin` to `end` of the result, of which out has these alone.
+struct AddUpsampledCall {
+  int64_t height, width, channels;  // of the result
+  int count;
+  Upsampled maps[kMostUpsampled];
+  Activation activation;
+  void* out;
+};
+
 // sums (channels,) of rows `begin` to `end`, in the type accumulated in.
 struct SumCall {
   int64_t channels;
@@ -60,6 +76,7 @@ struct Kernels {
   Kernel<GateCall> gate;
   Kernel<ScaleCall> scale;
   Kernel<UpsampleCall> upsample;
+  Kernel<AddUpsampledCall> add_upsampled;
 };
 
 }  // namespace ceit::convnet
