@@ -47,11 +47,14 @@ ADAPTERS: dict[str, Adapter] = {
     "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2ConvFeedForwardNetwork": Adapter(
         "leff", "transformers_mix_ffn:PvtV2ConvFeedForwardNetwork"
     ),
+    "timm.layers.mlp.Mlp": Adapter("linear", "timm_mlp:Mlp"),
     "timm.models.pvt_v2.MlpWithDepthwiseConv": Adapter("leff", "timm_pvt_v2:MlpWithDepthwiseConv"),
     "timm.models.efficientformer_v2.ConvMlpWithNorm": Adapter("leff", "timm_images:ConvMlpWithNorm"),
+    "timm.models.efficientformer_v2.Attention2d": Adapter("attention", "timm_attention:EfficientFormerAttention"),
     "timm.models.pvt_v2.Attention": Adapter("attention", "timm_attention:PVTv2Attention"),
     "timm.models.tiny_vit.Attention": Adapter("attention", "timm_attention:TinyViTAttention"),
     "timm.models.tiny_vit.MBConv": Adapter("leff", "timm_images:TinyViTMBConv"),
+    "timm.models.tiny_vit.NormMlp": Adapter("linear", "timm_mlp:NormMlp"),
     "timm.models.tiny_vit.PatchMerging": Adapter("leff", "timm_images:TinyViTPatchMerging"),
     "timm.models.efficientvit_mit.MBConv": Adapter("leff", "timm_images:EfficientViTMBConv"),
     "timm.models.byobnet.BottleneckBlock": Adapter("leff", "timm_images:BottleneckBlock"),

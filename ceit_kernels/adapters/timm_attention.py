@@ -1,14 +1,15 @@
-"""Attention of timm's TinyViT (https://arxiv.org/abs/2207.10666) and PVTv2, at inference on the CPU."""
+"""Attention of timm's TinyViT (https://arxiv.org/abs/2207.10666), PVTv2 and EfficientFormerV2, on the CPU."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, jit
 
 from .attention import InferenceAttention
 
-__all__ = ["PVTv2Attention", "TinyViTAttention"]
+__all__ = ["EfficientFormerAttention", "PVTv2Attention", "TinyViTAttention"]
 
 
 class TinyViTAttention(InferenceAttention):
@@ -63,3 +64,38 @@ class PVTv2Attention(InferenceAttention):
         image = image if self.pool is None else self.pool(image)
         tokens = self.norm(self.sr(image).flatten(2).transpose(1, 2))
         return tokens if self.act is None else self.act(tokens)
+
+
+class EfficientFormerAttention(InferenceAttention):
+    """``timm.models.efficientformer_v2.Attention2d``, some of a smaller image that is upsampled behind it.
+
+    PyTorch upsamples maps of many channels in channels-last memory, and copies others there and back at their full
+    size: here they are copied before.
+    """
+
+    own = "attention_biases", "attention_bias_idxs"
+
+    def _uses_sdpa(self: Any) -> bool:
+        return True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, C, H, W)."""
+        if jit.is_scripting():
+            return self._plain_forward(x)
+        return self._fused_forward(x)
+
+    @jit.unused
+    def _fused_forward(self: Any, x: Tensor) -> Tensor:
+        if not self._serves(x):
+            return super().forward(x)
+        heads = len(x), self.num_heads, -1, self.N
+        small = x if self.stride_conv is None else self.stride_conv(x)
+        q, k, v = self.q(small), self.k(small), self.v(small)
+        local = self.v_local(v)
+        scores = (q.reshape(heads).transpose(2, 3) @ k.reshape(heads)) * self.scale
+        scores = self.talking_head1(scores + self.get_attention_biases(x.device))
+        attended = self.talking_head2(scores.softmax(dim=-1)) @ v.reshape(heads).transpose(2, 3)
+        image = attended.transpose(2, 3).reshape(len(x), self.dh, *self.resolution) + local
+        if self.upsample is not None:
+            image = self.upsample(image.contiguous(memory_format=torch.channels_last))
+        return self.proj(self.act(image)).contiguous()

@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["linear", "matmul", "prepack_linear", "weight_gradient"]
+__all__ = ["IDENTITY", "linear", "linear_activation", "matmul", "prepack_linear", "weight_gradient"]
 
 torch.library.define(
-    "ceit::_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? prepacked, int out_features) -> Tensor"
+    "ceit::_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? prepacked, int out_features, int activation) -> Tensor",
 )
 torch.library.define("ceit::_linear_prepack", "(Tensor weight, Tensor? bias) -> Tensor")
 torch.library.define("ceit::_matmul", "(Tensor a, Tensor b) -> Tensor")
 torch.library.define("ceit::_weight_gradient", "(Tensor grad, Tensor x) -> Tensor")
 
+IDENTITY = 6  # the index of no activation, see leff/activations.py
 _FEW = 48  # rows, a matmul of which costs less than to prepack a weight
 
 
@@ -27,7 +29,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, prepacked: Ten
     """
     if prepacked is None and x.shape[0] < _FEW:
         return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
-    return torch.ops.ceit._linear(x, weight, bias, prepacked, weight.shape[0])
+    return torch.ops.ceit._linear(x, weight, bias, prepacked, weight.shape[0], IDENTITY)
+
+
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    """``linear``, and an activation by its index behind it, while the result is in registers."""
+    return torch.ops.ceit._linear(x, weight, bias, None, weight.shape[0], activation)
 
 
 def prepack_linear(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -26,8 +26,10 @@ void multiply(const gemm::Call<T>& call, int64_t rows) {
   });
 }
 
-// x W^T + bias for x (M, K) and W (N, K); (M, N). Of weight and bias, or of what `prepack_linear` made of them.
-Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor prepacked, int64_t columns) {
+// activation(x W^T + bias) for x (M, K) and W (N, K); (M, N). Of weight and bias, or of what `prepack_linear` made of
+// them.
+Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor prepacked, int64_t columns,
+              int64_t activation) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
   const int64_t rows = x.size(0), depth = x.size(1);
   const Tensor out = new_empty(x, {rows, columns});
@@ -36,6 +38,7 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor prepa
     gemm::with_linear<T>(weight, bias, prepacked, columns, depth, [&](gemm::Call<T> call) {
       call.a = elements<T>("x", x, rows * depth);
       call.out = elements<T>("out", out, rows * columns);
+      call.activation = gemm::activation_of(activation);
       multiply(call, rows);
     });
   });
