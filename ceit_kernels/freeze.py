@@ -108,6 +108,8 @@ class Frozen(nn.Module):
         ):
             raise RuntimeError("x: expected an input without gradient, for the model is frozen, got requires_grad=True")
         with torch.no_grad():
+            if self._whole is None and not self.cuda_graphs:
+                return self.model(*arguments, **options)
             if any(self._hooks):  # of parts, which the calls below do not make
                 return self.model(*arguments, **options)
             if self._whole is not None and len(arguments) == 1 and not options and isinstance(arguments[0], Tensor):

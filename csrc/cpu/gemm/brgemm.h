@@ -87,6 +87,7 @@ struct Brgemm<float> {
   static bool packs(int64_t) { return ceit_brgemm != nullptr; }
   static bool serves(const Call<float>& call) { return packs(call.depth); }
   static void multiply(const Call<float>& call, Range rows, Range panels) {
+    if (rows.end - rows.begin == 1 && !call.b_stride && !call.accumulate) return multiply_row(call, rows.begin, panels);
     const int64_t b_stride = call.b_stride ? call.b_stride : kPanelColumns;
     const int64_t chunks = call.depth ? ceil_div(call.depth, kChunk) : 1;
     for_tiles(call, rows, panels, [&](const Tile& tile, int64_t panel) {
@@ -120,6 +121,38 @@ struct Brgemm<float> {
       for_vectors<float>(columns, [&](int64_t c, auto count) {
         store(to + k * kPanelColumns + c, load(b + k * stride + c, count), count);
       });
+  }
+  // One row with prepacked panels, which come from memory: a classifier's. brgemm reads half as much of them in a
+  // second.
+  static void multiply_row(const Call<float>& call, int64_t row, Range panels) {
+    constexpr int lanes = Lanes<float>::count, vectors = kPanelColumns / lanes, chains = 4;
+    constexpr int64_t ahead = 4096 / int64_t(sizeof(float));
+    const float* a = call.a + row * call.a_stride;
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t column = panel * kPanelColumns;
+      const float* b = static_cast<const float*>(call.b) + column * call.depth;
+      Vec<float> total[vectors] = {};
+      for (int64_t first = 0; first < call.depth; first += kChunk) {
+        const int64_t end = min_of(first + kChunk, call.depth);
+        Vec<float> sums[chains][vectors] = {};
+        int64_t k = first;
+        for (; k + chains <= end; k += chains)
+#pragma GCC unroll 4
+          for (int j = 0; j < chains; ++j)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) {
+              const float* at = b + (k + j) * kPanelColumns + v * lanes;
+              __builtin_prefetch(at + ahead, 0, 3);
+              sums[j][v] += splat(a[k + j]) * load(at);
+            }
+        for (; k < end; ++k)
+          for (int v = 0; v < vectors; ++v) sums[0][v] += splat(a[k]) * load(b + k * kPanelColumns + v * lanes);
+        for (int v = 0; v < vectors; ++v) total[v] += (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]);
+      }
+      alignas(64) float out[kPanelColumns];
+      for (int v = 0; v < vectors; ++v) store(out + v * lanes, total[v]);
+      write_tile(call, {row, 1, column, int(min_of(call.columns - column, kPanelColumns))}, out, kPanelColumns);
+    }
   }
 };
 

@@ -149,7 +149,9 @@ def test_other_calls_take_the_modules_own():
     module, x = make("Mlp", dtype=torch.float32)
     fused = fuse(copy.deepcopy(module))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fused(x), module(x))
+        out, calls = calls_of(fused, x)
+        torch.testing.assert_close(out, module(x), rtol=0.05, atol=0.05)
+        assert not calls
     with use_backend("linear=reference"):
         assert torch.equal(fused(x), module(x))
     rows, calls = calls_of(torch.vmap(fused), x)

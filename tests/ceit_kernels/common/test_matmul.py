@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from support.accuracy import assert_as_accurate
+from support.accuracy import assert_as_accurate, assert_as_accurate_over_draws
 
 from ceit_kernels.common import matmul
 from ceit_kernels.common.extension import has_kernel
+from ceit_kernels.leff.activations import ACTIVATIONS, INDICES
 
 assert has_kernel("_linear", "cpu")  # loads the extension
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -36,6 +37,30 @@ def test_a_linear_layer_is_as_accurate_as_pytorchs_prepacked_or_not(dtype, rows,
     else:
         assert_as_accurate(["y"], [found], [expected], [exact])
     assert torch.equal(prepacked, found)
+
+
+@DTYPES
+@pytest.mark.parametrize(("columns", "terms"), [(64, 16), (100, 1), (7, 190), (129, 515), (1000, 1283)])
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_one_row_is_as_accurate_as_pytorchs(dtype, columns, terms, activation):
+    def results(draw):
+        torch.manual_seed(draw)
+        x, weight, bias = (torch.randn(size).to(dtype) for size in ((1, terms), (columns, terms), (columns,)))
+        function = ACTIVATIONS[activation]
+        packed = matmul.prepack_linear(weight, bias)
+        found = torch.ops.ceit._linear(x, weight, bias, packed, columns, INDICES[activation])
+        exact = function(torch.nn.functional.linear(x.double(), weight.double(), bias.double()))
+        return [found], [function(torch.nn.functional.linear(x, weight, bias))], [exact]
+
+    if dtype == torch.float64:
+        (found,), _, (exact,) = results(0)
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    else:
+        assert_as_accurate_over_draws(["y"], map(results, range(12)))
+
+
+def test_the_index_of_no_activation():
+    assert INDICES["identity"] == matmul.IDENTITY
 
 
 @SIZES
