@@ -15,8 +15,6 @@ __all__ = ["Intact"]
 class Intact:
     """What a module and those within it are, and what they were when ``remember`` was called.
 
-    Made before the class of the module is a frozen one.
-
     Args:
         modules: the module first.
         method: what the module is called by.

@@ -11,42 +11,16 @@ import torch.nn.functional as F
 from support.accuracy import assert_as_accurate
 from support.changes import VALUES, Inapplicable, Live
 from support.fused_modules import MODULES, make_pair
+from support.snapshots import X, make_leff, make_model, through_a_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from ceit_kernels import FusedLeFF, freeze, use_backend
+from ceit_kernels import freeze, use_backend
 from ceit_kernels.common.matmul import linear
 from ceit_kernels.leff import FrozenLeFF, LocallyEnhancedFeedForward
 from ceit_kernels.leff.cpu import kernels
 from ceit_kernels.leff.module import fold_norms
 from ceit_kernels.linear import FrozenLinear
-
-X = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(1))
-
-
-def make_leff(seed=0, **options):
-    """A block in evaluation mode whose norms do something."""
-    torch.manual_seed(seed)
-    leff = FusedLeFF(32, 64, **options).eval()
-    for norm in leff.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            for tensor in (norm.weight, norm.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.5)
-            for tensor in (norm.bias, norm.running_mean):
-                nn.init.normal_(tensor)
-    return leff
-
-
-def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(make_leff(), nn.Linear(32, 48), nn.GELU()).eval()
-
-
-def through_a_file(module, **options):
-    memory = io.BytesIO()
-    torch.save(module, memory)
-    memory.seek(0)
-    return torch.load(memory, weights_only=False, **options)
 
 
 @contextlib.contextmanager
@@ -402,44 +376,3 @@ def test_on_a_gpu_a_snapshot_computes_what_the_model_did(cuda_graphs, dtype):
     assert len(frozen._graphs) == cuda_graphs
     for found, plain, exact in draws:
         assert_as_accurate(["out"], [found], [plain], [exact])
-
-
-def with_another_weight(model):
-    model[1].weight = 2 * model[1].weight.detach()
-
-
-def with_another_norm(model):
-    model[0].bn2 = nn.BatchNorm2d(64).eval()
-
-
-def with_norms_in_training(model):
-    model[0].train()
-
-
-def in_another_dtype_and_back(model):
-    model.bfloat16().float()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "change", [with_another_weight, with_another_norm, with_norms_in_training, in_another_dtype_and_back]
-)
-def test_what_is_done_to_a_prepacked_part_is_not_ignored(change):
-    model = make_model()
-    frozen, changed = freeze(model), copy.deepcopy(model)
-    before = frozen(X)
-    if change is with_another_weight:
-        changed[1].weight = nn.Parameter(2 * changed[1].weight)
-    else:
-        change(changed)
-    change(frozen.model)
-    expected = changed(X)
-    assert (expected - before).abs().max() > 1e-3
-    torch.testing.assert_close(frozen(X), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_weights_are_not_loaded_into_a_part_of_a_snapshot():
-    frozen = freeze(make_model())
-    for part in (frozen.model, frozen.model[0].conv1, copy.deepcopy(frozen).model, through_a_file(frozen).model[1]):
-        with pytest.raises(RuntimeError, match="a frozen model cannot be loaded into"):
-            part.load_state_dict(part.state_dict())
