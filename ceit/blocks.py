@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ceit_kernels import FusedAddNorm, FusedAttention, FusedLeFF, FusedLinear
+from ceit_kernels.adapters.timm_mlp import Mlp as FusedMlp
 from ceit_kernels.block import (
     EncoderParts,
     LayersParts,
@@ -16,6 +17,7 @@ from ceit_kernels.block import (
     encoder_training,
     layers_inference,
 )
+from ceit_kernels.common.module import is_made
 from ceit_kernels.common.sync_norm import BATCH_NORMS
 
 from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
@@ -309,10 +311,17 @@ class LCABlock(nn.Module):
         return None if parts is None else layers_inference(x, parts)
 
 
+def _is_mlp(module: nn.Module) -> TypeGuard[Mlp]:
+    """Whether calling a module runs the `forward` of timm's MLP, plain or fused, and no hook."""
+    kind = type(module)
+    fused = issubclass(kind, FusedMlp) and is_made(kind) and kind.plain_class is Mlp
+    return is_exactly(module, kind if fused else Mlp)
+
+
 def layers_parts(block: LCABlock) -> LayersParts | None:
     """The parts of a block over class tokens; None if a call of the block does more than they do."""
     mlp = block.feedforward
-    if not is_exactly(mlp, Mlp) or type(mlp.norm) is not nn.Identity:
+    if not _is_mlp(mlp) or type(mlp.norm) is not nn.Identity:
         return None
     dropouts = (mlp.drop1, mlp.drop2, mlp.norm)
     return LayersParts(block.norm1, block.attn, block.norm2, mlp.fc1, mlp.act, mlp.fc2, dropouts)
