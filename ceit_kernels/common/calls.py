@@ -92,7 +92,8 @@ def functions_reason() -> str | None:
     """Why the functions of PyTorch that modules call have to be called; None if they compute what they say."""
     if _are_replaced():
         return "a function of torch.nn.functional was replaced"
-    if torch._C._len_torch_function_stack() and not torch.compiler.is_compiling():  # exporters put their own there
+    # Exporters and what counts launches put their own there.
+    if torch._C._len_torch_function_stack() and not (torch.compiler.is_compiling() or is_recording()):
         for i in range(torch._C._len_torch_function_stack()):
             if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
                 return "a mode that sees PyTorch's functions is active"
