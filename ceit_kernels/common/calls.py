@@ -93,11 +93,18 @@ def functions_reason() -> str | None:
     if _are_replaced():
         return "a function of torch.nn.functional was replaced"
     # Exporters and what counts launches put their own there.
-    if torch._C._len_torch_function_stack() and not (torch.compiler.is_compiling() or is_recording()):
-        for i in range(torch._C._len_torch_function_stack()):
-            if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
-                return "a mode that sees PyTorch's functions is active"
+    others = torch._C._len_torch_function_stack() and not (torch.compiler.is_compiling() or is_recording())
+    if others and not _KNOWN_MODES.issuperset(_active_modes()):
+        return "a mode that sees PyTorch's functions is active"
     return None
+
+
+def _active_modes() -> list[type]:
+    return [type(torch._C._get_function_stack_at(i)) for i in range(torch._C._len_torch_function_stack())]
+
+
+# The default device, and what was there before this package, as an emulated GPU is.
+_KNOWN_MODES = {DeviceContext, *_active_modes()}
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
