@@ -313,7 +313,7 @@ class LCABlock(nn.Module):
 
 def _is_mlp(module: nn.Module) -> TypeGuard[Mlp]:
     """Whether calling a module runs the `forward` of timm's MLP, plain or fused, and no hook."""
-    kind = type(module)
+    kind: Any = type(module)
     fused = issubclass(kind, FusedMlp) and is_made(kind) and kind.plain_class is Mlp
     return is_exactly(module, kind if fused else Mlp)
 
