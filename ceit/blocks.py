@@ -313,9 +313,9 @@ class LCABlock(nn.Module):
 
 def _is_mlp(module: nn.Module) -> TypeGuard[Mlp]:
     """Whether calling a module runs the `forward` of timm's MLP, plain or fused, and no hook."""
-    kind: Any = type(module)
-    fused = issubclass(kind, FusedMlp) and is_made(kind) and kind.plain_class is Mlp
-    return is_exactly(module, kind if fused else Mlp)
+    fused = isinstance(module, FusedMlp) and is_made(type(module))
+    plain = getattr(module, "plain_class", None) if fused else type(module)
+    return plain is Mlp and is_exactly(module, type(module))
 
 
 def layers_parts(block: LCABlock) -> LayersParts | None:
