@@ -94,9 +94,19 @@ def _products(a: Arguments) -> int:
     return _tiles(a, ("E", "TILE_E"), ("M", "ROWS")) * ceil(a["C"] / (a["TILE_C"] * a["NUM_C"]))
 
 
+def _taps(a: Arguments) -> int:
+    """Program instances that take the sums of the taps' gradient, if it is among what is wanted."""
+    return 0 if a["p_dweight2"] is None else ceil(a["E"] * a["KERNEL"] ** 2 / a["TILE_N"])
+
+
 def _columns(a: Arguments) -> list[int]:
     """The rows of an image, in the loop over images."""
     return [a["H"] + a["KERNEL"] // 2, a["IMAGES"]]
+
+
+def _zeroing(a: Arguments) -> list[int]:
+    """The tickets of later kernels, if there are any."""
+    return [1] * (a["p_tickets"] is not None)
 
 
 KERNELS = {
@@ -105,14 +115,12 @@ KERNELS = {
     "leff_depthwise_inference_kernel": Kernel(
         narrow(device), lambda a: [a["H"]], lambda a: a["B"] * _tiles(a, ("W", "TILE_W"), ("E", "TILE_E"))
     ),
-    "leff_expand_moments_kernel": Kernel(by_unit(l2, shared_by(24))),
-    "leff_moments_kernel": Kernel(device, _steps("ROWS", "TILE_M")),
+    "leff_expand_moments_kernel": Kernel(by_unit(l2, shared_by(24)), _zeroing),
+    "leff_moments_kernel": Kernel(device, lambda a: [*_zeroing(a), _tiles(a, ("ROWS", "TILE_M"))]),
     "leff_depthwise_kernel": Kernel(device, _columns),
     "leff_contract_operand_kernel": Kernel(by_unit(wide(device), l2), _steps("E", "TILE_E")),
     "leff_norm_kernel": Kernel(device),
-    "leff_norm_sums_kernel": Kernel(
-        device, lambda a: [1] * (a["p_tickets"] is not None) + [_tiles(a, ("ROWS", "TILE_M"))]
-    ),
+    "leff_norm_sums_kernel": Kernel(device, lambda a: [*_zeroing(a), _tiles(a, ("ROWS", "TILE_M"))]),
     # Of 256 images 98 partial sums, by eight loads for sixteen, and four vectors.
     "leff_norm_gradient_kernel": Kernel(
         first_by_l2(60), lambda a: [_tiles(a, ("T", "TILE_T")), _tiles(a, ("ROWS", "TILE_M"))]
@@ -131,17 +139,19 @@ KERNELS = {
         lambda a: [_tiles(a, ("E", "FOLD_E")), _tiles(a, ("ROWS", "TILE_M"))],
         lambda a: ceil(a["C"] / a["FOLD_C"]) ** 2,
     ),
-    # Of its first way the loops over partial sums, unrolled and rest, and of the GEMM; then those of the second way.
+    # Of its first way the loops over partial sums, unrolled and rest, of the GEMM, and over partial sums of the taps,
+    # taken to be in each; then those of the second way.
     "leff_factored_gradient_kernel": Kernel(
         by_unit(wide(device), l2),
         lambda a: [
             a["S"] // 4,
             a["S"] % 4,
             ceil(a["C"] / a["TILE_E"]),
+            *[_tiles(a, ("T", "TILE_S")) // 4] * (a["p_dweight2"] is not None),
             ceil(a["E"] / a["TILE_E"]),
             ceil(a["C"] / a["TILE_E"]),
         ],
-        lambda a: _tiles(a, ("E", "WEIGHT_E"), ("C", "WEIGHT_C")),
+        lambda a: _tiles(a, ("E", "WEIGHT_E"), ("C", "WEIGHT_C")) + _taps(a),
     ),
 }
 

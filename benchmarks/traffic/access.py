@@ -131,19 +131,19 @@ KERNELS: dict[str, KernelCost] = {
         z1=image_rows,
         x=prefix_tokens,
     ),
-    "leff_moments_kernel": _cost("", "partial count", z=image_rows),
+    "leff_moments_kernel": _cost("", "partial count tickets", z=image_rows),
     "leff_slope_kernel": _cost(
         "z2 norm2 partial tickets total",
         "g2 h2 partial tickets gradient dbias dnorm_weight dnorm_bias",
         dh2=image_rows,
     ),
     "leff_expand_moments_kernel": _cost(
-        "weight bias", "z1 partial count", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
+        "weight bias", "z1 partial count tickets", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
     ),
     # Column tiles of an image are neighbours in launch order and share their margins.
     "leff_depthwise_kernel": _cost(
-        "norm1 weight2 bias",
-        "z2 partial count",
+        f"norm1 weight2 bias partial count tickets norm_weight norm_bias {_running('')}",
+        f"z2 partial count tickets norm total {_running('')}",
         lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
         z1=image_rows,
     ),
@@ -162,8 +162,8 @@ KERNELS: dict[str, KernelCost] = {
         "weight z2 norm2", "g2 partial", lambda a: 2 * a["M"] * a["O"] * a["E"], dz3=image_tokens
     ),
     "leff_depthwise_backward_kernel": _cost(
-        "g2 z2 gradient2 norm1 weight2",
-        "g1 taps_gradient partial",
+        "g2 z2 gradient2 norm1 weight2 partial tickets total",
+        "g1 taps_gradient partial tickets gradient dbias dnorm_weight dnorm_bias",
         lambda a: 4 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
         z1=image_rows,
     ),
@@ -176,8 +176,8 @@ KERNELS: dict[str, KernelCost] = {
         x=gram_tokens,
     ),
     "leff_statistics_kernel": _cost(
-        f"count weight bias tokens norm1 norm2 {_running('')} {_running(1)} {_running(2)}",
-        f"norm total {_running('')} {_running(1)} {_running(2)}",
+        f"count norm_weight norm_bias {_running('')}",
+        f"norm total {_running('')}",
         partial=sweeps(2),
     ),
     "leff_running_kernel": _cost(
@@ -195,8 +195,8 @@ KERNELS: dict[str, KernelCost] = {
         tokens=image_tokens,
     ),
     "leff_factored_gradient_kernel": _cost(
-        "a folded tail bias total partial weight gradient gram sums all_sums",
-        "out dweight",
+        "a folded tail bias total partial weight gradient gram sums all_sums taps_gradient",
+        "out dweight dweight2",
         lambda a: (
             2 * a["M"] * a["C"] * (_where(a, "p_out", a["E"]) + _where(a, "p_tail", a["C"]))
             + _where(a, "p_gram", 2 * a["E"] * a["C"] ** 2)

@@ -7,7 +7,7 @@ leaves it can take them: each stores what it has and takes a ticket, and whoever
 import triton
 import triton.language as tl
 
-__all__ = ["is_last", "store_rows", "sum_by_last"]
+__all__ = ["is_last", "store_rows", "sum_by_last", "zero_tickets"]
 
 
 @triton.jit
@@ -26,6 +26,15 @@ def is_last(p_ticket, count):
     if last:
         tl.store(p_ticket, 0)
     return last
+
+
+@triton.jit
+def zero_tickets(p_tickets, COUNTERS, i):
+    """Let the tickets (COUNTERS,) of later launches start at 0, which program instance 0 does."""
+    if i == 0:
+        for t in range(0, COUNTERS, 128):
+            o_t = t + tl.arange(0, 128)
+            tl.store(p_tickets + o_t, tl.zeros((128,), dtype=tl.int32), mask=o_t < COUNTERS)
 
 
 @triton.jit

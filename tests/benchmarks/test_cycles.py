@@ -77,8 +77,7 @@ def statistics():
     with FakeTensorMode(), record_launches() as launches:
         partial, count = torch.empty(128, 2, 64), torch.empty(128)
         tensors = {"p_partial": partial, "p_count": count, "p_norm": torch.empty(5, 64), "p_total": torch.empty(1)}
-        sizes = {"T": 128, "EPS": 1e-5, "E": 64, "HIDDEN": 64, "TILE_T": 64, "TILE_E": 16, "ACC": tl.float32}
-        sizes |= dict.fromkeys(("momentum", "momentum1", "momentum2"), 0.0)
+        sizes = {"T": 128, "EPS": 1e-5, "E": 64, "TILE_T": 64, "TILE_E": 16, "ACC": tl.float32, "momentum": 0.0}
         launch(leff_statistics_kernel, (4,), tensors | sizes, 4, 1)
     return launches[0]
 

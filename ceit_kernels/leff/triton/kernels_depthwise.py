@@ -11,18 +11,23 @@ import triton.language as tl
 from ...common.activations import activate, activate_with_slope
 from ...common.kernel import kernel
 from ...common.partials import store_rows
-from .kernels_common import gradient_rows, norm_gradient, norm_rows, normalize
+from .kernels_common import ONE, gradient_rows, norm_gradient, norm_rows, normalize
+from .kernels_reduce import gradient_by_last, norm_by_last
 
 __all__ = ["leff_depthwise_backward_kernel", "leff_depthwise_kernel", "load_row", "load_taps", "outside"]
 
 
 @kernel
 def leff_depthwise_kernel(
-    p_z1, p_norm1, p_weight2, p_bias, p_z2, p_partial, p_count, B, H, P1, IMAGES,
-    W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
-    TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+    p_z1, p_norm1, p_weight2, p_bias, p_z2, p_partial, p_count, p_tickets, p_norm, p_total, p_norm_weight, p_norm_bias,
+    p_running_mean, p_running_var, p_batches, momentum: tl.float64, B, H, P1, IMAGES, T, GROUP,
+    W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, EPS: tl.constexpr,
+    TILE_W: tl.constexpr, TILE_E: tl.constexpr, TILE_T: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """z2 (M, E) = dw(act(norm z1)) + b_2 from z1 (B, P1 + HW, E) and weight2 (E, KERNEL^2); partial moments of z2."""
+    """z2 (M, E) = dw(act(norm z1)) + b_2 from z1 (B, P1 + HW, E) and weight2 (E, KERNEL^2); partial moments of z2, and
+    with tickets ``norm_by_last``.
+    """
     R: tl.constexpr = KERNEL // 2
     NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
     NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
@@ -98,18 +103,26 @@ def leff_depthwise_kernel(
                     b_total += b_delta * (n / count)
     if p_partial is not None:
         store_rows(p_partial, i_t, b_total, b_squares, o_e, m_e, E)
-        if i_e == 0:
+        if p_tickets is not None:
+            norm_by_last(
+                p_partial, p_count, p_tickets, p_norm, p_total,
+                (p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_batches, momentum),
+                count, i_t, i_e, T, GROUP, EPS, E, ONE, TILE_T, TILE_E, ACC,
+            )  # fmt: skip
+        elif i_e == 0:
             tl.store(p_count + i_t, count)
 
 
 @kernel
 def leff_depthwise_backward_kernel(
-    p_g2, p_z2, p_z1, p_gradient2, p_norm1, p_weight2, p_g1, p_taps_gradient, p_partial, B, H, P1, IMAGES,
+    p_g2, p_z2, p_z1, p_gradient2, p_norm1, p_weight2, p_g1, p_taps_gradient, p_partial, p_tickets, p_total, p_gradient,
+    p_dbias, p_dnorm_weight, p_dnorm_bias, B, H, P1, IMAGES, T, GROUP,
     W: tl.constexpr, E: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
-    TILE_W: tl.constexpr, TILE_E: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
+    TILE_W: tl.constexpr, TILE_E: tl.constexpr, TILE_T: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """g1 (M, E), the gradient of norm z1, from g2, that of norm z2, and z1 (B, P1 + HW, E); partial gradients of the
-    taps (T, KERNEL^2, E) and partial sums (T, 2, E) of g1 and of g1 (z1 - mean).
+    taps (T, KERNEL^2, E), partial sums (T, 2, E) of g1 and of g1 (z1 - mean), and with tickets ``gradient_by_last``.
     """
     R: tl.constexpr = KERNEL // 2
     NX: tl.constexpr = (W + TILE_W - 1) // TILE_W
@@ -176,6 +189,11 @@ def leff_depthwise_backward_kernel(
     for k in tl.static_range(KERNEL * KERNEL):
         p_tap = p_taps_gradient + (i_t * (KERNEL * KERNEL) + k).to(tl.int64) * E + o_e
         tl.store(p_tap, b_dtaps[k], mask=m_e)
+    if p_tickets is not None:
+        gradient_by_last(
+            p_partial, p_tickets, p_norm1, p_total, p_gradient, p_dbias, p_dnorm_weight, p_dnorm_bias,
+            i_t, tl.program_id(0) % NE, T, GROUP, o_e, m_e, E, TILE_T, TILE_E, ACC,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 from ...common.kernel import kernel
 from .kernels_common import ONE, PLAIN, compute_once, gradient_rows
 from .kernels_gemm import contract_operand, partial_product
+from .kernels_reduce import sum_parts
 
 __all__ = ["leff_factored_gradient_kernel", "leff_factored_product_kernel"]
 
@@ -47,21 +48,29 @@ def leff_factored_product_kernel(
 @kernel
 def leff_factored_gradient_kernel(
     p_a, p_folded, p_tail, p_bias, p_tokens, p_all_sums, p_total, p_out, p_prefix,
-    p_partial, p_weight, p_gradient, p_gram, p_sums, p_dweight, B, M, HW, S,
+    p_partial, p_weight, p_gradient, p_gram, p_sums, p_dweight, p_taps_gradient, p_dweight2, B, M, HW, S, T,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr,
-    NUM_O: tl.constexpr, WEIGHT_E: tl.constexpr, WEIGHT_C: tl.constexpr,
+    NUM_O: tl.constexpr, WEIGHT_E: tl.constexpr, WEIGHT_C: tl.constexpr, KERNEL: tl.constexpr, TILE_S: tl.constexpr,
+    TILE_N: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SHORT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients (E, C) of W_1, as ``_first_weight`` has it, and (B, P + HW, C) of x, where wanted."""
+    """The gradients (E, C) of W_1, as ``_first_weight`` has it, of the taps, (E, KERNEL^2), from T partial ones, and of
+    x, (B, P + HW, C), where wanted.
+    """
     i = tl.program_id(0)
-    if p_dweight is not None:
-        programs: tl.constexpr = ((E + WEIGHT_E - 1) // WEIGHT_E) * ((C + WEIGHT_C - 1) // WEIGHT_C)
-        if i < programs:
-            _first_weight(
-                i, p_partial, p_weight, p_gradient, p_gram, p_sums, p_all_sums, p_total, p_dweight, S,
-                C, E, WEIGHT_E, WEIGHT_C, ACC, SHORT,
-            )  # fmt: skip
-        i -= programs
+    NE: tl.constexpr = 0 if p_dweight is None else (E + WEIGHT_E - 1) // WEIGHT_E
+    weights: tl.constexpr = NE * ((C + WEIGHT_C - 1) // WEIGHT_C)
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    taps: tl.constexpr = 0 if p_dweight2 is None else (E * TAPS + TILE_N - 1) // TILE_N
+    if i < weights + taps:
+        if p_dweight is not None:
+            if i < weights:
+                _first_weight(
+                    i, p_partial, p_weight, p_gradient, p_gram, p_sums, p_all_sums, p_total, p_dweight, S,
+                    C, E, WEIGHT_E, WEIGHT_C, ACC, SHORT,
+                )  # fmt: skip
+        sum_parts(p_taps_gradient, p_dweight2, T, E * TAPS, i - weights, TAPS, TILE_S, TILE_N, ACC)
+    i -= weights + taps
     if p_out is not None:
         if i >= 0:
             contract_operand(

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...common.activations import activate_with_slope
 from ...common.kernel import kernel
-from ...common.partials import store_rows
+from ...common.partials import store_rows, zero_tickets
 from .kernels_common import (
     ONE,
     PLAIN,
@@ -31,11 +31,15 @@ __all__ = [
 
 @kernel
 def leff_expand_moments_kernel(
-    p_x, p_weight, p_bias, p_z1, p_partial, p_count, M, HW,
+    p_x, p_weight, p_bias, p_z1, p_partial, p_count, p_tickets, M, HW, COUNTERS,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z1 (M, E) = x W_1^T + b_1 from x (B, P + HW, C) and weight (E, C); its partial moments."""
+    """z1 (M, E) = x W_1^T + b_1 from x (B, P + HW, C) and weight (E, C); its partial moments. Tickets (COUNTERS,) of
+    later kernels start at 0.
+    """
+    if p_tickets is not None:
+        zero_tickets(p_tickets, COUNTERS, tl.program_id(0))
     i_m, i_e = tl.program_id(0) // tl.cdiv(E, TILE_E), tl.program_id(0) % tl.cdiv(E, TILE_E)
     o_r = tl.arange(0, TILE_M)
     o_m = i_m * TILE_M + o_r

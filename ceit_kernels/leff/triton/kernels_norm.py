@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ...common.kernel import kernel
-from ...common.partials import store_rows
+from ...common.partials import store_rows, zero_tickets
 from .kernels_common import norm_gradient, norm_rows, normalize, pass_prefix, token_rows
 from .kernels_reduce import gradient_of_sums, sum_pairs
 
@@ -47,10 +47,7 @@ def leff_norm_sums_kernel(
     """
     i_t = tl.program_id(0)
     if p_tickets is not None:
-        if (i_t == 0) & (tl.program_id(1) == 0):
-            for t in range(0, COUNTERS, 128):
-                o_t = t + tl.arange(0, 128)
-                tl.store(p_tickets + o_t, tl.zeros((128,), dtype=tl.int32), mask=o_t < COUNTERS)
+        zero_tickets(p_tickets, COUNTERS, i_t + tl.program_id(1))
     o_o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
     m_o = o_o < O
     b_norm = norm_rows(p_norm3, o_o[None, :], m_o[None, :], O)

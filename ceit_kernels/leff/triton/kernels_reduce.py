@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ...common.kernel import kernel
-from ...common.partials import store_rows, sum_by_last
+from ...common.partials import is_last, store_rows, sum_by_last
 from .kernels_common import ONE
 
 __all__ = [
@@ -13,59 +13,77 @@ __all__ = [
     "leff_reduce_kernel",
     "leff_running_kernel",
     "leff_statistics_kernel",
+    "norm_by_last",
     "sum_pairs",
+    "sum_parts",
 ]
 
 
 @kernel
 def leff_statistics_kernel(
-    p_partial, p_count, p_weight, p_bias, p_norm, p_total, T,
-    p_running_mean, p_running_var, p_batches, momentum: tl.float64, p_tokens,
-    p_norm1, p_running_mean1, p_running_var1, p_batches1, momentum1: tl.float64,
-    p_norm2, p_running_mean2, p_running_var2, p_batches2, momentum2: tl.float64,
-    EPS: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr,
-    ACC: tl.constexpr,
+    p_partial, p_count, p_norm, p_total, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_batches,
+    momentum: tl.float64, T,
+    EPS: tl.constexpr, E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The ``norm`` array (5, E) and the count (1,) from T partial moments (T, 2, E) and their counts (T,). Where wanted
-    it is averaged into running statistics, as those (5, HIDDEN) of two layers before, taken of p_tokens (1,) tokens.
+    """The ``norm`` array (5, E) and the count (1,) from T partial moments (T, 2, E) and their counts (T,); where wanted
+    it is averaged into running statistics.
     """
-    i = tl.program_id(0)
-    if i < tl.cdiv(E, TILE_E):
-        o_e = i * TILE_E + tl.arange(0, TILE_E)
-        m_e = o_e < E
-        b_mean, b_variance, n = _statistics(p_partial, p_count, T, o_e, m_e, E, TILE_T, TILE_E, ACC)
-        b_rstd = tl.rsqrt(b_variance + EPS)
-        b_scale, b_shift = b_rstd, tl.zeros((TILE_E,), dtype=ACC)
-        if p_weight is not None:
-            b_scale *= tl.load(p_weight + o_e, mask=m_e, other=0.0).to(ACC)
-        if p_bias is not None:
-            b_shift += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
-        store_rows(p_norm, 0, b_mean, b_variance, o_e, m_e, E)
-        store_rows(p_norm, 1, b_rstd, b_scale, o_e, m_e, E)
-        tl.store(p_norm + 4 * E + o_e, b_shift, mask=m_e)
-        if p_total is not None:
-            if i == 0:
-                tl.store(p_total, n)
-        if p_running_mean is not None:
-            _average(b_mean, b_variance, n, p_running_mean, p_running_var, p_batches, momentum, i, o_e, m_e, ACC)
-    i -= tl.cdiv(E, TILE_E)
-    _average_array(p_norm1, p_tokens, p_running_mean1, p_running_var1, p_batches1, momentum1, i, HIDDEN, TILE_E, ACC)
-    i -= tl.cdiv(HIDDEN, TILE_E)
-    _average_array(p_norm2, p_tokens, p_running_mean2, p_running_var2, p_batches2, momentum2, i, HIDDEN, TILE_E, ACC)
+    i_e = tl.program_id(0)
+    o_e = i_e * TILE_E + tl.arange(0, TILE_E)
+    m_e = o_e < E
+    b_mean, b_squares, n = _merge_moments(p_partial, p_count, T, o_e, m_e, E, TILE_T, TILE_E, ACC)
+    vectors = p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_batches, momentum
+    _store_norm(b_mean, b_squares / n, n, p_norm, p_total, vectors, i_e, o_e, m_e, EPS, E, ACC)
 
 
 @triton.jit
-def _statistics(
+def norm_by_last(
+    p_partial, p_count, p_tickets, p_norm, p_total, vectors, n, i_t, i_e, T, GROUP,
+    EPS: tl.constexpr, E: tl.constexpr, NUM_E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """What ``leff_statistics_kernel`` makes of T partial moments, by the last program instance to leave some in these
+    NUM_E tiles of channels, from tile i_e on; this one has left those i_t, of n tokens.
+
+    Those of each GROUP are merged first, as ``partials.sum_by_last`` does, and left behind the T: partial moments are
+    (T + groups, 2, E), and counts, of each such column of program instances, (columns, T + groups).
+    """
+    i_g, groups, i_column = i_t // GROUP, tl.cdiv(T, GROUP), i_e // NUM_E
+    p_count += i_column * (T + groups)
+    p_tickets += i_column * (1 + groups)
+    tl.store(p_count + i_t, n)
+    parts = tl.minimum(GROUP, T - i_g * GROUP)
+    if is_last(p_tickets + 1 + i_g, parts):
+        for k in tl.static_range(NUM_E):
+            o_e = (i_e + k) * TILE_E + tl.arange(0, TILE_E)
+            p_parts = p_partial + i_g * (GROUP * 2 * E)
+            b_mean, b_squares, n_group = _merge_moments(
+                p_parts, p_count + i_g * GROUP, parts, o_e, o_e < E, E, TILE_T, TILE_E, ACC
+            )
+            store_rows(p_partial, T + i_g, b_mean, b_squares, o_e, o_e < E, E)
+            tl.store(p_count + T + i_g, n_group)
+        if is_last(p_tickets, groups):
+            for k in tl.static_range(NUM_E):
+                o_e = (i_e + k) * TILE_E + tl.arange(0, TILE_E)
+                b_mean, b_squares, n_all = _merge_moments(
+                    p_partial + T * (2 * E), p_count + T, groups, o_e, o_e < E, E, TILE_T, TILE_E, ACC
+                )
+                b_variance = b_squares / n_all
+                _store_norm(b_mean, b_variance, n_all, p_norm, p_total, vectors, i_e + k, o_e, o_e < E, EPS, E, ACC)
+
+
+@triton.jit
+def _merge_moments(
     p_partial, p_count, T, o_e, m_e, E: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr
 ):
-    """Mean and variance, and of how many tokens."""
+    """Mean, sum of squares about it, and of how many tokens, from those of T parts of other program instances."""
     # About the mean of the first part, so that a mean far from zero costs no digits.
-    b_first = tl.load(p_partial + o_e, mask=m_e, other=0.0)
+    b_first = tl.load(p_partial + o_e, mask=m_e, other=0.0, cache_modifier=".cg")
     b_means = tl.zeros((TILE_T, TILE_E), dtype=ACC)
     b_counts = tl.zeros((TILE_T,), dtype=ACC)
     for t in range(0, T, TILE_T):
         b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, TILE_T)
-        b_mean = tl.load(p_rows, mask=mask, other=0.0)
+        b_mean = tl.load(p_rows, mask=mask, other=0.0, cache_modifier=".cg")
         b_means += b_n[:, None] * (b_mean - b_first[None, :])
         b_counts += b_n
     n = tl.sum(b_counts, axis=0)
@@ -73,9 +91,10 @@ def _statistics(
     b_squares = tl.zeros((TILE_T, TILE_E), dtype=ACC)
     for t in range(0, T, TILE_T):
         b_n, p_rows, mask = _part(p_partial, p_count, t, o_e, m_e, T, E, TILE_T)
-        b_centred = tl.load(p_rows, mask=mask, other=0.0) - b_first[None, :] - b_offset[None, :]
-        b_squares += tl.load(p_rows + E, mask=mask, other=0.0) + b_n[:, None] * b_centred * b_centred
-    return b_first + b_offset, tl.sum(b_squares, axis=0) / n, n
+        b_centred = tl.load(p_rows, mask=mask, other=0.0, cache_modifier=".cg") - b_first[None, :] - b_offset[None, :]
+        b_own = tl.load(p_rows + E, mask=mask, other=0.0, cache_modifier=".cg")
+        b_squares += b_own + b_n[:, None] * b_centred * b_centred
+    return b_first + b_offset, tl.sum(b_squares, axis=0), n
 
 
 @triton.jit
@@ -83,7 +102,33 @@ def _part(p_partial, p_count, t, o_e, m_e, T, E: tl.constexpr, TILE_T: tl.conste
     """Counts of TILE_T parts, 0 behind the last, and where their means are."""
     o_t = t + tl.arange(0, TILE_T)
     p_rows = p_partial + o_t.to(tl.int64)[:, None] * (2 * E) + o_e[None, :]
-    return tl.load(p_count + o_t, mask=o_t < T, other=0.0), p_rows, (o_t < T)[:, None] & m_e[None, :]
+    b_n = tl.load(p_count + o_t, mask=o_t < T, other=0.0, cache_modifier=".cg")
+    return b_n, p_rows, (o_t < T)[:, None] & m_e[None, :]
+
+
+@triton.jit
+def _store_norm(
+    b_mean, b_variance, n, p_norm, p_total, vectors, i_e, o_e, m_e, EPS: tl.constexpr, E: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Of tile i_e of channels the ``norm`` array (5, E), and what is wanted besides: the n tokens, in p_total (1,), and
+    the running statistics averaged. The vectors are weight and bias of the norm and those of ``_average``.
+    """
+    p_weight, p_bias, p_running_mean, p_running_var, p_batches, momentum = vectors
+    b_rstd = tl.rsqrt(b_variance + EPS)
+    b_scale, b_shift = b_rstd, tl.zeros_like(b_mean)
+    if p_weight is not None:
+        b_scale *= tl.load(p_weight + o_e, mask=m_e, other=0.0).to(ACC)
+    if p_bias is not None:
+        b_shift += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(ACC)
+    store_rows(p_norm, 0, b_mean, b_variance, o_e, m_e, E)
+    store_rows(p_norm, 1, b_rstd, b_scale, o_e, m_e, E)
+    tl.store(p_norm + 4 * E + o_e, b_shift, mask=m_e)
+    if p_total is not None:
+        if i_e == 0:
+            tl.store(p_total, n)
+    if p_running_mean is not None:
+        _average(b_mean, b_variance, n, p_running_mean, p_running_var, p_batches, momentum, i_e, o_e, m_e, ACC)
 
 
 @kernel
@@ -159,10 +204,10 @@ def leff_reduce_kernel(
             if p_sums is not None:
                 store_rows(p_sums, 0, b_sum, b_moment, o_e, m_e, E)
         i -= tl.cdiv(E, TILE_E)
-    i = _sum(p_partial1, p_out1, S1, N1, i, ONE, TILE_S, TILE_N, ACC)
-    i = _sum(p_partial2, p_out2, S2, N2, i, ONE, TILE_S, TILE_N, ACC)
-    i = _sum(p_partial3, p_out3, S3, N3, i, ONE, TILE_S, TILE_N, ACC)
-    _sum(p_partial4, p_out4, S4, N4, i, TAPS, TILE_S, TILE_N, ACC)
+    i = sum_parts(p_partial1, p_out1, S1, N1, i, ONE, TILE_S, TILE_N, ACC)
+    i = sum_parts(p_partial2, p_out2, S2, N2, i, ONE, TILE_S, TILE_N, ACC)
+    i = sum_parts(p_partial3, p_out3, S3, N3, i, ONE, TILE_S, TILE_N, ACC)
+    sum_parts(p_partial4, p_out4, S4, N4, i, TAPS, TILE_S, TILE_N, ACC)
 
 
 @triton.jit
@@ -238,7 +283,7 @@ def gradient_of_sums(
 
 
 @triton.jit
-def _sum(
+def sum_parts(
     p_partial, p_out, S, N, i_n, TAPS: tl.constexpr, TILE_S: tl.constexpr, TILE_N: tl.constexpr, ACC: tl.constexpr
 ):
     """Tile i_n, if there is one, of the sum of parts (S, TAPS, N // TAPS), transposed; and i_n behind its tiles."""

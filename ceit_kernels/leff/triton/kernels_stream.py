@@ -4,7 +4,7 @@ import triton.language as tl
 
 from ...common.activations import activate_with_slope
 from ...common.kernel import kernel
-from ...common.partials import store_rows
+from ...common.partials import store_rows, zero_tickets
 from .kernels_common import norm_rows, normalize, token_rows
 from .kernels_reduce import gradient_by_last
 
@@ -13,11 +13,15 @@ __all__ = ["leff_moments_kernel", "leff_slope_kernel"]
 
 @kernel
 def leff_moments_kernel(
-    p_z, p_partial, p_count, M, HW, ROWS, P: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr,
-    ACC: tl.constexpr,
+    p_z, p_partial, p_count, p_tickets, M, HW, ROWS, COUNTERS, P: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Partial moments of z (B, P + HW, E) without the prefix, over ROWS tokens each."""
+    """Partial moments of z (B, P + HW, E) without the prefix, over ROWS tokens each. Tickets (COUNTERS,) of later
+    kernels start at 0.
+    """
     i_t = tl.program_id(0)
+    if p_tickets is not None:
+        zero_tickets(p_tickets, COUNTERS, i_t + tl.program_id(1))
     o_e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
     m_e = o_e < E
     o_r = tl.arange(0, TILE_M)

@@ -21,8 +21,8 @@ from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_ker
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
 from .kernels_reduce import leff_reduce_kernel
 from .kernels_stream import leff_slope_kernel
-from .launch_common import ROWS, Call, groups_of
-from .launch_forward import contract_grid, depthwise_grid
+from .launch_common import ROWS, Call, groups_of, linear_input_gradient, linear_weight_gradient
+from .launch_forward import contract_grid, depthwise_grid, depthwise_tickets
 from .tiles import (
     PARTS,
     contract_tiles,
@@ -174,34 +174,45 @@ class _Backward:
         return dz3, 0
 
     def _tickets(self, parts: int) -> Tensor | None:
-        """Counters for ``_g2_by_library``, if its kernel can go on to the norm's gradient array."""
+        """Counters for ``_g2_by_library`` and ``_g1``, one after another, if program instances can know who is last."""
         call = self.call
-        shared = call.settings.group is not None and call.settings.norms[1] == "batch"
-        if call.settings.backend == "library" and not shared and one_publishes_for_all():
+        if one_publishes_for_all():
             columns = cdiv(call.E, stream_tiles(call.E).sizes["TILE_E"])
-            self.tickets = call.empty(columns * (1 + groups_of(parts)[1]), dtype=torch.int32)
+            count = max(columns * (1 + groups_of(parts)[1]), depthwise_tickets(call))
+            self.tickets = call.empty(count, dtype=torch.int32)
         return self.tickets
+
+    def _sums(self, layer: int, parts: int, wanted: bool) -> dict[str, Any]:
+        """Where a kernel leaves the partial sums of a layer's norm, and with tickets what its last program instance
+        makes of them, unless other processes have some too.
+        """
+        call, known = self.call, {"T": parts, "GROUP": 1}
+        shared = call.settings.group is not None and call.settings.norms[layer] == "batch"
+        if self.tickets is None or shared or not (wanted or any(self.needs[layer][1:])):
+            return {**known, "p_partial": call.empty(parts, 2, call.E)}
+        known["GROUP"], groups = groups_of(parts)
+        gradient = call.empty(GRADIENT_ROWS, call.E) if wanted else None
+        known |= {"p_partial": call.empty(parts + groups, 2, call.E), "p_tickets": self.tickets, "p_gradient": gradient}
+        return {**known, **self._vectors(layer)}
+
+    def _gradient(self, layer: int, sums: dict[str, Any], wanted: bool) -> Tensor | None:
+        """The layer's gradient array, if wanted, of the sums that such a kernel left, or that array."""
+        return sums["p_gradient"] if "p_tickets" in sums else self._coefficients(layer, sums["p_partial"], wanted)
 
     def _g2_by_library(self, dz3: Tensor, prefix: int, wanted: bool, need_h2: bool) -> tuple[Tensor, Tensor | None]:
         """As ``_g2``, by PyTorch's GEMM, whose result becomes that of the norm's output where it lies; and the gradient
         of the last weight by another, of h2.
         """
         call, tiles = self.call, stream_tiles(self.call.E, 8)  # with registers for four program instances an SM
-        dh2 = compute(_times_weight, dz3, call.layers[2].weight, call.dtype)
+        dh2 = compute(linear_input_gradient, dz3, call.layers[2].weight, call.dtype)
         g2, h2 = call.like(self.z2) if prefix else dh2, call.like(self.z2) if need_h2 else None
         parts = cdiv(call.M, ROWS)
-        group, groups = groups_of(parts)
-        tickets = self.tickets if wanted or any(self.needs[1][1:]) else None
-        partial = call.empty(parts if tickets is None else parts + groups, 2, call.E)
-        arguments = {"p_dh2": dh2, "p_g2": g2, "p_h2": h2, "p_partial": partial, "P": prefix, "ROWS": ROWS, "T": parts}
-        arguments |= {"GROUP": group, "ACTIVATION": call.settings.activations[1]}
-        gradient = call.empty(GRADIENT_ROWS, call.E) if tickets is not None and wanted else None
-        if tickets is not None:
-            arguments |= {"p_tickets": tickets, "p_gradient": gradient, **self._vectors(1)}
+        arguments = {"p_dh2": dh2, "p_g2": g2, "p_h2": h2, "P": prefix, "ROWS": ROWS}
+        arguments |= {"ACTIVATION": call.settings.activations[1], **(sums := self._sums(1, parts, wanted))}
         call.launch(leff_slope_kernel, (parts, cdiv(call.E, tiles.sizes["TILE_E"])), tiles, **arguments)
         if h2 is not None:
-            self.gradients[2][0] = compute(_weight_gradient, dz3, h2, call.layers[2].weight)
-        return g2, self._coefficients(1, partial, wanted) if tickets is None else gradient
+            self.gradients[2][0] = compute(linear_weight_gradient, dz3, h2, call.layers[2].weight)
+        return g2, self._gradient(1, sums, wanted)
 
     def _g2(self, dz3: Tensor, prefix: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient of the second norm's output, and the norm's gradient array if that is wanted."""
@@ -224,15 +235,17 @@ class _Backward:
         call = self.call
         tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
         images, parts, grid = depthwise_grid(call, tiles)
-        g1, partial = call.like(g2), call.empty(parts, 2, call.E)
+        if self.partials:  # they take a launch in any case
+            self.tickets = None
+        g1, sums = call.like(g2), self._sums(0, parts, wanted)
         taps_gradient = call.empty(parts, call.kernel_size**2, call.E)
         arguments = {"p_g2": g2, "p_gradient2": gradient2, "ACTIVATION": call.settings.activations[0]}
-        arguments |= {"p_g1": g1, "p_taps_gradient": taps_gradient, "p_partial": partial, "IMAGES": images}
+        arguments |= {"p_g1": g1, "p_taps_gradient": taps_gradient, "IMAGES": images, **sums}
         call.launch(leff_depthwise_backward_kernel, grid, tiles, **arguments)
         if self.needs[1][0]:
             gradient = self.gradients[1][0] = call.like(call.layers[1].weight)
             self.taps = taps_gradient, gradient
-        return g1, self._coefficients(0, partial, wanted)
+        return g1, self._gradient(0, sums, wanted)
 
     def _layer1(self, g1: Tensor, gradient1: Tensor | None, scratch: Tensor) -> Tensor | None:
         """The gradients of x and of the first weight from the gradient of the first norm's output."""
@@ -254,7 +267,7 @@ class _Backward:
     def _layer1_factored(self, g1: Tensor, gradient1: Tensor | None) -> Tensor | None:
         """The same, as ``kernels_factored`` has it."""
         call, (need_weight, *_) = self.call, self.needs[0]
-        self.take_sums()
+        taps, self.taps = self.taps, None
         factors = {"p_weight": call.weight(0), "p_gradient": gradient1}
         folded, moments, first = {}, {}, {}
         if self.moments is not None:
@@ -269,7 +282,9 @@ class _Backward:
                 folded |= {"p_tail": call.empty(call.C, call.C, dtype=call.dtype), "p_bias": call.empty(call.C)}
         product = {"p_a": g1, "p_tokens": call.x} if need_weight else {}
         partial, *_ = self._partial(leff_factored_product_kernel, call.C, need_weight, **product, **factors, **folded)
-        known: dict[str, Any] = {**moments, "S": 1, "SHORT": short_precision()}
+        known: dict[str, Any] = {**moments, "S": 1, "T": 1, "SHORT": short_precision()}
+        if taps is not None:
+            known |= {"p_taps_gradient": taps[0], "p_dweight2": taps[1], "T": taps[0].shape[0]}
         if partial is not None:
             gradient = self.gradients[0][0] = call.like(call.layers[0].weight)
             known |= {**factors, **first, "p_partial": partial, "S": partial.shape[0], "p_dweight": gradient}
@@ -286,6 +301,8 @@ class _Backward:
             tiles, dx, programs = factored_tiles(tiles, call.C), None, 0
             if "p_dweight" in arguments:
                 programs += cdiv(call.E, tiles.sizes["WEIGHT_E"]) * cdiv(call.C, tiles.sizes["WEIGHT_C"])
+            if "p_dweight2" in arguments:
+                programs += cdiv(arguments["p_dweight2"].numel(), tiles.sizes["TILE_N"])
             if self.need_x:
                 dx = call.like(call.x)
                 programs += contract_grid(call, tiles, call.C)[0]
@@ -366,16 +383,6 @@ class _Backward:
             known |= {f"p_partial{i}": parts, f"p_out{i}": out, f"S{i}": count, f"N{i}": numbers}
             programs += 0 if parts is None else cdiv(numbers, PARTS.sizes["TILE_N"])
         self.call.launch(leff_reduce_kernel, (programs,), PARTS, **known)
-
-
-def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of a pointwise layer's input, of all rows of tokens."""
-    return gradient.flatten(0, -2).to(dtype) @ weight.flatten(1).to(dtype)
-
-
-def _weight_gradient(gradient: Tensor, operand: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a pointwise layer's weight from that of its output, and its input."""
-    return (gradient.flatten(0, -2).t().to(operand.dtype) @ operand).view(weight.shape).to(weight.dtype)
 
 
 def _image_rows(z: Tensor, images: int, prefix: int) -> Tensor:

@@ -16,7 +16,15 @@ from ...common.precision import precision_arguments
 from ...common.tuning import Tiles, tuned_tiles
 from ..arguments import Settings, parameters_per_layer
 
-__all__ = ["ROWS", "Call", "Layer", "groups_of", "linear"]
+__all__ = [
+    "ROWS",
+    "Call",
+    "Layer",
+    "groups_of",
+    "linear",
+    "linear_input_gradient",
+    "linear_weight_gradient",
+]
 
 Result = TypeVar("Result")
 ROWS = 512  # tokens of which a program instance of a kernel that streams takes sums
@@ -31,6 +39,16 @@ def groups_of(parts: int) -> tuple[int, int]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A pointwise layer by PyTorch's GEMM."""
     return F.linear(x.to(dtype), weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+
+
+def linear_input_gradient(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a pointwise layer's input, of all rows of tokens."""
+    return gradient.flatten(0, -2).to(dtype) @ weight.flatten(1).to(dtype)
+
+
+def linear_weight_gradient(gradient: Tensor, operand: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a pointwise layer's weight from that of its output, and its input."""
+    return (gradient.flatten(0, -2).t().to(operand.dtype) @ operand).view(weight.shape).to(weight.dtype)
 
 
 class Layer(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.launch import cdiv
+from ...common.launch import cdiv, one_publishes_for_all
 from ...common.operator import tell_autograd
 from ...common.plan import compute, planned
 from ...common.sync_norm import gather_moments
@@ -21,10 +21,10 @@ from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kern
 from .kernels_norm import leff_norm_kernel
 from .kernels_reduce import leff_statistics_kernel
 from .kernels_stream import leff_moments_kernel
-from .launch_common import ROWS, Call, linear
+from .launch_common import ROWS, Call, groups_of, linear
 from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, row_tiles, stream_tiles
 
-__all__ = ["contract_grid", "depthwise_grid", "leff_forward_triton"]
+__all__ = ["contract_grid", "depthwise_grid", "depthwise_tickets", "leff_forward_triton"]
 
 _NO_BUFFERS = (None,) * 9
 _PROGRAMS = 4096  # enough one-warp program instances for the largest chip, few enough for their partial results
@@ -84,12 +84,12 @@ def _run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _expand_by_library(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:
     """As ``_expand``, by PyTorch's GEMM: of all tokens, since leaving out the prefix would copy the others."""
     z1 = compute(_linear_of_rows, call.x, call.layers[0].weight, call.layers[0].bias, call.dtype)
-    moments = _moments(call, 0, cdiv(call.M, ROWS), call.E)
+    moments = norms.moments(0, cdiv(call.M, ROWS), call.E)
     if moments:
         tiles = stream_tiles(call.E)
         grid = cdiv(call.M, ROWS), cdiv(call.E, tiles.sizes["TILE_E"])
-        call.launch(leff_moments_kernel, grid, tiles, **moments, p_z=z1, ROWS=ROWS)
-    return z1, norms.take(0, **moments)
+        call.launch(leff_moments_kernel, grid, tiles, **moments, **norms.make_tickets(), p_z=z1, ROWS=ROWS)
+    return z1, norms.take(0, moments)
 
 
 def _linear_of_rows(*arguments: Any) -> Tensor:
@@ -97,11 +97,11 @@ def _linear_of_rows(*arguments: Any) -> Tensor:
 
 
 def _expand(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:
-    arguments = {"p_x": call.x, "p_weight": call.weight(0), "p_bias": call.layers[0].bias}
+    arguments = {"p_x": call.x, "p_weight": call.weight(0), "p_bias": call.layers[0].bias, **norms.make_tickets()}
 
-    def run(tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(tiles: Tiles) -> tuple[Tensor, dict[str, Any]]:
         rows = cdiv(call.M, tiles.sizes["TILE_M"])
-        z1, moments = call.empty(call.M, call.E, dtype=call.dtype), _moments(call, 0, rows, call.E)
+        z1, moments = call.empty(call.M, call.E, dtype=call.dtype), norms.moments(0, rows, call.E)
         grid = (rows * cdiv(call.E, tiles.sizes["TILE_E"]),)
         call.launch(leff_expand_moments_kernel, grid, tiles, **arguments, **moments, p_z1=z1)
         return z1, moments
@@ -109,7 +109,7 @@ def _expand(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:
     table = expand_tiles(call.C, call.E, call.dtype, call.chip)
     shape = {"C": call.C, "E": call.E, "norm": call.settings.norms[0]}
     z1, moments = call.tuned(leff_expand_moments_kernel, table, shape, run)
-    return z1, norms.take(0, **moments)
+    return z1, norms.take(0, moments)
 
 
 def depthwise_grid(call: Call, tiles: Tiles) -> tuple[int, int, tuple[int]]:
@@ -121,14 +121,21 @@ def depthwise_grid(call: Call, tiles: Tiles) -> tuple[int, int, tuple[int]]:
     return images, parts, (parts * channels,)
 
 
+def depthwise_tickets(call: Call) -> int:
+    """How many its program instances take tickets of where the last one goes on (``partials.sum_by_last``)."""
+    tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
+    _, parts, (programs,) = depthwise_grid(call, tiles)
+    return programs // parts * (1 + groups_of(parts)[1])
+
+
 def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, norms: _Norms) -> tuple[Tensor, Tensor | None]:
     tiles = depthwise_tiles(call.settings.width, call.E, call.kernel_size, call.dtype)
     images, parts, grid = depthwise_grid(call, tiles)
-    z2, moments = call.empty(call.M, call.E, dtype=call.dtype), _moments(call, 1, parts, call.E)
-    arguments = {"p_z1": z1, "p_norm1": norm1, "p_bias": call.layers[1].bias, "p_z2": z2}
-    arguments |= {"IMAGES": images, "ACTIVATION": call.settings.activations[0], **moments}
-    call.launch(leff_depthwise_kernel, grid, tiles, **arguments)
-    return z2, norms.take(1, **moments)
+    z2, moments = call.empty(call.M, call.E, dtype=call.dtype), norms.moments(1, parts, call.E, grid[0] // parts)
+    arguments = {"p_z1": z1, "p_norm1": norm1, "p_bias": call.layers[1].bias, "p_z2": z2, "IMAGES": images, "T": parts}
+    arguments |= {"GROUP": 1, "ACTIVATION": call.settings.activations[0], "EPS": call.settings.eps[1], "momentum": 0.0}
+    call.launch(leff_depthwise_kernel, grid, tiles, **{**arguments, **moments})
+    return z2, norms.take(1, moments)
 
 
 def _contract(
@@ -146,8 +153,9 @@ def _contract(
     arguments |= {"p_weight": call.weight(2), "p_bias": call.layers[2].bias, "p_residual": residual}
     arguments |= {"p_prefix": call.x, "P": call.settings.num_prefix_tokens if has_prefix else 0}
 
-    def run(tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
-        out, moments = call.empty(*shape, dtype=dtype), _moments(call, 2, cdiv(call.M, tiles.sizes["TILE_M"]), call.O)
+    def run(tiles: Tiles) -> tuple[Tensor, dict[str, Any]]:
+        out, rows = call.empty(*shape, dtype=dtype), cdiv(call.M, tiles.sizes["TILE_M"])
+        moments = norms.moments(2, rows, call.O)
         grid = contract_grid(call, tiles, call.O, has_prefix)
         call.launch(leff_contract_operand_kernel, grid, tiles, **arguments, **moments, p_out=out)
         return out, moments
@@ -155,7 +163,7 @@ def _contract(
     table = contract_tiles(call.O, call.dtype, call.chip)
     key = {"E": call.E, "O": call.O, "operand": activation, "norm": call.settings.norms[2]}
     out, moments = call.tuned(leff_contract_operand_kernel, table, key, run)
-    return out, norms.take(2, **moments)
+    return out, norms.take(2, moments)
 
 
 def contract_grid(call: Call, tiles: Tiles, channels: int, has_prefix: bool = True) -> tuple[int]:
@@ -163,13 +171,6 @@ def contract_grid(call: Call, tiles: Tiles, channels: int, has_prefix: bool = Tr
     rows = tiles.sizes["TILE_M"]
     tokens = cdiv(call.M, rows) + (call.prefix_tiles(rows) if has_prefix else 0)
     return (tokens * cdiv(channels, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"]),)
-
-
-def _moments(call: Call, layer: int, parts: int, channels: int) -> dict[str, Tensor]:
-    """Where a kernel leaves partial moments of a layer's output, if the norm behind it takes batch statistics."""
-    if call.settings.norms[layer] != "batch":
-        return {}
-    return {"p_partial": call.empty(parts, 2, channels), "p_count": call.empty(parts)}
 
 
 class _Norms:
@@ -189,44 +190,68 @@ class _Norms:
         self.batch = [i for i, mode in enumerate(call.settings.norms) if mode == "batch"]
         self.arrays: list[Tensor | None] = [None] * 3
         self.count = call.empty(1 if self.batch else 0)
+        self.tickets: Tensor | None = None
 
-    def take(self, layer: int, p_partial: Tensor | None = None, p_count: Tensor | None = None) -> Tensor | None:
-        """A layer's array, of partial moments if its norm takes batch statistics; those of layers before are taken."""
+    def make_tickets(self) -> dict[str, Any]:
+        """What has the first layer's kernel make the depthwise kernel's tickets, if its last program instance can go on
+        to the norm's array.
+        """
+        call = self.call
+        if call.settings.norms[1] == "batch" and call.settings.group is None and one_publishes_for_all():
+            self.tickets = call.empty(depthwise_tickets(call), dtype=torch.int32)
+        return {"p_tickets": self.tickets, "COUNTERS": 0 if self.tickets is None else self.tickets.numel()}
+
+    def moments(self, layer: int, parts: int, channels: int, columns: int = 0) -> dict[str, Any]:
+        """Where a kernel leaves partial moments of a layer's output, if its norm takes batch statistics; where there
+        are tickets for so many columns of program instances, also what the last ones make of them.
+        """
+        call = self.call
+        if call.settings.norms[layer] != "batch":
+            return {}
+        if self.tickets is None or not columns:
+            return {"p_partial": call.empty(parts, 2, channels), "p_count": call.empty(parts)}
+        group, groups = groups_of(parts)
+        counts = {"p_count": call.empty(columns, parts + groups), "p_tickets": self.tickets, "GROUP": group}
+        return {"p_partial": call.empty(parts + groups, 2, channels), **counts, **self._array(layer, channels)}
+
+    def _array(self, layer: int, channels: int) -> dict[str, Any]:
+        """What a layer's array is made of, besides partial moments, and what is made with it."""
+        call, settings = self.call, self.call.settings
+        _, _, weight, bias, *_ = call.layers[layer]
+        known = {"p_norm": call.empty(NORM_ROWS, channels), "p_norm_weight": weight, "p_norm_bias": bias}
+        known |= {"EPS": settings.eps[layer], "momentum": 0.0}
+        # Later launches read it.
+        if settings.group is not None or layer == self.batch[0]:
+            known["p_total"] = self.count
+        if self.momenta:
+            names = "p_running_mean", "p_running_var", "p_batches"
+            known |= dict(zip(names, self.running[3 * layer : 3 * layer + 3], strict=True))
+            known["momentum"] = self.momenta[layer]
+        return known
+
+    def take(self, layer: int, moments: dict[str, Any]) -> Tensor | None:
+        """A layer's array, of ``moments`` if its norm takes batch statistics; those of layers before are taken."""
         call, settings = self.call, self.call.settings
         _, _, weight, bias, running_mean, running_var = call.layers[layer]
         if settings.norms[layer] == "none":
             return None
-        if p_partial is None or p_count is None:
+        if not moments:
             frozen = weight, bias, running_mean, running_var, settings.eps[layer], call.acc_dtype
             self.arrays[layer] = compute(_frozen_norm, *frozen)
+        elif "p_norm" in moments:
+            self.arrays[layer] = moments["p_norm"]
         elif settings.group is None:
-            self.arrays[layer] = self._merge(layer, p_partial, p_count)
+            self.arrays[layer] = self._merge(layer, **moments)
         else:
-            mine = self._merge(layer, p_partial, p_count)
+            mine = self._merge(layer, **moments)
             self.arrays[layer] = self._merge(layer, *gather_moments(mine, self.count, settings.group))
         return self.arrays[layer]
 
-    def _merge(self, layer: int, partial: Tensor, counts: Tensor) -> Tensor:
-        call, settings, channels = self.call, self.call.settings, partial.shape[2]
-        norm, tile = call.empty(NORM_ROWS, channels), PARTS.sizes["TILE_E"]
-        arguments = {"p_weight": call.layers[layer].norm_weight, "p_bias": call.layers[layer].norm_bias, "p_norm": norm}
-        arguments |= {"p_partial": partial, "p_count": counts, "T": partial.shape[0], "EPS": settings.eps[layer]}
-        # Later launches read it.
-        if settings.group is not None or layer == self.batch[0]:
-            arguments["p_total"] = self.count
-        arguments |= {"E": channels, "HIDDEN": call.E, "momentum": 0.0, "momentum1": 0.0, "momentum2": 0.0}
-        programs = cdiv(channels, tile)
-        if self.momenta and layer == self.batch[-1]:
-            before = self.batch[:-1]
-            for suffix, i in zip(("", "1", "2"), (layer, *before), strict=False):
-                buffers = self.running[3 * i : 3 * i + 3]
-                names = [f"{name}{suffix}" for name in ("p_running_mean", "p_running_var", "p_batches")]
-                arguments |= {**dict(zip(names, buffers, strict=True)), f"momentum{suffix}": self.momenta[i]}
-                if suffix:
-                    arguments |= {f"p_norm{suffix}": self.arrays[i], "p_tokens": self.count}
-            programs += len(before) * cdiv(call.E, tile)
-        call.launch(leff_statistics_kernel, (programs,), PARTS, **arguments)
-        return norm
+    def _merge(self, layer: int, p_partial: Tensor, p_count: Tensor) -> Tensor:
+        parts, _, channels = p_partial.shape
+        known = {**self._array(layer, channels), "p_partial": p_partial, "p_count": p_count, "T": parts, "E": channels}
+        self.call.launch(leff_statistics_kernel, (cdiv(channels, PARTS.sizes["TILE_E"]),), PARTS, **known)
+        return known["p_norm"]
 
 
 def _frozen_norm(

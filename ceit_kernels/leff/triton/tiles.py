@@ -106,16 +106,22 @@ def weight_gradient_tiles(
 
 
 def factored_tiles(tiles: Tiles, channels: int) -> Tiles:
-    """With those of W_1^T b W_1, for which every program instance reads the weight along one side, and of W_1 cov x."""
+    """With those of W_1^T b W_1, for which every program instance reads the weight along one side, of W_1 cov x, and of
+    the taps' sums.
+    """
     fold = {"FOLD_E": 32, "FOLD_C": _fit(128 if channels % 128 == 0 else 64, channels)}
-    return tiles._replace(sizes={**tiles.sizes, **fold, "WEIGHT_E": 32, "WEIGHT_C": _fit(64, channels)})
+    others = {"WEIGHT_E": 32, "WEIGHT_C": _fit(64, channels), "TILE_S": 16, "TILE_N": 128}
+    return tiles._replace(sizes={**tiles.sizes, **fold, **others})
 
 
 def depthwise_tiles(width: int, hidden_features: int, kernel_size: int, dtype: torch.dtype) -> Tiles:
-    """Columns of a program instance, and hidden channels: two a thread, or one where their registers would not do."""
+    """Columns of a program instance, and hidden channels: two a thread, or one where their registers would not do; and
+    how many partial results the last one takes at a time.
+    """
     most = {3: 14, 5: 7, 7: 4}[kernel_size]
     tiles = cdiv(width, most)
-    return Tiles({"TILE_W": cdiv(width, tiles), "TILE_E": 64 if dtype.itemsize <= 2 and kernel_size == 3 else 32}, 1)
+    channels = 64 if dtype.itemsize <= 2 and kernel_size == 3 else 32
+    return Tiles({"TILE_W": cdiv(width, tiles), "TILE_E": channels, "TILE_T": 16}, 1)
 
 
 def row_tiles(channels: int) -> Tiles:

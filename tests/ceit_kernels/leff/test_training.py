@@ -9,6 +9,7 @@ import support.leff
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import instances
 from support.accuracy import assert_as_accurate
 from support.leff import (
     TRAINING_CASES,
@@ -66,6 +67,25 @@ def test_what_many_program_instances_leave_behind_is_merged(poisoned_memory, mon
     check_to_rounding(*call)
     monkeypatch.setattr(launch_backward, "_is_factored", lambda dtype: True)
     check_to_rounding(*call)
+
+
+@pytest.mark.kernels
+def test_whichever_program_instance_is_the_last_makes_the_same_bits(poisoned_memory, monkeypatch):
+    monkeypatch.setattr(launch_backward, "_is_factored", lambda dtype: True)
+    call = make_call((5, 1, 2, 1, 4, 40, 4, 3), torch.float64)
+    expected = train_step("triton", copy.deepcopy(call[0]), *call[1:])
+    instances.shuffle(monkeypatch, 0)
+    found = train_step("triton", copy.deepcopy(call[0]), *call[1:])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "library"])
+def test_where_no_program_instance_can_know_that_it_is_the_last_launches_follow(poisoned_memory, monkeypatch, backend):
+    for module in (launch_forward, launch_backward):
+        monkeypatch.setattr(module, "one_publishes_for_all", lambda: False)
+    monkeypatch.setattr(launch_backward, "_is_factored", lambda dtype: True)
+    call = make_call((3, 3, 4, 1, 20, 36, 20, 3), torch.float64)
+    support.leff.check_to_rounding(backend, *call)
 
 
 @pytest.mark.parametrize("norms", ["bff", "fbn", "nfb"])

@@ -131,6 +131,14 @@ def test_what_streams_between_a_librarys_gemms_does_not_spill(chip):
 
 
 @pytest.mark.prove
+@pytest.mark.parametrize("chip", DISTINCT_CHIPS)
+def test_the_last_program_instance_of_a_depthwise_kernel_reads_behind_tickets(chip):
+    for launch in record("small", torch.bfloat16, chip):
+        if "depthwise" in launch.kernel.__name__:
+            assert_reads_behind_tickets(compile_for_nvidia(launch, chip).ptx, tickets=2)
+
+
+@pytest.mark.prove
 @pytest.mark.parametrize("chip", PROVEN_AMD_CHIPS)
 def test_compiles_for_amd_with_matrix_instructions(monkeypatch, chip):
     monkeypatch.setattr(torch.version, "hip", "6.4")
