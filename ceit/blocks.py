@@ -17,6 +17,7 @@ from ceit_kernels.block import (
     encoder_training,
     layers_inference,
 )
+from ceit_kernels.common.children import declare_methods, has_own_methods, is_patched
 from ceit_kernels.common.module import is_made
 from ceit_kernels.common.sync_norm import BATCH_NORMS
 
@@ -172,6 +173,10 @@ class Block(nn.Module):
         return x + self.drop_path(_with_gradients_of_zero(class_normalised, self.leff.parameters())), class_token
 
 
+declare_methods(
+    Block, "_forward", "_fused", "forward_with_class_token", "_every_token", "_by_operators", "_class_token", "_trained"
+)
+
 # The classes of a block's parts that do not mind missing some of the tokens.
 _KNOWN = {
     *(Block, AddNorm, FusedAddNorm, Attention, FusedAttention, LocallyEnhancedFeedForward, FusedLeFF),
@@ -189,7 +194,7 @@ def encoder_parts(block: Block) -> EncoderParts | None:
 
 def _parts_beside(block: Block, known: bool) -> EncoderParts | None:
     """The children beside stochastic depth, where that is known."""
-    if not known or not is_exactly(block.add_norm, FusedAddNorm):
+    if not known or not is_exactly(block.add_norm, FusedAddNorm) or not _computes_as_written(block):
         return None
     return EncoderParts(block.norm1, block.attn, block.norm2, block.leff)
 
@@ -311,6 +316,13 @@ class LCABlock(nn.Module):
         return None if parts is None else layers_inference(x, parts)
 
 
+declare_methods(LCABlock, "_forward", "_fused", "normalised", "_halves", "_added")
+
+
+def _computes_as_written(block: nn.Module) -> bool:
+    return has_own_methods(block) and not is_patched(type(block))
+
+
 def _is_mlp(module: nn.Module) -> TypeGuard[Mlp]:
     """Whether calling a module runs the `forward` of timm's MLP, plain or fused, and no hook."""
     fused = isinstance(module, FusedMlp) and is_made(type(module))
@@ -321,7 +333,7 @@ def _is_mlp(module: nn.Module) -> TypeGuard[Mlp]:
 def layers_parts(block: LCABlock) -> LayersParts | None:
     """The parts of a block over class tokens; None if a call of the block does more than they do."""
     mlp = block.feedforward
-    if not _is_mlp(mlp) or type(mlp.norm) is not nn.Identity:
+    if not _is_mlp(mlp) or type(mlp.norm) is not nn.Identity or not _computes_as_written(block):
         return None
     dropouts = (mlp.drop1, mlp.drop2, mlp.norm)
     return LayersParts(block.norm1, block.attn, block.norm2, mlp.fc1, mlp.act, mlp.fc2, dropouts)

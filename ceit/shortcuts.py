@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from ceit_kernels.common.children import is_patched
+from ceit_kernels.common.children import has_own_methods, is_patched
 
 from .layers import has_hooks
 
@@ -16,8 +16,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def is_left_alone(module: nn.Module) -> bool:
-    """Whether a call runs the `forward` that the class was written with and nothing else (no hook, not compiled)."""
-    own = "forward" not in module.__dict__ and not is_patched(type(module))
+    """Whether a call runs the methods that the class was written with and nothing else (no hook, not compiled)."""
+    own = "forward" not in module.__dict__ and has_own_methods(module) and not is_patched(type(module))
     return own and module._compiled_call_impl is None and not has_hooks(module)
 
 

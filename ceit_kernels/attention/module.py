@@ -10,7 +10,7 @@ from .. import backends
 from ..common.arguments import check_at_least, check_probability, names_its_arguments
 from ..common.autocast import autocast_dtype
 from ..common.calls import foreign_reason, unsupported_reason
-from ..common.children import ANY, child_reason, children_reason, held
+from ..common.children import ANY, child_reason, children_reason, declare_methods, held
 from ..common.module import Fusion, attributes_of
 from .functional import attention_of_projection
 
@@ -76,6 +76,9 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows beside the children."""
         return f"num_heads={self.num_heads}, scale={self.scale:.4g}"
+
+
+declare_methods(Attention, "_attend")
 
 
 class AttentionFusion(Fusion, attributes_of(Attention)):

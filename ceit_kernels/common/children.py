@@ -19,7 +19,9 @@ __all__ = [
     "child_reason",
     "children_reason",
     "convolution_reason",
+    "declare_methods",
     "has_own",
+    "has_own_methods",
     "held",
     "is_patched",
     "qualified_name",
@@ -34,6 +36,7 @@ IDENTITY: Classes = (nn.Identity,)
 
 _CALL = nn.Module.__call__
 _own: dict[tuple[type, str], Any] = {}  # methods of classes, as they were when somebody first asked
+_methods: dict[type, tuple[str, ...]] = {nn.Conv2d: ("_conv_forward",)}
 
 _SETTINGS = ("stride", "padding", "groups", "dilation", "padding_mode")
 
@@ -54,6 +57,8 @@ def children_reason(module: nn.Module, expected: Mapping[str, Classes], own: Col
         return "a global hook of modules is set"
     if is_patched(type(module)):
         return "its class was given another forward"
+    if not has_own_methods(module):
+        return "it was given another method than its class has"
     state, found = module.__dict__, 0
     for kind in ("_parameters", "_buffers"):
         for name, tensor in state[kind].items():
@@ -107,16 +112,34 @@ def trust(kind: type[nn.Module]) -> None:
     _own.setdefault((kind, "forward"), kind.forward)
 
 
+def declare_methods(kind: type, *names: str, like: type | None = None) -> None:
+    """Say which methods of a class its ``forward`` calls, in whose place an operator computes; or those of another."""
+    names = names or _methods.get(like or kind, ())
+    if names:
+        _methods[kind] = names
+
+
+def has_own_methods(module: nn.Module) -> bool:
+    """Whether a module has none of the declared methods of its class by itself."""
+    state = module.__dict__
+    for name in _methods.get(type(module), ()):
+        if name in state:
+            return False
+    return True
+
+
 @constant_result
 def is_patched(kind: type) -> bool:
-    """Whether a class, or that which it was fused of, was given another ``forward`` than it was written with.
+    """Whether a class, or that which it was fused of, was given other methods than it was written with.
 
-    So is one that was given another ``__call__``, as long as it is not PyTorch's own, whose tracers put theirs there.
+    Of its methods these are ``forward`` and those that are declared; and ``__call__``, as long as it is not PyTorch's
+    own, whose tracers put theirs there.
     """
     kind = getattr(kind, "plain_class", kind)
     if kind.__call__ is not _CALL and library_of(kind.__call__) != "torch":
         return True
-    return not (has_own(kind, "forward") and (kind is not nn.Conv2d or has_own(kind, "_conv_forward")))
+    names = _methods.get(kind)
+    return not (has_own(kind, "forward") and (names is None or all([has_own(kind, name) for name in names])))
 
 
 def held(module: nn.Module, name: str) -> Any:
@@ -143,7 +166,7 @@ def child_reason(name: str, child: nn.Module, classes: Classes) -> str | None:
         or state["_backward_pre_hooks"]
     ):
         return f"{name} has a hook"
-    if "forward" in state or "_conv_forward" in state or is_patched(type(child)):
+    if "forward" in state or is_patched(type(child)) or not has_own_methods(child):
         return f"{name} has a forward of its own"
     return None
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 from torch import nn
 
-from .children import trust
+from .children import declare_methods, trust
 
 __all__ = ["Fusion", "attributes_of", "is_made", "stand_in"]
 
@@ -45,6 +45,7 @@ class Fusion:
         if issubclass(plain, nn.Module) and not issubclass(plain, Fusion):
             cls.plain_class = plain
             cls._plain_forward = _renamed(plain.forward, "_plain_forward")
+        declare_methods(cls, like=getattr(cls, "plain_class", None))
 
     def plain_reason(self) -> str | None:
         """Why the module's children and settings leave it to its plain ``forward``, if they do."""

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import backends
 from ..attention import Attention
 from ..common.calls import foreign_reason, unsupported_reason
-from ..common.children import ANY, child_reason, children_reason
+from ..common.children import ANY, child_reason, children_reason, declare_methods
 from ..common.module import Fusion, attributes_of
 from ..linear.module import LINEAR
 from .functional import lca_attention
@@ -48,6 +48,9 @@ class LCAAttention(Attention):
         q = F.linear(x[:, -1:], q_weight, q_bias).unflatten(2, (self.num_heads, -1))
         k, v = F.linear(x, kv_weight, kv_bias).unflatten(2, (2, self.num_heads, -1)).unbind(2)
         return q, k, v
+
+
+declare_methods(LCAAttention, "_attend", "_parts")
 
 
 class LCAAttentionFusion(Fusion, attributes_of(LCAAttention)):

@@ -9,7 +9,7 @@ from .. import backends
 from ..common.autocast import autocast_dtype
 from ..common.calls import foreign_reason, unsupported_reason
 from ..common.checks import check_input
-from ..common.children import children_reason, convolution_reason
+from ..common.children import children_reason, convolution_reason, declare_methods
 from ..common.module import Fusion, attributes_of
 from .functional import linear_layer
 
@@ -18,6 +18,9 @@ __all__ = ["FusedPatchProjection", "PatchProjection"]
 
 class PatchProjection(nn.Conv2d):
     """Linear projection of patches that lie side by side: a convolution with a stride of the kernel's size."""
+
+
+declare_methods(PatchProjection, "_conv_forward")
 
 
 class PatchProjectionFusion(Fusion, attributes_of(PatchProjection)):

@@ -14,21 +14,29 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ceit import CeiT
+from ceit.blocks import Block, LCABlock
 from ceit_kernels import FusedLinear, freeze, fuse
+from ceit_kernels.attention import Attention
+from ceit_kernels.lca import LCAAttention
 from ceit_kernels.leff import LocallyEnhancedFeedForward
 
 X = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+def changed(out):
+    """Not a multiple of it, which a norm would not show."""
+    return out + 0.25 * out.sin()
+
+
 @contextlib.contextmanager
 def patched(kind, name="forward", wraps=True):
-    """Results of a method are larger; its wrapper has its name or one of its own."""
+    """Results of a method are others; its wrapper has its name or one of its own."""
     method = getattr(kind, name)
 
-    def larger(*arguments, **options):
-        return 1.25 * method(*arguments, **options)
+    def other(*arguments, **options):
+        return changed(method(*arguments, **options))
 
-    setattr(kind, name, functools.wraps(method)(larger) if wraps else larger)
+    setattr(kind, name, functools.wraps(method)(other) if wraps else other)
     try:
         yield
     finally:
@@ -68,6 +76,10 @@ CASES = [
     (of_ceit, nn.LayerNorm, "forward"),
     (of_ceit, nn.Identity, "forward"),
     (of_ceit, CeiT, "forward_head"),
+    (of_ceit, Block, "_forward"),
+    (of_ceit, LCABlock, "_forward"),
+    (of_ceit, Attention, "_attend"),
+    (of_ceit, LCAAttention, "_attend"),
     (of_ceit, LocallyEnhancedFeedForward, "forward"),
     (linear, nn.Linear, "forward"),
     (linear, nn.Linear, "__call__"),
@@ -104,6 +116,26 @@ def test_another_method_of_a_model_is_called():
     own = model.forward_head
     model.forward_head = lambda *arguments: 1.25 * own(*arguments)
     torch.testing.assert_close(freeze(model)(X), model(X), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("blocks.1", "_forward"), ("blocks.1.attn", "_attend"), ("lca", "_forward"), ("lca.attn", "_attend"),
+     ("i2t.proj", "_conv_forward")],
+)  # fmt: skip
+def test_another_method_of_a_part_is_called(path, name, training):
+    model = made(of_ceit).train(training)
+    frozen = freeze(model)
+    models = [model, fuse(copy.deepcopy(model)), *([] if training else [frozen.model])]
+    with torch.set_grad_enabled(training):
+        for each in models:
+            part = each.get_submodule(path)
+            setattr(part, name, functools.partial(lambda own, *given: changed(own(*given)), getattr(part, name)))
+        expected, before = model(X), made(of_ceit).train(training)(X)
+        assert (expected - before).abs().max() > 1e-6 * before.abs().max()
+        for each in (models[1],) if training else (models[1], frozen, freeze(model)):
+            torch.testing.assert_close(each(X), expected, rtol=1e-9, atol=1e-12)
 
 
 class Larger(TorchFunctionMode):
