@@ -136,10 +136,10 @@ class Block(nn.Module):
     def _by_operators(self, x: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         x, y, class_token = self.add_norm(x, None, self.norm1, 1)
         x, y = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
-        if self.training and not isinstance(self.drop_path, nn.Identity):
-            x = x + self.drop_path(self.leff(y, grid_size))
-        else:
+        if _is_idle(self.drop_path):
             x = self.leff(y, grid_size, residual=x)
+        else:
+            x = x + self.drop_path(self.leff(y, grid_size))
         return x, class_token
 
     def _trained(self, x: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor] | None:
@@ -187,9 +187,12 @@ _KNOWN = {
 
 def encoder_parts(block: Block) -> EncoderParts | None:
     """The children that compute a block without stochastic depth; None if other modules do so too."""
-    drop_path = block.drop_path
-    idle = is_exactly(drop_path, nn.Identity) or (is_exactly(drop_path, DropPath) and not drop_path.training)
-    return _parts_beside(block, idle)
+    return _parts_beside(block, _is_idle(block.drop_path))
+
+
+def _is_idle(drop_path: nn.Module) -> bool:
+    """Whether calling it returns what it is given."""
+    return is_exactly(drop_path, nn.Identity) or (is_exactly(drop_path, DropPath) and not drop_path.training)
 
 
 def _parts_beside(block: Block, known: bool) -> EncoderParts | None:

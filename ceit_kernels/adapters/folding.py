@@ -52,4 +52,5 @@ def _fold(module: nn.Module, of_convolution: str, of_norm: str) -> None:
     if foreign_reason(*convolution.buffers(), *norm.buffers()) is not None:
         return
     module._modules[of_convolution] = folded(convolution, given)
-    module._modules[of_norm] = nn.Sequential(*norm.children()) if with_activation else nn.Identity()
+    behind = (norm._modules[name] or nn.Identity() for name in ("drop", "act")) if with_activation else ()
+    module._modules[of_norm] = nn.Sequential(*behind) if with_activation else nn.Identity()

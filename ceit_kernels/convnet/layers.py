@@ -54,6 +54,8 @@ def steps_of(module: nn.Module) -> Steps:
     """
     found = Steps()
     found.call("the module", module)
+    if any(part.training for part in module.modules()):
+        raise NotConvolutions("a part of the module is in training mode")
     if found.gate is not None:
         raise NotConvolutions("the module ends with a gate")
     pointwise = all(isinstance(s, Norm) or (isinstance(s, ConvLayer) and s.is_pointwise) for s in found.steps)
@@ -101,8 +103,8 @@ class Steps:
             pass
         elif not self.of_tokens and (kind is nn.BatchNorm2d or qualified_name(kind) == _BATCH_NORM_ACT):
             self._fold_norm(name, module)
-            for child in module._modules:
-                self.call(f"{name}.{child}", module._modules[child] or nn.Identity())
+            if kind is not nn.BatchNorm2d:
+                self.calls(name, module, ("drop", "act"))
         elif kind is nn.LayerNorm or qualified_name(kind) in _LAYER_NORMS:
             self.norm(name, module)
         elif qualified_name(kind) in _LAYER_SCALES[bool(self.of_tokens)]:
@@ -346,7 +348,10 @@ def convolution_of(name: str, module: Any) -> ConvLayer:
     weight, bias = held(module, "weight"), held(module, "bias")
     outputs, (side, other_side) = weight.shape[0], weight.shape[2:]
     depthwise = 1 < module.groups == outputs == module.in_channels and side in _DEPTHWISE_SIDES
-    (stride, stride_x), padding = module.stride, module.padding
+    stride, padding = module.stride, module.padding
+    if not all(isinstance(setting, Collection) for setting in (stride, padding, module.dilation)):
+        raise NotConvolutions(f"{name} was given a number for both directions")
+    stride, stride_x = stride
     if module.groups != 1 and not (depthwise and stride in (1, 2)):
         raise NotConvolutions(f"{name} has groups={module.groups}, side {side} and stride {stride}")
     if side != other_side or stride != stride_x or isinstance(padding, str) or padding[0] != padding[1]:

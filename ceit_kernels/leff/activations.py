@@ -44,6 +44,8 @@ def activation_name(module: nn.Module) -> str | None:
     kind = type(module)
     if kind is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
+    if kind is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):  # which clamps between any two
+        return None
     name = _NAMES.get(kind) or _NAMES.get(qualified_name(kind))
     act = module.__dict__.get("act", F.gelu)
     if act is F.gelu:

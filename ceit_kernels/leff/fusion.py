@@ -23,13 +23,9 @@ from .norms import of_module
 
 __all__ = ["NORMS", "BlockFusion", "BlockParts", "FrozenBlock"]
 
-# timm's are norms with an activation as a child.
-NORMS = (
-    *BATCH_NORMS,
-    nn.Identity,
-    "timm.layers.norm_act.BatchNormAct2d",
-    "timm.layers.norm_act.SyncBatchNormAct",
-)
+# Norms that call an activation, their child; others that got such a child do not.
+_NORMS_WITH_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
+NORMS = (*BATCH_NORMS, nn.Identity, *_NORMS_WITH_ACTIVATION)
 _OF_NORM = (*NORM_TENSORS, "num_batches_tracked")
 
 
@@ -77,6 +73,7 @@ class BlockParts:
             self.layers[1]: (nn.Conv2d,),
             **{norm: NORMS for norm in self.norms if norm},
             **{activation: MODULES for activation in self.activations if activation},
+            **{norm: _NORMS_WITH_ACTIVATION for norm in self.norms if f"{norm}.act" in self.activations},
             **dict.fromkeys(self.dropouts, (nn.Dropout, nn.Identity)),
         }
         found: dict[str, dict[str, Classes]] = {}

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support.accuracy import assert_as_accurate_over_draws
+from timm.layers import DropPath
 from torch import nn
 
 from ceit import CeiT
@@ -85,6 +86,25 @@ def test_training_under_autocast_is_as_accurate_as_plain_pytorch_and_of_its_dtyp
 
     names = ["out", "x", *(name for name, _ in block.named_parameters())]
     assert_as_accurate_over_draws(names, draws())
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("drop_path", [Halved(), DropPath(0.5)], ids=["another module", "in training mode"])
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_both_halves_pass_drop_path_in_evaluation_mode(drop_path, enabled, fused):
+    block, x = Block(8, 2).eval(), torch.randn(4, 10, 8)
+    block.drop_path = drop_path
+    torch.manual_seed(1)
+    middle = x + block.drop_path(block.attn(block.norm1(x)))
+    expected = middle + block.drop_path(block.leff(block.norm2(middle)))
+    torch.manual_seed(1)
+    with torch.set_grad_enabled(enabled):
+        torch.testing.assert_close((fuse(block) if fused else block)(x), expected)
 
 
 def test_the_last_block_makes_only_its_class_token_where_only_logits_are_wanted(model, images, last_tokens):
