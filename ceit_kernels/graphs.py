@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, starmap
 from operator import is_, methodcaller
 from typing import Any, cast
 
@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from .backends import current_backend
 from .common.arguments import names_its_arguments
-from .common.calls import is_eager
+from .common.calls import functions_reason, is_eager
+from .common.children import methods_of
 from .common.graphs import Graphs
 from .common.stopwatch import is_capturing
 from .common.sync_norm import SyncBatchNorm2d
@@ -38,9 +39,10 @@ def graphed(model: nn.Module) -> Graphed:
     next one is captured, and from then on the graph is replayed, which takes the host one launch.
 
     Graphs are captured anew once anything that the model's modules hold is another object than at the capture: a
-    parameter, its memory or whether it wants a gradient, a mode, a child, an attribute, a class. Calls run as they are,
-    and the logger "ceit_kernels" says why, where a module or a parameter has a hook, where inputs are not all on one
-    GPU or are no tensors, numbers or words, and where a compiler, a transform or another capture sees the call. What
+    parameter, its memory or whether it wants a gradient, a mode, a child, an attribute, a class, its ``forward``. Calls
+    run as they are, and the logger "ceit_kernels" says why, where a module or a parameter has a hook, where inputs are
+    not all on one GPU or are no tensors, numbers or words, where a function of ``torch.nn.functional`` was replaced,
+    and where a compiler, a mode, a transform or another capture sees the call. What
     Python code does beyond that, such as to branch by a global variable, happens at the capture alone.
 
     Args:
@@ -139,11 +141,15 @@ class _State:
         self._tensors = [*model.parameters(), *model.buffers()]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._synchronised = [m for m in self._modules if isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm2d))]
+        kinds = dict.fromkeys(map(type, self._modules))
+        kinds.update(dict.fromkeys(getattr(kind, "plain_class", kind) for kind in kinds))
+        self._methods = [(kind, name) for kind in kinds for name in methods_of(kind)]
         self._objects, self._facts = list(self._present()), self._present_facts()
         self._sizes = list(map(len, self._dicts))
 
     def _present(self) -> Iterator[Any]:
-        return chain(map(type, self._modules), *map(methodcaller("values"), self._dicts))
+        methods = starmap(getattr, self._methods)
+        return chain(map(type, self._modules), methods, *map(methodcaller("values"), self._dicts))
 
     def _present_facts(self) -> list[tuple[Any, ...]]:
         return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in self._tensors]
@@ -180,4 +186,4 @@ def inputs_reason(arguments: tuple[Any, ...], options: dict[str, Any]) -> str | 
         return "its inputs are not all on one GPU"
     if not all(map(is_eager, tensors)):
         return "a mode, a transform or a class of tensors sees the call"
-    return "another capture sees the call" if is_capturing() else None
+    return functions_reason() or ("another capture sees the call" if is_capturing() else None)

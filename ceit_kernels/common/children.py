@@ -24,6 +24,7 @@ __all__ = [
     "has_own_methods",
     "held",
     "is_patched",
+    "methods_of",
     "qualified_name",
     "trust",
 ]
@@ -117,6 +118,11 @@ def declare_methods(kind: type, *names: str, like: type | None = None) -> None:
     names = names or _methods.get(like or kind, ())
     if names:
         _methods[kind] = names
+
+
+def methods_of(kind: type) -> tuple[str, ...]:
+    """``forward``, and what else is declared."""
+    return "forward", *_methods.get(kind, ())
 
 
 def has_own_methods(module: nn.Module) -> bool:

@@ -8,10 +8,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from support import where
 from support.changes import CHANGES, Inapplicable, Live
 from support.fake_graphs import FakeGraphs
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ceit import CeiT, layers
 from ceit_kernels import fuse, graphed, graphs, use_backend
@@ -170,6 +172,40 @@ def test_whatever_is_done_to_a_model_is_followed(fake, change):
         while live.undo:
             live.undo.pop()()
     steps()
+
+
+class Larger(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        return 1.25 * out if function is F.linear else out
+
+
+def larger(method):
+    return lambda *arguments, **options: 1.25 * method(*arguments, **options)
+
+
+REPLACED = {
+    "a function": lambda: mock.patch.object(F, "linear", larger(F.linear)),
+    "a mode": Larger,
+    "a method": lambda: mock.patch.object(nn.LayerNorm, "forward", larger(nn.LayerNorm.forward)),
+    "a private method": lambda: mock.patch.object(nn.Conv2d, "_conv_forward", larger(nn.Conv2d._conv_forward)),
+}
+
+
+@pytest.mark.parametrize("replaced", REPLACED.values(), ids=REPLACED)
+@torch.no_grad()
+def test_what_is_put_in_the_place_of_a_function_or_a_method_is_called(fake, replaced):
+    model, x = fuse(CeiT(**CEIT)).eval(), inputs(0, 2, 3, 32, 32)
+    call, expected = graphed(model), model(x)
+    for _ in range(3):
+        torch.testing.assert_close(call(x), expected)
+    assert fake.replayed == 2
+    with replaced():
+        other = model(x)
+        assert not torch.allclose(other, expected, rtol=1e-3)
+        for _ in range(3):
+            torch.testing.assert_close(call(x), other)
+    torch.testing.assert_close(call(x), expected)
 
 
 def test_a_cast_that_autocast_keeps_does_not_hide_a_new_weight(fake):
