@@ -118,8 +118,10 @@ class I2TEmbed(nn.Module):
             self._check_images(x)
         return self.proj(self.backbone(x))
 
-    def tokens_fused(self, x: Tensor, class_token: Tensor, positions: Tensor) -> Tensor | None:
-        """The class token and the embedded patches with their positions added (B, 1 + H' * W', embed_dim).
+    def tokens_fused(
+        self, x: Tensor, class_token: Tensor, positions: Tensor
+    ) -> tuple[Tensor, tuple[int, int]] | None:
+        """The class token and the embedded patches with their positions added (B, 1 + H' * W', embed_dim), and (H', W').
 
         One compiled call; None if the parts have to be called one by one.
 

@@ -322,9 +322,9 @@ class CeiT(nn.Module):
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, 1 + H * W, C) of images with their positions added, and their grid (H, W)."""
         if not torch.jit.is_scripting():
-            tokens = self._embed_fused(x)
-            if tokens is not None:
-                return self.pos_drop(tokens), self.grid_size
+            found = self._embed_fused(x)
+            if found is not None:
+                return self.pos_drop(found[0]), found[1]
         x = self.i2t(x)
         grid_size = (x.shape[2], x.shape[3])
         if not torch.jit.is_scripting():
@@ -333,8 +333,8 @@ class CeiT(nn.Module):
         positions = self._positions(grid_size) if self.dynamic_img_size else self.pos_embed
         return self.pos_drop(x + positions), grid_size
 
-    def _embed_fused(self, x: Tensor) -> Tensor | None:
-        """The tokens in one compiled call; None if the parts have to be called one by one."""
+    def _embed_fused(self, x: Tensor) -> tuple[Tensor, tuple[int, int]] | None:
+        """The tokens and their grid in one compiled call; None if the parts have to be called one by one."""
         if self.dynamic_img_size or type(self.i2t) is not I2TEmbed:
             return None
         return self.i2t.tokens_fused(x, self.cls_token, self.pos_embed)

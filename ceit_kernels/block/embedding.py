@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,13 +34,18 @@ class EmbeddingArguments(NamedTuple):
     height: int
     width: int
 
+    def grid_size(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """The patches (H, W) of images of so many pixels."""
+        height, width = image_size
+        return (height + 3) // 4 // self.height, (width + 3) // 4 // self.width
+
 
 def embedding_inference(
     x: Tensor, stem: nn.Module, projection: nn.Module, class_token: Tensor, positions: Tensor
-) -> Tensor | None:
+) -> tuple[Tensor, tuple[int, int]] | None:
     """The class token and the projected patches of the stem's map, positions added (CeiT, sections 3.1 and 3.2).
 
-    None as for ``encoder_inference``.
+    With them the grid (H, W) of the patches. None as for ``encoder_inference``.
 
     Args:
         x: images (B, I, H, W) on the CPU, at least a patch in size.
@@ -55,7 +61,7 @@ def embedding_inference(
         return None
     out = x.new_empty(x.shape[0], *positions.shape[1:])
     torch.ops.ceit._embedding_infer(x, *arguments, out)
-    return out
+    return out, arguments.grid_size(x.shape[2:])
 
 
 def reads_stem(stem: Any) -> bool:

@@ -76,9 +76,7 @@ def prepare_model(parts: ModelParts, image_size: tuple[int, int]) -> WholeModel 
     if embedding is None:
         return None
     channels = parts.positions.shape[2]
-    grid_size = [
-        (size + 3) // 4 // patch for size, patch in zip(image_size, (embedding.height, embedding.width), strict=True)
-    ]
+    grid_size = embedding.grid_size(image_size)
     tokens = image.new_empty(1, parts.positions.shape[1], channels)
     encoder = encoder_arguments(tokens, parts.blocks, grid_size, class_token_only=True)
     layers = layers_arguments(tokens, parts.layers)

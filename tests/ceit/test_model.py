@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 from torch._subclasses import FakeTensorMode
 
 from ceit import CeiT
-from ceit_kernels import fuse
+from ceit_kernels import freeze, fuse
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
 
@@ -92,6 +92,15 @@ def test_one_input_size_after_another_with_dynamic_img_size(images):
         resized.set_input_size(size)
         batch = torch.randn(2, 3, *size)
         assert torch.equal(dynamic(batch), resized(batch))
+
+
+@torch.no_grad()
+def test_the_grid_is_that_of_the_image_whatever_the_attribute_says(images):
+    model = CeiT(**SMALL).eval()
+    expected = model(images)
+    model.grid_size = (7, 1)
+    for called in (model, freeze(model), fuse(model)):
+        torch.testing.assert_close(called(images), expected)
 
 
 def test_set_input_size_resamples_the_positions_of_the_grid_and_keeps_the_class_tokens():
