@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..common.calls import foreign_reason
-from ..common.children import child_reason, qualified_name
+from ..common.calls import foreign_reason, functions_reason
+from ..common.children import child_reason, is_patched, qualified_name
 from ..leff.norms import folded, of_module
 from .chains import chain_of
 
@@ -17,6 +18,35 @@ __all__ = ["fold_norms"]
 # Of which all children are called, as of one within a class that is known.
 _SEQUENCES = ("timm.models.tiny_vit.ConvNorm", "torchvision.ops.misc.Conv2dNormActivation")
 _BATCH_NORM, _BATCH_NORM_ACT = (nn.BatchNorm2d,), ("timm.layers.norm_act.BatchNormAct2d",)
+
+
+class _FoldedConvolution(nn.Conv2d):
+    """Does what the norm behind it does, unless something was put in the place of the functions of either."""
+
+    _apart: tuple[nn.Module, nn.Module]  # no children: nobody else is to call them
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._apart[0](input) if _are_called(*self._apart) else super().forward(input)
+
+
+class _FoldedNorm(nn.Sequential):
+    """What is left of a norm: its activation."""
+
+    _apart: tuple[nn.Module, nn.Module]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._apart[1](input) if _are_called(*self._apart) else super().forward(input)
+
+    def train(self, mode: bool = True) -> _FoldedNorm:
+        return _refuse_training() if mode else super().train(False)
+
+
+def _refuse_training() -> NoReturn:
+    raise RuntimeError("a frozen model cannot be trained: the norm was folded into the convolution before it")
+
+
+def _are_called(convolution: nn.Module, norm: nn.Module) -> bool:
+    return functions_reason() is not None or is_patched(type(convolution)) or is_patched(type(norm))
 
 
 def fold_norms(module: nn.Module, within: bool) -> bool:
@@ -51,6 +81,9 @@ def _fold(module: nn.Module, of_convolution: str, of_norm: str) -> None:
         return
     if foreign_reason(*convolution.buffers(), *norm.buffers()) is not None:
         return
-    module._modules[of_convolution] = folded(convolution, given)
     behind = (norm._modules[name] or nn.Identity() for name in ("drop", "act")) if with_activation else ()
-    module._modules[of_norm] = nn.Sequential(*behind) if with_activation else nn.Identity()
+    both, rest = folded(convolution, given), _FoldedNorm(*behind)
+    both.__class__ = _FoldedConvolution
+    for name, part in ((of_convolution, both), (of_norm, rest)):
+        part.__dict__["_apart"] = convolution, norm
+        module._modules[name] = part.eval()

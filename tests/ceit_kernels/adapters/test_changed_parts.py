@@ -5,11 +5,12 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from support.adapters import grown, step
 from timm.models.efficientformer_v2 import EfficientFormerV2
 from torch import nn
 
-from ceit_kernels import freeze, fuse
+from ceit_kernels import freeze, fuse, use_backend
 
 
 def mobilenet():
@@ -78,6 +79,29 @@ def test_a_change_of_parts_is_followed(make, change):
         if change is not synchronise_norms_without_their_activations:  # makes parameters of a snapshot's buffers
             change(frozen.model)
             torch.testing.assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+PLACES = [(F, "batch_norm"), (F, "conv2d"), (nn.Conv2d, "forward"), (timm.layers.BatchNormAct2d, "forward")]
+
+
+@pytest.mark.parametrize(("kind", "name"), PLACES, ids=["batch_norm", "conv2d", "Conv2d", "BatchNormAct2d"])
+@torch.no_grad()
+def test_norms_that_were_folded_are_called_where_something_is_put_in_their_place(kind, name, monkeypatch):
+    model, size = mobilenet()
+    model, x = grown(model).eval(), torch.randn(2, 3, *size, dtype=torch.float64)
+    with use_backend("reference"):  # no operator serves them
+        frozen = copy.deepcopy(freeze(model))
+        left = [sum(isinstance(module, nn.BatchNorm2d) for module in each.modules()) for each in (frozen, model)]
+        assert left[0] < left[1]
+        before, method = frozen(x), getattr(kind, name)
+        torch.testing.assert_close(before, model(x), rtol=1e-9, atol=1e-9)
+        monkeypatch.setattr(kind, name, lambda *arguments, **options: method(*arguments, **options) + 0.1)
+        assert (model(x) - before).abs().max() > 1e-6 * before.abs().max()
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
+        monkeypatch.undo()
+        assert torch.equal(frozen(x), before)
+        with pytest.raises(RuntimeError, match="a frozen model cannot be trained"):
+            frozen.model.train()
 
 
 class AlwaysDropping(nn.Module):
