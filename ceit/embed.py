@@ -118,10 +118,8 @@ class I2TEmbed(nn.Module):
             self._check_images(x)
         return self.proj(self.backbone(x))
 
-    def tokens_fused(
-        self, x: Tensor, class_token: Tensor, positions: Tensor
-    ) -> tuple[Tensor, tuple[int, int]] | None:
-        """The class token and the embedded patches with their positions added (B, 1 + H' * W', embed_dim), and (H', W').
+    def tokens_fused(self, x: Tensor, class_token: Tensor, positions: Tensor) -> tuple[Tensor, tuple[int, int]] | None:
+        """The class token and the embedded patches (B, 1 + H' * W', embed_dim), their positions added, and (H', W').
 
         One compiled call; None if the parts have to be called one by one.
 

@@ -224,7 +224,11 @@ def _efficientformer_query(steps: Steps, name: str, module: Any) -> None:
         value if isinstance(value, int) else value[0] for value in (pool.kernel_size, pool.stride, pool.padding)
     ]
     settings.append(getattr(pool, "divisor_override", None))
-    if reason or settings != [1, 2, 0, None] or (local.kernel_size, local.stride, local.padding) != ((3, 3), (2, 2), (1, 1)):
+    if (
+        reason
+        or settings != [1, 2, 0, None]
+        or (local.kernel_size, local.stride, local.padding) != ((3, 3), (2, 2), (1, 1))
+    ):
         steps.refuse(reason or f"{name} takes other pixels than every second one")
     weight = held(local, "weight").detach().clone()
     weight[:, :, 1, 1] += 1

@@ -127,11 +127,8 @@ def methods_of(kind: type) -> tuple[str, ...]:
 
 def has_own_methods(module: nn.Module) -> bool:
     """Whether a module has none of the declared methods of its class by itself."""
-    state = module.__dict__
-    for name in _methods.get(type(module), ()):
-        if name in state:
-            return False
-    return True
+    names, state = _methods.get(type(module)), module.__dict__
+    return names is None or all(name not in state for name in names)
 
 
 @constant_result
@@ -145,7 +142,7 @@ def is_patched(kind: type) -> bool:
     if kind.__call__ is not _CALL and library_of(kind.__call__) != "torch":
         return True
     names = _methods.get(kind)
-    return not (has_own(kind, "forward") and (names is None or all([has_own(kind, name) for name in names])))
+    return not (has_own(kind, "forward") and (names is None or all(has_own(kind, name) for name in names)))
 
 
 def held(module: nn.Module, name: str) -> Any:
