@@ -104,8 +104,9 @@ def i2t_backward_cuda(
     weight, gamma, _, mean, variance = _as_parameters(dtype, *stem[:5])
     channels, fan_in = stem.weight.shape[0], stem.weight.shape[1] * 49
     tiles = x.shape[0] * -(-conv_size(x.shape[2]) // _TILE[0]) * -(-conv_size(x.shape[3]) // _TILE[1])
-    blocks = min(tiles, max(1, 2 * _multiprocessors(x) * _CHANNELS_PER_BLOCK // channels))
-    sums = torch.empty(blocks * (2 * fan_in * channels + fan_in + channels), dtype=parameter, device=x.device)
+    blocks = min(tiles, max(1, _multiprocessors(x) * _CHANNELS_PER_BLOCK // channels))
+    of_patches = fan_in * (channels // 16)
+    sums = torch.empty(blocks * (2 * fan_in * channels + of_patches + channels), dtype=parameter, device=x.device)
     prepacked = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
     image = _image_for(x, dtype)
     grad_x = torch.empty(image.shape, dtype=image.dtype, device=x.device) if need_input else None

@@ -4,6 +4,7 @@
 #include <gpu.h>
 
 #include <cmath>
+#include <type_traits>
 
 namespace ceit {
 
@@ -15,9 +16,13 @@ BOTH float to_float(Tf32 x) { return x.value; }
 
 template <class To, class From>
 DEVICE To convert(From x) {
-  To y;
-  from_float(x, y);
-  return y;
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else {
+    To y;
+    from_float(to_float(x), y);
+    return y;
+  }
 }
 
 }  // namespace ceit

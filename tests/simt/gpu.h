@@ -36,6 +36,8 @@ T shuffle_xor(T value, int mask) {
   return shuffle(value, int(simt::fiber->index % simt::kWarp) ^ mask);
 }
 
+inline void prefetch(const void* pointer) { static_cast<void>(*static_cast<const volatile char*>(pointer)); }
+
 inline float to_float(Bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 inline void from_float(float x, Bf16& y) {
   const uint32_t bits = bit_cast<uint32_t>(x);

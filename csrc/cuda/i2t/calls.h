@@ -63,10 +63,10 @@ inline int64_t moments_elements(const Problem& s, int rows_per_block) {
   return 2 * blocks * (1 + 2 * s.out_channels);
 }
 
-// Scratch elements of a backward: see GradientSums in backward.h.
+// Scratch elements of a backward, at most: see GradientSums in backward.h.
 inline int64_t sums_elements(const Problem& s, int blocks) {
   const int64_t weights = int64_t(s.channels) * 7 * 7;
-  return blocks * (2 * weights * s.out_channels + weights + s.out_channels);
+  return blocks * (2 * weights * s.out_channels + weights * (s.out_channels / 16) + s.out_channels);
 }
 
 // Mma is one of the structs of mma.h, In is the type of the image.

@@ -13,7 +13,7 @@ namespace ceit::i2t {
 constexpr int kStrips = 2;         // warps side by side
 constexpr int kPooledColumns = 7;  // of a warp
 constexpr int kPooledRows = 4;     // pooled rows for which the image lies in shared memory
-constexpr int kMaximumGroups = 6;  // 96 output channels
+constexpr int kMaximumGroups = 4;  // of 16 output channels in a block; more are shared evenly by several
 constexpr int kForwardThreads = 32 * kStrips * kMaximumGroups;
 constexpr int kForwardImageRows = 2 * (2 * kPooledRows + 1) + 5;
 constexpr int kForwardImageColumns = 2 * (14 * (kStrips - 1) + 15) + 8;
@@ -38,24 +38,27 @@ DEVICE void take(Acc& best, unsigned& where, Acc value, unsigned place) {
 }
 
 template <class Mma, class In, bool kTraining, bool kIndices>
-KERNEL(kForwardThreads, 1)
+KERNEL(kForwardThreads, Mma::kForwardBlocks)  // while one waits for its image, the other computes
 forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
   using Acc = typename Mma::Acc;
   using Element = typename Mma::Element;
   SHARED_MEMORY(memory);
   Element* tile = reinterpret_cast<Element*>(memory);
 
-  const int lane = lane_index(), warp = threadIdx.x / 32, strip = warp % kStrips, group = warp / kStrips;
+  const int lane = lane_index(), warp = threadIdx.x / 32, strip = warp % kStrips;
+  const int groups = blockDim.x / (32 * kStrips), parts = p.out_channels / (kGroup * groups);
+  const int group = blockIdx.x % parts * groups + warp / kStrips, place = blockIdx.x / parts;
   const int blocks_across = (p.pooled_width + kStrips * kPooledColumns - 1) / (kStrips * kPooledColumns);
-  const int64_t b = blockIdx.x / blocks_across;
-  const int block_px = blockIdx.x % blocks_across * (kStrips * kPooledColumns);
+  const int64_t b = place / blocks_across;
+  const int block_px = place % blocks_across * (kStrips * kPooledColumns);
   const int px0 = block_px + strip * kPooledColumns, x0 = 2 * px0 - 1;
   const int py_begin = blockIdx.y * a.rows_per_block;
   const int py_end = min(py_begin + a.rows_per_block, p.pooled_height);
   const int channel = group * kGroup + lane % 4 * kOwn;
 
-  typename Mma::Weights weights;
-  weights.load(a.weights + group * kGroup * kDepth);
+  typename Mma::Weights weights[kSide];
+#pragma unroll
+  for (int ky = 0; ky < kSide; ++ky) weights[ky].load(a.weights + group * kGroup * kDepth, ky);
 
   const int column = lane / 4;  // this thread holds columns `column` and `column + 8` of the warp's 16
   const bool odd = column % 2;
@@ -67,8 +70,12 @@ forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
 
   // Where gamma is zero everything finite is equal: the first of a window wins, the rest of the way is beta's.
   Acc keep[kOwn];
+  Affine<Acc> norms[kTraining ? 1 : kOwn];
 #pragma unroll
-  for (int c = 0; c < kOwn; ++c) keep[c] = a.norm.scale(channel + c) == Acc(0) ? Acc(0) : Acc(1);
+  for (int c = 0; c < kOwn; ++c) {
+    keep[c] = a.norm.scale(channel + c) == Acc(0) ? Acc(0) : Acc(1);
+    if constexpr (!kTraining) norms[c] = a.norm.affine(channel + c);
+  }
 
   Accumulated<Acc> statistics;
   Acc above[kOwn][2];  // the row before the pair, of the two columns
@@ -78,12 +85,12 @@ forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
   for (int first_py = py_begin; first_py < py_end; first_py += kPooledRows) {
     barrier();
     // Row r of the convolution after 2 * first_py - 1 reads rows 2r to 2r + 6 of the tile.
-    load_image<kForwardImageRows, kForwardImageColumns>(tile, image, p, b, 4 * first_py - 5, 4 * block_px - 6);
+    load_image<kForwardImageRows, kForwardImageColumns, 2>(tile, image, p, b, 4 * first_py - 5, 4 * block_px - 6);
     barrier();
     if (first_py == py_begin && first_py > 0) {
       Acc row[kFragments][4] = {};
 #pragma unroll
-      for (int ky = 0; ky < kSide; ++ky) Mma::accumulate(row, Mma::load_pixels(pixels + ky * kTileRow), weights, ky);
+      for (int ky = 0; ky < kSide; ++ky) Mma::accumulate(row, Mma::load_pixels(pixels + ky * kTileRow), weights[ky]);
 #pragma unroll
       for (int c = 0; c < kOwn; ++c)
 #pragma unroll
@@ -98,8 +105,8 @@ forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
 #pragma unroll
       for (int i = 0; i < kSide + 2; ++i) {
         const typename Mma::Pixels loaded = Mma::load_pixels(row + i * kTileRow);
-        if (i < kSide) Mma::accumulate(first, loaded, weights, i);
-        if (i >= 2) Mma::accumulate(second, loaded, weights, i - 2);
+        if (i < kSide) Mma::accumulate(first, loaded, weights[i]);
+        if (i >= 2) Mma::accumulate(second, loaded, weights[i - 2]);
       }
       const bool has_above = py > 0, has_below = 2 * py + 1 < p.conv_height;
       if constexpr (kTraining) statistics.add(first, second, counts, has_below);
@@ -111,12 +118,12 @@ forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const Acc middle = first[c / 2][c % 2 + 2 * h] * keep[c], below = second[c / 2][c % 2 + 2 * h] * keep[c];
-          unsigned place = has_above ? 0 : 1;
+          unsigned where = has_above ? 0 : 1;
           best[c][h] = has_above ? above[c][h] : middle;
-          if (has_above) take<Acc, kIndices>(best[c][h], place, middle, 1);
-          if (has_below) take<Acc, kIndices>(best[c][h], place, below, 2);
+          if (has_above) take<Acc, kIndices>(best[c][h], where, middle, 1);
+          if (has_below) take<Acc, kIndices>(best[c][h], where, below, 2);
           above[c][h] = below;
-          places |= place << (4 * c + 2 * h);
+          places |= where << (4 * c + 2 * h);
         }
 
       // A window's columns lie in neighbouring lanes: an even lane has the left and gets the middle, an odd lane has
@@ -146,7 +153,7 @@ forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
         unsigned index = has_left ? left_place : middle_place;
         if (has_left) take<Acc, kIndices>(value, index, middle, middle_place);
         if (has_right) take<Acc, kIndices>(value, index, odd ? odd_right : even_right, right_place);
-        if constexpr (!kTraining) value = a.norm.apply(value, channel + c);
+        if constexpr (!kTraining) value = norms[c].apply(value);
         values.value[c] = convert<typename Mma::Output>(value);
         indices.value[c] = uint8_t(index);
       }
@@ -158,7 +165,7 @@ forward_kernel(Problem p, const In* image, ForwardArguments<Mma> a) {
     }
   }
   if constexpr (kTraining) {
-    const int64_t row = (int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * kStrips + strip;
+    const int64_t row = (int64_t(place) * gridDim.y + blockIdx.y) * kStrips + strip;
     statistics.write(a.moments, row, channel, p.out_channels);
   }
 }

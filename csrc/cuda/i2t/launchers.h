@@ -34,9 +34,10 @@ void compute(const ForwardCall& call) {
   const Problem& s = call.problem;
   pack<Mma>(call);
 
-  const Grid grid{s.batch * ceil_div(s.pooled_width, kStrips * kPooledColumns),
-                  ceil_div(s.pooled_height, call.rows_per_block)};
-  const int rows = int(grid.x * grid.y) * kStrips;
+  const int64_t places = s.batch * ceil_div(s.pooled_width, kStrips * kPooledColumns);
+  const int groups = s.out_channels / kGroup, parts = int(ceil_div(groups, kMaximumGroups));
+  const Grid grid{places * parts, ceil_div(s.pooled_height, call.rows_per_block)};
+  const int rows = int(places * grid.y) * kStrips;
   Acc* counts = static_cast<Acc*>(call.moments);
   Moments<Acc> moments{};
   if (call.training) moments = {counts, counts + rows, counts + rows + int64_t(rows) * s.out_channels};
@@ -50,7 +51,7 @@ void compute(const ForwardCall& call) {
                       : call.indices ? forward_kernel<Mma, In, false, true>
                                      : forward_kernel<Mma, In, false, false>;
   const size_t shared = sizeof(typename Mma::Element) * kForwardImageRows * kForwardImageColumns * kChannels;
-  launch("the stem's forward", kernel, grid, 32 * kStrips * s.out_channels / kGroup, shared, call.stream, s,
+  launch("the stem's forward", kernel, grid, 32 * kStrips * groups / parts, shared, call.stream, s,
          static_cast<const In*>(call.image), arguments);
   if (!call.training) return;
 
@@ -80,18 +81,20 @@ void compute(const BackwardCall& call) {
 
   const int64_t weights = int64_t(s.out_channels) * s.channels * kSide * kSide;
   Acc* start = static_cast<Acc*>(call.sums);
+  const int64_t patches = weights / kBackwardChannels<Mma>;
   const GradientSums<Acc> sums{start, start + weights * call.blocks, start + 2 * weights * call.blocks,
-                               start + (2 * weights + weights / s.out_channels) * call.blocks};
+                               start + (2 * weights + patches) * call.blocks};
   const BackwardArguments<Mma> arguments{static_cast<const typename Mma::Element*>(call.packed),
                                          static_cast<const typename Mma::Output*>(call.gradient), call.indices,
                                          make_norm<Acc>(call)};
   const In* image = static_cast<const In*>(call.image);
-  const size_t shared =
-      sizeof(typename Mma::Element) * (kTileImageElements + (call.training ? 2 : 1) * kOperandElements);
+  const size_t operands = (call.training ? 2 : 1) * kOperandElements<Mma>;
+  const size_t norms = call.training ? kNormElements<Mma> : 0;
+  const size_t shared = sizeof(typename Mma::Element) * (kTileImageElements + operands) + sizeof(Acc) * norms;
   launch("the stem's weight gradient",
          call.training ? weight_gradient_kernel<Mma, In, true> : weight_gradient_kernel<Mma, In, false>,
-         {call.blocks, s.out_channels / kBackwardChannels}, kBackwardThreads, shared, call.stream, s, image, arguments,
-         sums);
+         {call.blocks, s.out_channels / kBackwardChannels<Mma>}, kBackwardThreads<Mma>, shared, call.stream, s, image,
+         arguments, sums);
 
   const Acc count = Acc(double(s.batch) * s.conv_height * s.conv_width);
   const Gradients<Acc> gradients{static_cast<Acc*>(call.grad_weight), static_cast<Acc*>(call.grad_gamma),
@@ -105,7 +108,7 @@ void compute(const BackwardCall& call) {
   const int64_t tiles = ceil_div(s.width, kGradientColumns) * ceil_div(s.height, kGradientRows);
   launch("the stem's image gradient",
          call.training ? image_gradient_kernel<Mma, In, true> : image_gradient_kernel<Mma, In, false>,
-         {s.batch * tiles}, kBackwardThreads, shared, call.stream, s, image, arguments, image_arguments,
+         {s.batch * tiles}, kBackwardThreads<Mma>, shared, call.stream, s, image, arguments, image_arguments,
          static_cast<In*>(call.grad_image));
 }
 

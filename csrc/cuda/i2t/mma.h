@@ -20,6 +20,8 @@ struct HalfMma {
   using Output = T;
   using Acc = float;
   static constexpr int kSteps = kRowElements / 16;
+  static constexpr int kForwardBlocks = 2;   // that a multiprocessor holds
+  static constexpr int kBackwardGroups = 2;  // of output channels, in a block
 
   struct Pixels {
     Words<4> step[kSteps];
@@ -27,17 +29,15 @@ struct HalfMma {
   struct Patches {
     Words<2> fragment[4];
   };
-  // The weights of a group for all rows of the kernel, in registers.
+  // The weights of a group for row ky of the kernel.
   struct Weights {
-    Words<2> row[kSide][kSteps][kFragments];
-    DEVICE void load(const Element* packed) {
+    Words<2> step[kSteps][kFragments];
+    DEVICE void load(const Element* packed, int ky) {
       const Words<2>* lane = reinterpret_cast<const Words<2>*>(packed) + lane_index();
 #pragma unroll
-      for (int ky = 0; ky < kSide; ++ky)
+      for (int s = 0; s < kSteps; ++s)
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s)
-#pragma unroll
-          for (int f = 0; f < kFragments; ++f) row[ky][s][f] = lane[((ky * kSteps + s) * kFragments + f) * 32];
+        for (int f = 0; f < kFragments; ++f) step[s][f] = lane[((ky * kSteps + s) * kFragments + f) * 32];
     }
   };
 
@@ -59,11 +59,11 @@ struct HalfMma {
     if (lane % 4 < 2) pixels.step[0].word[0] = pixels.step[0].word[1] = 0;
     return pixels;
   }
-  DEVICE static void accumulate(float (&acc)[kFragments][4], const Pixels& pixels, const Weights& weights, int ky) {
+  DEVICE static void accumulate(float (&acc)[kFragments][4], const Pixels& pixels, const Weights& weights) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s)
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f) multiply(acc[f], pixels.step[s], weights.row[ky][s][f], T());
+      for (int f = 0; f < kFragments; ++f) multiply(acc[f], pixels.step[s], weights.step[s][f], T());
   }
 
   // The same row as the other operand of a matmul over the 16 outputs: 32 columns.
@@ -85,15 +85,18 @@ struct HalfMma {
 #pragma unroll
     for (int f = 0; f < 4; ++f) multiply(acc[f], a, patches.fragment[f], T());
   }
-  // acc += the sum of the first `count` outputs' patches, in every row
-  DEVICE static void sum(float (&acc)[4][4], int count, const Patches& patches) {
-    const uint32_t one = convert<T>(1.0f).bits;
+  // acc += a part of the sum of the first `count` outputs' patches: column f * 8 + lane / 4 is that of four lanes.
+  DEVICE static void sum(float (&acc)[4], int count, const Patches& patches) {
     const int k = lane_index() % 4 * 2;
-    const uint32_t low = (k < count ? one : 0) | (k + 1 < count ? one << 16 : 0);
-    const uint32_t high = (k + 8 < count ? one : 0) | (k + 9 < count ? one << 16 : 0);
-    const Words<4> a = {low, low, high, high};
+    const uint32_t masks[2] = {(k < count ? 0xffffu : 0) | (k + 1 < count ? 0xffff0000u : 0),
+                               (k + 8 < count ? 0xffffu : 0) | (k + 9 < count ? 0xffff0000u : 0)};
 #pragma unroll
-    for (int f = 0; f < 4; ++f) multiply(acc[f], a, patches.fragment[f], T());
+    for (int f = 0; f < 4; ++f)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t pair = patches.fragment[f].word[i] & masks[i];
+        acc[f] += to_float(T{uint16_t(pair)}) + to_float(T{uint16_t(pair >> 16)});
+      }
   }
 };
 
@@ -103,6 +106,7 @@ struct Tf32Mma {
   using Output = float;
   using Acc = float;
   static constexpr int kSteps = kRowElements / 8;
+  static constexpr int kForwardBlocks = 1, kBackwardGroups = 1;
 
   struct Pixels {
     const Element* row;
@@ -113,7 +117,9 @@ struct Tf32Mma {
   // Too many for registers: read through L1 as they are used.
   struct Weights {
     const Words<2>* lane;
-    DEVICE void load(const Element* packed) { lane = reinterpret_cast<const Words<2>*>(packed) + lane_index(); }
+    DEVICE void load(const Element* packed, int ky) {
+      lane = reinterpret_cast<const Words<2>*>(packed) + ky * kSteps * kFragments * 32 + lane_index();
+    }
   };
 
   BOTH static void locate(int index, int& channel, int& k) {
@@ -123,15 +129,14 @@ struct Tf32Mma {
   }
 
   DEVICE static Pixels load_pixels(const Element* row) { return {row}; }
-  DEVICE static void accumulate(float (&acc)[kFragments][4], const Pixels& pixels, const Weights& weights, int ky) {
+  DEVICE static void accumulate(float (&acc)[kFragments][4], const Pixels& pixels, const Weights& weights) {
     const int lane = lane_index();
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       Words<4> a = load_matrices<false>(pixels.row + lane % 16 * kPixelStride + s * 8 + lane / 16 * 4);
       if (s == 0) a.word[0] = a.word[1] = 0;  // the column before the window, which may be infinite
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f)
-        multiply(acc[f], a, weights.lane[((ky * kSteps + s) * kFragments + f) * 32], Tf32());
+      for (int f = 0; f < kFragments; ++f) multiply(acc[f], a, weights.lane[(s * kFragments + f) * 32], Tf32());
     }
   }
 
@@ -160,16 +165,15 @@ struct Tf32Mma {
       for (int f = 0; f < 4; ++f) multiply(acc[f], a, patches.fragment[s][f], Tf32());
     }
   }
-  DEVICE static void sum(float (&acc)[4][4], int count, const Patches& patches) {
+  DEVICE static void sum(float (&acc)[4], int count, const Patches& patches) {
     const int quad = lane_index() % 4;
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const uint32_t low = bit_cast<uint32_t>(s * 8 + quad < count ? 1.0f : 0.0f);
-      const uint32_t high = bit_cast<uint32_t>(s * 8 + 4 + quad < count ? 1.0f : 0.0f);
-      const Words<4> a = {low, low, high, high};
+    for (int s = 0; s < 2; ++s)
 #pragma unroll
-      for (int f = 0; f < 4; ++f) multiply(acc[f], a, patches.fragment[s][f], Tf32());
-    }
+      for (int f = 0; f < 4; ++f)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          acc[f] += s * 8 + i * 4 + quad < count ? bit_cast<float>(patches.fragment[s][f].word[i]) : 0.0f;
   }
 };
 
@@ -179,6 +183,7 @@ struct ScalarMma {
   using Element = T;
   using Output = T;
   using Acc = T;
+  static constexpr int kForwardBlocks = 1, kBackwardGroups = 1;
 
   struct Pixels {
     const T* row;
@@ -186,7 +191,9 @@ struct ScalarMma {
   using Patches = Pixels;
   struct Weights {
     const Pack<T, kOwn>* own;
-    DEVICE void load(const Element* packed) { own = reinterpret_cast<const Pack<T, kOwn>*>(packed) + lane_index() % 4; }
+    DEVICE void load(const Element* packed, int ky) {
+      own = reinterpret_cast<const Pack<T, kOwn>*>(packed) + ky * kRowElements * (kGroup / kOwn) + lane_index() % 4;
+    }
   };
 
   BOTH static void locate(int index, int& channel, int& k) {
@@ -195,13 +202,13 @@ struct ScalarMma {
   }
 
   DEVICE static Pixels load_pixels(const Element* row) { return {row}; }
-  DEVICE static void accumulate(T (&acc)[kFragments][4], const Pixels& pixels, const Weights& weights, int ky) {
+  DEVICE static void accumulate(T (&acc)[kFragments][4], const Pixels& pixels, const Weights& weights) {
     const T* low = pixels.row + lane_index() / 4 * kPixelStride;
     const T* high = low + 8 * kPixelStride;
     // Not unrolled whole: 7 rows would not fit the instruction cache.
 #pragma unroll 4
     for (int k = kChannels; k < kRowElements; ++k) {  // without the column before the window, which may be infinite
-      const Pack<T, kOwn> w = weights.own[(ky * kRowElements + k) * (kGroup / kOwn)];
+      const Pack<T, kOwn> w = weights.own[k * (kGroup / kOwn)];
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
         acc[c / 2][c % 2] += low[k] * w.value[c];
@@ -223,13 +230,11 @@ struct ScalarMma {
           acc[f][i] += (i < 2 ? low : high) * patches.row[k * kPixelStride + f * 8 + column + i % 2];
     }
   }
-  DEVICE static void sum(T (&acc)[4][4], int count, const Patches& patches) {
-    const int column = lane_index() % 4 * 2;
-    for (int k = 0; k < count; ++k)
+  DEVICE static void sum(T (&acc)[4], int count, const Patches& patches) {
+    const int column = lane_index() / 4;
+    for (int k = lane_index() % 4; k < count; k += 4)
 #pragma unroll
-      for (int f = 0; f < 4; ++f)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[f][i] += patches.row[k * kPixelStride + f * 8 + column + i % 2];
+      for (int f = 0; f < 4; ++f) acc[f] += patches.row[k * kPixelStride + f * 8 + column];
   }
 };
 

@@ -142,19 +142,13 @@ normalise(Output* out, int64_t size, int channels, Norm<Acc> norm) {
   const int64_t stride = int64_t(gridDim.x) * kNormaliseThreads * kPack;  // a multiple of the channels
   int64_t i = (int64_t(blockIdx.x) * kNormaliseThreads + threadIdx.x) * kPack;
   const int channel = int(i % channels);
-  Acc sign[kPack], mean[kPack], scale[kPack], shift[kPack];
+  Affine<Acc> norms[kPack];
 #pragma unroll
-  for (int c = 0; c < kPack; ++c) {
-    sign[c] = norm.sign(channel + c);
-    mean[c] = norm.mean[channel + c];
-    scale[c] = norm.inverse_deviation(channel + c) * norm.scale(channel + c);
-    shift[c] = norm.beta ? norm.beta[channel + c] : Acc(0);
-  }
+  for (int c = 0; c < kPack; ++c) norms[c] = norm.affine(channel + c);
   for (; i < size; i += stride) {
     Values values = *reinterpret_cast<const Values*>(out + i);
 #pragma unroll
-    for (int c = 0; c < kPack; ++c)
-      values.value[c] = convert<Output>((to_float(values.value[c]) * sign[c] - mean[c]) * scale[c] + shift[c]);
+    for (int c = 0; c < kPack; ++c) values.value[c] = convert<Output>(norms[c].apply(to_float(values.value[c])));
     *reinterpret_cast<Values*>(out + i) = values;
   }
 }

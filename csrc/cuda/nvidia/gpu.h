@@ -28,6 +28,9 @@ DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Has the second level of cache load what is there.
+DEVICE void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
+
 DEVICE float to_float(Bf16 x) { return __bfloat162float(bit_cast<__nv_bfloat16>(x)); }
 DEVICE float to_float(Fp16 x) { return __half2float(bit_cast<__half>(x)); }
 DEVICE void from_float(float x, Bf16& y) { y = bit_cast<Bf16>(__float2bfloat16_rn(x)); }

@@ -108,6 +108,20 @@ def test_tf32_is_as_accurate_as_its_rounding():
         assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 1e-3 * truth.norm(), name
 
 
+@pytest.mark.parametrize(("in_chans", "size"), [(3, (17, 8)), (4, (5, 40)), (1, (30, 136))], ids=str)
+@pytest.mark.parametrize("dtype", EXACT + DTYPES, ids=str)
+def test_images_are_read_alike_by_16_bytes_and_by_elements(poisoned_memory, dtype, in_chans, size):
+    torch.manual_seed(6)
+    stem, x = make_stem(in_chans, 32).to(dtype), make_image(size, in_chans, dtype=dtype)
+    places = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), F.pad(x, (0, 1))[..., :-1]
+    grad = pooled_like(x, 32)
+    (ours, norm), *others = (run_stem(copy.deepcopy(stem), y, grad, "native") for y in (x, *places))
+    for theirs, other_norm in others:
+        for name, a, b in zip(NAMES, ours, theirs, strict=True):
+            assert torch.equal(a, b), name
+        torch.testing.assert_close(norm.state_dict(), other_norm.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("size", [(14, 14), (15, 29)], ids=str)
 def test_indices_are_the_places_of_the_maxima(full_precision, size, training):

@@ -1,4 +1,4 @@
-"""What nvcc makes of the stem's kernels: no spills, tensor cores, wide stores to shared memory."""
+"""What nvcc makes of the stem's kernels: no spills, tensor cores, wide loads and stores, room for a second block."""
 
 import re
 import shutil
@@ -21,6 +21,7 @@ class Kernel:
     name: str
     code: str
     spilled: int
+    registers: int
 
     @property
     def is_scalar(self):
@@ -34,12 +35,13 @@ def compile_kernels(folder, file, chip) -> list[Kernel]:
     command.append(f"-I{CSRC / 'cuda' / 'nvidia'}")
     done = subprocess.run([*command, CSRC / "cuda" / "i2t" / f"{file}.cu"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    spilled = {}
+    used = {}
     for name, usage in re.findall(r"Compiling entry function '(\w+)'.*?\n(.*?registers.*?)\n", done.stderr, re.DOTALL):
-        spilled[name] = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", usage)))
+        spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", usage)))
+        used[name] = spilled, int(re.search(r"Used (\d+) registers", usage)[1])
     sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"Function : (\w+)", sass)[1:]
-    return [Kernel(name, code, spilled[name]) for name, code in zip(parts[::2], parts[1::2], strict=True)]
+    return [Kernel(name, code, *used[name]) for name, code in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def is_product(kernel):
@@ -67,3 +69,6 @@ def test_machine_code(tmp_path, file, chip):
         assert bool(re.search(r"\bHMMA\b", kernel.code)) is (multiplies and not kernel.is_scalar), kernel.name
         if multiplies:
             assert re.search(r"\bSTS\.128\b", kernel.code), f"{kernel.name} stores the image in small pieces"
+            assert re.search(r"\bLDG\.E\.128\b", kernel.code), f"{kernel.name} loads the image in small pieces"
+        if "HalfMma" in kernel.name and "forward_kernel" in kernel.name:
+            assert kernel.registers <= 128, f"{kernel.name} leaves no room for a second block of 256 threads"
