@@ -19,7 +19,7 @@ from .predict import predict, rendered
 from .runtime import checkpoints
 from .runtime.errors import UsageError
 from .runtime.fields import add_options
-from .runtime.machine import devices, versions
+from .runtime.machine import devices, keep_freed_memory, versions
 from .runtime.options import EvaluateOptions, ExportOptions, PredictOptions, TrainOptions
 from .runtime.progress import TrainingFailed
 from .runtime.recipes import add_recipe_options, with_recipe
@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: TrainOptions) -> None:
+    keep_freed_memory()
     result = train(options)
     _logger.info(
         "test accuracy %.2f%% (best %.2f%% after epoch %d), %.0f images/s; everything is in %s",

@@ -1,6 +1,7 @@
 """The implementations: plain PyTorch, what it gives for free, the hand rewrite, other runtimes, fused and frozen."""
 
 import copy
+import importlib
 import importlib.util
 import io
 import tempfile
@@ -29,6 +30,7 @@ IMPLEMENTATIONS = {
     "mlp": "floor: a GELU MLP of equal width in place of LeFF; computes something else, so it is not checked",
     "openvino": "plain, converted to OpenVINO",
     "onnxruntime": "plain, exported to ONNX Runtime",
+    "zentorch": "torch.compile of plain by AMD's backend, with freezing; where it is installed",
     "fused": "the fused operators of this project, live: they prepare the present weights in every call",
     "frozen": "the fused operators in a frozen snapshot, which prepared its own copies of the weights once",
 }
@@ -72,8 +74,9 @@ class Step:
         return grads if x.grad is None else {**grads, "input": x.grad}
 
 
-# Other runtimes, which are installed with the extra `bench`.
-PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx")}
+# Other runtimes and compilers. The extra `bench` installs all but zentorch, which is for AMD's processors and for one
+# version of PyTorch.
+PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx"), "zentorch": ("zentorch",)}
 
 
 def missing_packages(implementation: str) -> list[str]:
@@ -89,12 +92,13 @@ def absence(implementation: str, workload: Workload, device: torch.device) -> st
             return "taken for the CPU only"
         if workload.training:
             return "it does not train"
-        if workload.dtype != "float32":
+        if workload.dtype != "float32" and implementation in _EXPORTERS:
             return "taken in float32 only"
         if implementation in UNLIMITED and (reason := exceeding()):
             return reason
         missing = missing_packages(implementation)
-        return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
+        source = "'.[bench]'" if implementation in _EXPORTERS else implementation
+        return f"not installed: {', '.join(missing)} (pip install {source})" if missing else None
     if implementation == "compile-freezing" and workload.training:
         return "freezing is for inference"
     if implementation == _REDUCE_OVERHEAD and on_cpu:
@@ -142,11 +146,18 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
+def _zentorch(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    """AMD's backend of torch.compile, which leaves its passes in the settings of PyTorch's own."""
+    with torch._inductor.config.patch(freezing=True, joint_custom_post_pass=None):
+        return importlib.import_module("zentorch").zentorch_compile(graph, inputs)
+
+
 _COMPILE: dict[str, dict] = {
     "compile": {},
     "compile-freezing": {"options": {"freezing": True}},
     _REDUCE_OVERHEAD: {"mode": "reduce-overhead"},
     "compile-max-autotune": {"mode": "max-autotune-no-cudagraphs"},
+    "zentorch": {"backend": _zentorch},
 }
 
 

@@ -12,7 +12,7 @@ _VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTI
 _VALUES = {"baseline": ("default", "SSE41", "SSE4_2", "baseline"), "avx2": ("avx2", "AVX2", "AVX2", "avx2")}
 INSTRUCTIONS = tuple(_VALUES)
 # Implementations that always take the best that the processor has.
-UNLIMITED = ("onnxruntime",)
+UNLIMITED = ("onnxruntime", "zentorch")
 
 
 def limit_instructions(name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from ceit_kernels.common.extension import cpu_code
 
 from ..workloads import Workload, has_bfloat16, others_plan
+from .implementations import missing_packages
 from .instructions import UNLIMITED, exceeding
 from .measure import Result
 from .statistics import Ratio, median_ratio
@@ -68,6 +69,7 @@ class TargetResult:
 _LIVE = ("plain", "compile")
 _FREEZING = ("compile-freezing",)
 _PREPARED = (*_FREEZING, "openvino", "onnxruntime")
+_OPTIONAL = "zentorch"  # whose lack leaves no target open
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,11 @@ def targets_of(device: torch.device) -> list[Target]:
     """The targets for a device, by the instructions that it runs; none for a GPU."""
     if device.type != "cpu":
         return []
-    found, least, prepared = [], _AVX512 if (cpu_code() or "").startswith("avx512") else _LESS, _prepared()
+    found, least = [], _AVX512 if (cpu_code() or "").startswith("avx512") else _LESS
+    freezing, prepared = _with_optional(_FREEZING), _prepared()
     for size in ("tiny", "small"):
         found += [
-            Target(Workload("leff", size, "inference", "float32", 16), "frozen", _FREEZING, least.leff_inference),
+            Target(Workload("leff", size, "inference", "float32", 16), "frozen", freezing, least.leff_inference),
             Target(Workload("leff", size, "training", "float32", 16), "fused", ("plain",), least.leff_training),
             Target(Workload("model", size, "training", "float32", 8), "fused", _LIVE, least.training, memory=0.6),
         ]
@@ -98,7 +101,7 @@ def targets_of(device: torch.device) -> list[Target]:
             found += [Target(workload, "frozen", prepared, least.inference), Target(workload, "fused", _LIVE, 1.0)]
     if has_bfloat16(device):
         workloads = [Workload("model", size, "inference", "bfloat16", n) for size in ("tiny", "small") for n in (1, 16)]
-        found += [Target(workload, "frozen", _FREEZING, 1.3) for workload in workloads]
+        found += [Target(workload, "frozen", freezing, 1.3) for workload in workloads]
     return found
 
 
@@ -117,7 +120,11 @@ def targets_of_others(device: torch.device) -> list[Target]:
 
 def _prepared() -> tuple[str, ...]:
     """Who prepares a model once and takes no more than the instructions that are allowed."""
-    return tuple(name for name in _PREPARED if name not in UNLIMITED) if exceeding() else _PREPARED
+    return tuple(name for name in _with_optional(_PREPARED) if not (exceeding() and name in UNLIMITED))
+
+
+def _with_optional(rivals: tuple[str, ...]) -> tuple[str, ...]:
+    return rivals if missing_packages(_OPTIONAL) or exceeding() else (*rivals, _OPTIONAL)
 
 
 def judge(target: Target, result: Result) -> TargetResult:

@@ -1,8 +1,6 @@
 """Timing: a sample of an implementation on the CPU or on a GPU, and rounds in which implementations take turns."""
 
-import ctypes
 import random
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from ceit.runtime.machine import keep_freed_memory
 
 _WARMUP_CALLS = 3
 # Shorter samples are lost in the clock and in the interpreter's jitter.
@@ -34,19 +34,6 @@ class Sampler:
     method: str
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory that is freed, for all implementations alike.
-
-    By default it depends on what the process did before whether a call gets its memory from the system anew, page by
-    page, which can double its time.
-    """
-    trim_threshold, mmap_threshold, never = -1, -3, 1 << 30
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(mmap_threshold, never)
-        mallopt(trim_threshold, never)
-
-
 class CpuTimer:
     """Wall-clock time of calls one after another, as many as make a sample long enough.
 
@@ -55,7 +42,7 @@ class CpuTimer:
     """
 
     def __init__(self) -> None:
-        _keep_freed_memory()
+        keep_freed_memory()  # for all implementations alike
 
     def prepare(self, call: Callable[[int], Any], num_inputs: int, spinning: float = 0.0) -> Sampler:
         """Warm up and return the sampler.

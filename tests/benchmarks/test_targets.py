@@ -9,7 +9,7 @@ from benchmarks import test_benchmarks as suite
 from benchmarks.harness.instructions import _VARIABLES, limit_instructions
 from benchmarks.harness.measure import Entry, Result
 from benchmarks.harness.statistics import Ratio
-from benchmarks.harness.targets import Target, judge, target_rows, targets_of
+from benchmarks.harness.targets import Target, judge, target_rows, targets_of, targets_of_others
 from benchmarks.session import Session
 from benchmarks.workloads import Workload, plan
 from ceit.runtime.errors import UsageError
@@ -81,7 +81,7 @@ def test_targets_of_both_models_are_at_every_batch_that_the_plan_has_for_them():
 
 def test_who_prepares_a_model_is_held_against_a_frozen_one_and_all_others_against_a_live_one(monkeypatch):
     monkeypatch.setattr("benchmarks.harness.targets.has_bfloat16", lambda device: True)
-    found, prepared = targets_of(CPU), {"compile-freezing", "openvino", "onnxruntime"}
+    found, prepared = targets_of(CPU), {"compile-freezing", "openvino", "onnxruntime", "zentorch"}
     for b in found:
         assert b.ours == ("frozen" if prepared & set(b.rivals) else "fused"), b
         assert b.ours == "fused" or not {"plain", "compile"} & set(b.rivals), b
@@ -89,6 +89,16 @@ def test_who_prepares_a_model_is_held_against_a_frozen_one_and_all_others_agains
     models = {b.workload for b in found if (b.workload.operator, b.workload.phase) == ("model", "inference")}
     for workload in (g for g in models if g.dtype == "float32"):
         assert {b.ours for b in found if b.workload == workload} == {"fused", "frozen"}
+
+
+@pytest.mark.parametrize("missing", [["zentorch"], []], ids=["absent", "installed"])
+def test_an_optional_rival_counts_where_it_is_installed(monkeypatch, missing):
+    monkeypatch.setattr("benchmarks.harness.targets.missing_packages", lambda name: missing)
+    monkeypatch.setattr("benchmarks.harness.targets.exceeding", lambda: None)
+    for found in (targets_of(CPU), targets_of_others(CPU)):
+        frozen = [t for t in found if t.ours == "frozen"]
+        assert frozen
+        assert all(("zentorch" in t.rivals) is not bool(missing) for t in frozen)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """What jobs ask of the machine and say of what they found."""
 
 import contextlib
+import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -135,3 +139,23 @@ def test_a_folder_as_a_model_brings_its_own_weights(tmp_path):
         check_together(TrainOptions(data="digits", model=str(tmp_path), checkpoint="other.pt"))
     with pytest.raises(UsageError, match="--checkpoint must be given, unless --model is a folder"):
         restore_model(PredictOptions())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not platform.libc_ver()[0], reason="for glibc")
+def test_a_training_keeps_freed_memory_unless_glibc_was_told_otherwise():
+    code = """
+import resource
+import torch
+from ceit.runtime.machine import keep_freed_memory
+keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    others = {name: text for name, text in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    kept, told = (
+        int(subprocess.run([sys.executable, "-c", code], env=others | given, check=True, stdout=-1).stdout)
+        for given in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"})
+    )
+    assert 10 * kept < told
