@@ -148,8 +148,8 @@ KERNELS: dict[str, KernelCost] = {
         z1=image_rows,
     ),
     "leff_contract_operand_kernel": _cost(
-        "a z rows weight bias residual",
-        "out partial count operand",
+        f"a z rows weight bias residual partial count tickets norm_weight norm_bias {_running('')}",
+        f"out partial count operand tickets norm total {_running('')}",
         lambda a: 2 * a["M"] * a["E"] * a["O"],
         prefix=prefix_tokens,
     ),

@@ -18,6 +18,7 @@ from .kernels_common import (
     token_rows,
     zeros,
 )
+from .kernels_reduce import norm_by_last
 
 __all__ = [
     "contract_operand",
@@ -66,17 +67,31 @@ def leff_expand_moments_kernel(
 
 @kernel
 def leff_contract_operand_kernel(
-    p_a, p_z, p_rows, p_weight, p_bias, p_operand, p_out, p_prefix, p_residual, p_partial, p_count, B, M, HW,
+    p_a, p_z, p_rows, p_weight, p_bias, p_operand, p_out, p_prefix, p_residual, p_partial, p_count, p_tickets, p_norm,
+    p_total, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_batches, momentum: tl.float64,
+    B, M, HW, GROUP,
     P: tl.constexpr, E: tl.constexpr, O: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_E: tl.constexpr,
-    OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr, NUM_O: tl.constexpr,
+    OPERAND: tl.constexpr, EPS: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_O: tl.constexpr,
+    NUM_O: tl.constexpr, TILE_T: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """``contract_operand``: forward z3 from z2, backward the gradient of x from that of the first norm."""
+    """``contract_operand``: forward z3 from z2, and with tickets ``norm_by_last``; backward the gradient of x from that
+    of the first norm.
+    """
     contract_operand(
         tl.program_id(0), p_a, p_z, p_rows, p_weight, p_bias, p_operand, None, None, None, None, p_out, p_prefix,
         p_residual, p_partial, p_count, B, M, HW, P, E, O, STRIDE_O, STRIDE_E, OPERAND, TILE_M, TILE_E, TILE_O, NUM_O,
         COMPUTE, ACC, PRECISION, EXACT,
     )  # fmt: skip
+    if p_tickets is not None:
+        columns: tl.constexpr = (O + NUM_O * TILE_O - 1) // (NUM_O * TILE_O)
+        i_m, i_o = tl.program_id(0) // columns, tl.program_id(0) % columns * NUM_O
+        norm_by_last(
+            p_partial, p_count, p_tickets, p_norm, p_total,
+            (p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_batches, momentum),
+            tl.minimum(M - i_m * TILE_M, TILE_M).to(ACC), i_m, i_o, tl.cdiv(M, TILE_M), GROUP,
+            EPS, O, NUM_O, TILE_T, TILE_O, ACC,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -143,6 +158,8 @@ def contract_operand(
             if p_residual is not None:
                 b_out += tl.load(p_residual + offsets, mask=mask, other=0.0).to(ACC)
             b_stored = b_out.to(p_out.dtype.element_ty)
+            if p_partial is not None:
+                b_stored = compute_once(b_stored)  # or registers would spill where tickets follow
             tl.store(p_out + offsets, b_stored, mask=mask)
             if p_partial is not None:
                 first = (i_o == 0) & (k == 0)

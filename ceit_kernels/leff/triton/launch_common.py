@@ -105,6 +105,10 @@ class Call:
             "O": self.O,
             "KERNEL": self.kernel_size,
             "p_weight2": weight2,
+            # Where no last program instance makes something of what all have left.
+            "GROUP": 1,
+            "EPS": 0.0,
+            "momentum": 0.0,
         }
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -129,12 +133,13 @@ class Call:
         launch(kernel, grid, {**self.known, **tiles.sizes, **arguments}, tiles.num_warps, tiles.num_stages)
 
     def tuned(self, kernel: Any, table: Tiles, shape: dict[str, Any], run: Callable[[Tiles], Result]) -> Result:
-        """What ``run`` returns with the tiles that ``tuned_tiles`` finds; it launches into buffers that it makes.
+        """What ``run`` returns with ``tiles``, which time it too; it launches into buffers that it makes."""
+        return run(self.tiles(kernel, table, shape, run))
 
-        Processes that wait for one another keep to the table.
-        """
+    def tiles(self, kernel: Any, table: Tiles, shape: dict[str, Any], run: Callable[[Tiles], Any]) -> Tiles:
+        """What ``tuned_tiles`` finds; processes that wait for one another keep to the table."""
         if self.settings.group is None:
             with without_plan():
                 name = kernel.__name__.removesuffix("_kernel")
                 table = tuned_tiles(name, table, {"tokens": self.M, **shape}, self.x, self.dtype, run)
-        return run(table)
+        return table

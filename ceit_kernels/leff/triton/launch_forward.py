@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,8 +134,8 @@ def _depthwise(call: Call, z1: Tensor, norm1: Tensor | None, norms: _Norms) -> t
     images, parts, grid = depthwise_grid(call, tiles)
     z2, moments = call.empty(call.M, call.E, dtype=call.dtype), norms.moments(1, parts, call.E, grid[0] // parts)
     arguments = {"p_z1": z1, "p_norm1": norm1, "p_bias": call.layers[1].bias, "p_z2": z2, "IMAGES": images, "T": parts}
-    arguments |= {"GROUP": 1, "ACTIVATION": call.settings.activations[0], "EPS": call.settings.eps[1], "momentum": 0.0}
-    call.launch(leff_depthwise_kernel, grid, tiles, **{**arguments, **moments})
+    arguments |= {"ACTIVATION": call.settings.activations[0], **moments}
+    call.launch(leff_depthwise_kernel, grid, tiles, **arguments)
     return z2, norms.take(1, moments)
 
 
@@ -153,16 +154,17 @@ def _contract(
     arguments |= {"p_weight": call.weight(2), "p_bias": call.layers[2].bias, "p_residual": residual}
     arguments |= {"p_prefix": call.x, "P": call.settings.num_prefix_tokens if has_prefix else 0}
 
-    def run(tiles: Tiles) -> tuple[Tensor, dict[str, Any]]:
+    def run(tiles: Tiles, averages: bool = True) -> tuple[Tensor, dict[str, Any]]:
         out, rows = call.empty(*shape, dtype=dtype), cdiv(call.M, tiles.sizes["TILE_M"])
-        moments = norms.moments(2, rows, call.O)
         grid = contract_grid(call, tiles, call.O, has_prefix)
+        moments = norms.moments(2, rows, call.O, grid[0] // rows, averages)
         call.launch(leff_contract_operand_kernel, grid, tiles, **arguments, **moments, p_out=out)
         return out, moments
 
     table = contract_tiles(call.O, call.dtype, call.chip)
     key = {"E": call.E, "O": call.O, "operand": activation, "norm": call.settings.norms[2]}
-    out, moments = call.tuned(leff_contract_operand_kernel, table, key, run)
+    tiles = call.tiles(leff_contract_operand_kernel, table, key, partial(run, averages=False))
+    out, moments = run(tiles)
     return out, norms.take(2, moments)
 
 
@@ -171,6 +173,13 @@ def contract_grid(call: Call, tiles: Tiles, channels: int, has_prefix: bool = Tr
     rows = tiles.sizes["TILE_M"]
     tokens = cdiv(call.M, rows) + (call.prefix_tiles(rows) if has_prefix else 0)
     return (tokens * cdiv(channels, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"]),)
+
+
+def _contract_tickets(call: Call) -> int:
+    """As ``depthwise_tickets``, with the fewest tokens a tile that are tried."""
+    tiles = contract_tiles(call.O, call.dtype, call.chip).sizes
+    columns = cdiv(call.O, tiles["TILE_O"] * tiles["NUM_O"])
+    return columns * (1 + groups_of(cdiv(call.M, 16))[1])
 
 
 class _Norms:
@@ -193,17 +202,19 @@ class _Norms:
         self.tickets: Tensor | None = None
 
     def make_tickets(self) -> dict[str, Any]:
-        """What has the first layer's kernel make the depthwise kernel's tickets, if its last program instance can go on
-        to the norm's array.
+        """What has the first layer's kernel make tickets for those of the others, one after another, if their last
+        program instances can go on to the norms' arrays.
         """
         call = self.call
-        if call.settings.norms[1] == "batch" and call.settings.group is None and one_publishes_for_all():
-            self.tickets = call.empty(depthwise_tickets(call), dtype=torch.int32)
+        if "batch" in call.settings.norms[1:] and call.settings.group is None and one_publishes_for_all():
+            count = max(depthwise_tickets(call), _contract_tickets(call))
+            self.tickets = call.empty(count, dtype=torch.int32)
         return {"p_tickets": self.tickets, "COUNTERS": 0 if self.tickets is None else self.tickets.numel()}
 
-    def moments(self, layer: int, parts: int, channels: int, columns: int = 0) -> dict[str, Any]:
+    def moments(self, layer: int, parts: int, channels: int, columns: int = 0, averages: bool = True) -> dict[str, Any]:
         """Where a kernel leaves partial moments of a layer's output, if its norm takes batch statistics; where there
-        are tickets for so many columns of program instances, also what the last ones make of them.
+        are tickets for so many columns of program instances, also what the last ones make of them; ``averages`` if
+        running statistics are among it.
         """
         call = self.call
         if call.settings.norms[layer] != "batch":
@@ -211,19 +222,19 @@ class _Norms:
         if self.tickets is None or not columns:
             return {"p_partial": call.empty(parts, 2, channels), "p_count": call.empty(parts)}
         group, groups = groups_of(parts)
-        counts = {"p_count": call.empty(columns, parts + groups), "p_tickets": self.tickets, "GROUP": group}
-        return {"p_partial": call.empty(parts + groups, 2, channels), **counts, **self._array(layer, channels)}
+        known = {"p_partial": call.empty(parts + groups, 2, channels), "p_count": call.empty(columns, parts + groups)}
+        return {**known, "p_tickets": self.tickets, "GROUP": group, **self._array(layer, channels, averages)}
 
-    def _array(self, layer: int, channels: int) -> dict[str, Any]:
+    def _array(self, layer: int, channels: int, averages: bool = True) -> dict[str, Any]:
         """What a layer's array is made of, besides partial moments, and what is made with it."""
         call, settings = self.call, self.call.settings
         _, _, weight, bias, *_ = call.layers[layer]
         known = {"p_norm": call.empty(NORM_ROWS, channels), "p_norm_weight": weight, "p_norm_bias": bias}
-        known |= {"EPS": settings.eps[layer], "momentum": 0.0}
+        known["EPS"] = settings.eps[layer]
         # Later launches read it.
         if settings.group is not None or layer == self.batch[0]:
             known["p_total"] = self.count
-        if self.momenta:
+        if self.momenta and averages:
             names = "p_running_mean", "p_running_var", "p_batches"
             known |= dict(zip(names, self.running[3 * layer : 3 * layer + 3], strict=True))
             known["momentum"] = self.momenta[layer]

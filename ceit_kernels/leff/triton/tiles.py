@@ -78,14 +78,17 @@ def hidden_gradient_tiles(out_features: int, hidden_features: int, dtype: torch.
 
 
 def contract_tiles(out_features: int, dtype: torch.dtype, chip: int) -> Tiles:
-    """Operand times W^T: tokens, depth, and tiles of output channels, all of them where the registers hold them."""
+    """Operand times W^T: tokens, depth, and tiles of output channels, all of them where the registers hold them; and
+    how many partial results the last program instance takes at a time.
+    """
     if dtype.itemsize > 2:
-        return Tiles({"TILE_M": 64, "TILE_E": 16, "TILE_O": _fit(64, out_features), "NUM_O": 1}, 8, 2)
+        return Tiles({"TILE_M": 64, "TILE_E": 16, "TILE_O": _fit(64, out_features), "NUM_O": 1, "TILE_T": 16}, 8, 2)
     size, count = _cover(out_features)
     tokens = 128 if chip == 90 or (chip == 100 and out_features <= 384) else 64
     # One program instance fills an SM there: nothing but loads far ahead hides its waits.
     stages = 4 if chip in _OPERANDS_FROM_SHARED_MEMORY else 2
-    return Tiles({"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count}, 8, stages)
+    sizes = {"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count, "TILE_T": 16}
+    return Tiles(sizes, 8, stages)
 
 
 def weight_gradient_tiles(
