@@ -109,7 +109,8 @@ def lca_backward_cpu(
     if need_weight and qkv_bias is not None:
         if dropout_p > 0.0:
             grad_out = grad_out * kept.sum(-1, keepdim=True)
-        d_bias = d_q.sum(0), d_q.new_zeros(channels), grad_out.flatten(1).sum(0)
+        of_q = d_q.sum(0)
+        d_bias = of_q, 0 * of_q, grad_out.flatten(1).sum(0)  # that of the keys is 0, or NaN as the others are
         grad_bias = torch.cat([part.to(qkv_bias.dtype) for part in d_bias])
     return grad_x, grad_weight, grad_bias
 
