@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..common.autocast import autocast_dtype
-from ..common.calls import is_eager, needs_gradient, unsupported_reason
-from ..common.children import IDENTITY, child_reason, qualified_name
+from ..common.calls import foreign_reason, is_eager, needs_gradient, unsupported_reason
+from ..common.children import IDENTITY, child_reason, held, qualified_name
 from ..leff.cpu import kernels, leff_sizes
 from ..leff.functional import pack
 from ..leff.fusion import BlockFusion, child_at
@@ -46,6 +46,10 @@ class ImageBlockFusion(BlockFusion):
 
     @torch.jit.unused
     def _fused_forward(self, x: Tensor) -> Tensor:
+        foreign = foreign_reason(x)
+        if foreign is not None:  # torch.fx's, of which nothing may be asked
+            backends.leave_to_reference("leff", foreign)
+            return super().forward(x)
         children, adds = self._modules, self._adds()
         drop_path = children.get(self.drop_child) if self.drop_child else None
         within = adds and _is_idle(drop_path) and not (self.in_place and autocast_dtype(x) not in (None, x.dtype))
@@ -64,7 +68,7 @@ class ImageBlockFusion(BlockFusion):
     def _kernel_stride(self) -> int:
         """As of ``BlockFusion``: 2 at inference on the CPU, without a shortcut."""
         depthwise: Any = child_at(self, self.parts.layers[1])
-        if depthwise.stride != (2, 2) or self._adds() or depthwise.weight.device.type != "cpu":
+        if depthwise.stride != (2, 2) or self._adds() or held(depthwise, "weight").device.type != "cpu":
             return 1
         norms = [child_at(self, path) for path in self.parts.norms if path]
         return 1 if any(norm.training or getattr(norm, "running_mean", 0) is None for norm in norms) else 2

@@ -104,6 +104,14 @@ def test_norms_that_were_folded_are_called_where_something_is_put_in_their_place
             frozen.model.train()
 
 
+@torch.no_grad()
+def test_torch_fx_traces_a_fused_model():
+    model, size = mobilenet()
+    model, x = grown(model).eval(), torch.randn(2, 3, *size, dtype=torch.float64)
+    traced = torch.fx.symbolic_trace(fuse(copy.deepcopy(model)))
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-9, atol=1e-9)
+
+
 class AlwaysDropping(nn.Module):
     """Dropout at inference too (Gal and Ghahramani, ICML 2016): it ignores ``eval()`` in one of its parts."""
 
