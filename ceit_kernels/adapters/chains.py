@@ -47,6 +47,9 @@ _WHOLE = Chain(("conv_stem", "bn1", "blocks", "conv_head", "bn2"), method="forwa
 
 # By the qualified name of a class.
 _CHAINS: dict[str, Chain] = {
+    "timm.layers.classifier.NormMlpClassifierHead": Chain(
+        ("global_pool", "norm", "flatten", "pre_logits", "drop", "fc")
+    ),
     "timm.layers.mlp.Mlp": Chain(("fc1", "act", "drop1", "norm", "fc2", "drop2")),
     "timm.layers.conv_bn_act.ConvNormAct": Chain(("conv", "bn", "aa")),
     "timm.layers.squeeze_excite.SEModule": Chain(("fc1", "bn", "act", "fc2"), gate="gate"),

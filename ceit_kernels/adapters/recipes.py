@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..common.children import child_reason, has_own, held, is_patched, qualified_name
+from ..common.children import child_reason, held, is_patched, qualified_name
 from ..common.module import Fusion
+from .heads import POOLING
 from .transformers_segformer import IDLE_OPTIONS, attends_to_all
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ Recipe = Callable[["Steps", str, Any], None]
 
 def _biases(steps: Steps, name: str, module: Any) -> Tensor:
     """Of the scores, by the distance of tokens: (heads, queries, keys)."""
-    is_own = partial(has_own, type(module), "get_attention_biases")
-    if not is_own() or "get_attention_biases" in vars(module):
-        steps.refuse(f"{name} computes its biases in another way")
-    steps.conditions.append(is_own)
+    steps.own(name, module, ("get_attention_biases",))
     return held(module, "attention_biases").detach()[:, held(module, "attention_bias_idxs")]
 
 
@@ -256,6 +254,7 @@ def _efficientformer_downsample(steps: Steps, name: str, module: Any) -> None:
 _EFFICIENTFORMER = "timm.models.efficientformer_v2"
 _SEGFORMER = "transformers.models.segformer.modeling_segformer"
 _RECIPES: dict[str, Recipe] = {
+    **POOLING,
     f"{_EFFICIENTFORMER}.Attention2d": _efficientformer_attention,
     f"{_EFFICIENTFORMER}.Attention2dDownsample": _efficientformer_attention,
     f"{_EFFICIENTFORMER}.Downsample": _efficientformer_downsample,

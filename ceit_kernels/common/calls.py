@@ -34,6 +34,7 @@ _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 # What the modules call that the kernels stand for.
 _functions = itemgetter(
     *("linear", "conv2d", "pad", "batch_norm", "layer_norm", "max_pool2d", "interpolate", "dropout", "softmax"),
+    "adaptive_avg_pool2d",
     *("gelu", "silu", "relu", "hardtanh", "relu6", "hardswish", "hardsigmoid", "scaled_dot_product_attention"),
 )
 

@@ -37,6 +37,14 @@ class Intact:
         """The module has what was prepared of it."""
         self._states_then = list(map(dict, self._states))
 
+    def addresses(self) -> list[int]:
+        """Of the objects that ``holds`` reads, each followed by the cache lines that it has elsewhere, as a dict."""
+        dicts = [*self._states, *self._states_then]
+        values = (value for state in self._states for value in state.values())
+        lines = dict.fromkeys(map(id, (*self._within, *values)), 0)
+        lines.update((id(state), 2 + len(state) * 24 // 64) for state in dicts)
+        return [number for pair in lines.items() for number in pair]
+
     def holds(self) -> bool:
         """Whether nothing was done to the modules since: no hook, and every attribute and class as it was."""
         if any(self._pre_hooks) or (any(self._hooks) and any(map(has_working_hooks, self._hooks))):

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.chains import Chain, chain_of
+from ..adapters.heads import Head
 from ..adapters.recipes import recipe_of
 from ..common.calls import foreign_reason
-from ..common.children import child_reason, held, qualified_name
+from ..common.children import child_reason, has_own, held, qualified_name
 from ..leff.activations import MODULES, activation_name
 from ..leff.norms import of_module
 from ..linear.module import LINEAR
-from .steps import Attention, ConvLayer, Gate, Norm, NotConvolutions, Step, Upsample
+from .convolutions import convolution_of, exact, linear_of
+from .steps import Attention, ConvLayer, Gate, Norm, NotConvolutions, Pool, Step, Upsample
 
-__all__ = ["Steps", "convolution_of", "steps_of"]
+__all__ = ["Steps", "steps_of", "whole_of"]
 
 _BATCH_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
 _LAYER_NORMS = nn.LayerNorm, "timm.layers.norm.LayerNorm"
+_TIMM_LINEAR = "timm.layers.linear.Linear"  # which differs from PyTorch's in TorchScript
+_LAYER_NORMS_2D = ("timm.layers.norm.LayerNorm2d",)  # of images
 # Of images, in timm 1.0.20 in the models' own files, and of tokens.
 _LAYER_SCALES = (
     (
@@ -43,7 +49,6 @@ _IDLE = (
 )
 _SIGMOIDS = nn.Sigmoid, "timm.layers.activations.Sigmoid"
 _HARDSIGMOIDS = nn.Hardsigmoid, "timm.layers.activations.HardSigmoid"
-_DEPTHWISE_SIDES = 3, 5, 7
 
 
 def steps_of(module: nn.Module) -> Steps:
@@ -56,13 +61,23 @@ def steps_of(module: nn.Module) -> Steps:
     found.call("the module", module)
     if any(part.training for part in module.modules()):
         raise NotConvolutions("a part of the module is in training mode")
-    if found.gate is not None:
-        raise NotConvolutions("the module ends with a gate")
-    pointwise = all(isinstance(s, Norm) or (isinstance(s, ConvLayer) and s.is_pointwise) for s in found.steps)
-    if found.takes_tokens != bool(found.of_tokens) or (found.takes_tokens and not pointwise):
-        raise NotConvolutions("the module takes tokens without saying of what image")
-    if found.value != len(found.steps):
-        raise NotConvolutions("the module gives another value than its last")
+    found.end()
+    return found
+
+
+def whole_of(features: Steps, module: nn.Module, head: Head) -> Steps:
+    """The steps of a whole model, of which the first are those of its features.
+
+    Raises:
+        NotConvolutions: as of ``steps_of``; or the others do not begin with pooling.
+    """
+    found, count = features.copy(), len(features.steps)
+    found.own("the model", module, head.methods)
+    head.follow(found, "the model", module)
+    found.end()
+    same = all(ours is theirs for ours, theirs in zip(features.steps, found.steps, strict=False))
+    if not same or not isinstance(found.steps[count], Pool):
+        raise NotConvolutions("the model does something else to its features than to pool them")
     return found
 
 
@@ -76,6 +91,7 @@ class Steps:
         of_tokens: whether channels are the last dimension of the value, not the second of images; None where that is
             not known.
         takes_tokens: whether they were that of the input.
+        is_flat: whether the value is a vector for each image, which was a map of one pixel.
         gate: what multiplies the value.
         conditions: what holds as long as the modules do this, beside their state.
     """
@@ -85,10 +101,39 @@ class Steps:
         self.value = 0
         self.inputs: int | None = None
         self.of_tokens: bool | None = None
-        self.takes_tokens = False
+        self.takes_tokens = self.is_flat = False
         self.gate: Gate | None = None
         self.conditions: list[Callable[[], bool]] = []
         self._shared: set[int] = set()  # values that others than the next step read
+
+    def copy(self) -> Steps:
+        """The same steps, which others may follow."""
+        made = copy.copy(self)
+        made.steps, made.conditions, made._shared = [*self.steps], [*self.conditions], {*self._shared}
+        return made
+
+    def end(self) -> None:
+        """No more is called.
+
+        Raises:
+            NotConvolutions: what was called gives something else than the last value.
+        """
+        if self.gate is not None:
+            raise NotConvolutions("the module ends with a gate")
+        pointwise = all(isinstance(s, Norm) or (isinstance(s, ConvLayer) and s.is_pointwise) for s in self.steps)
+        as_taken = self.is_flat or self.takes_tokens == bool(self.of_tokens)
+        if not as_taken or (self.takes_tokens and not pointwise):
+            raise NotConvolutions("the module takes tokens without saying of what image")
+        if self.value != len(self.steps):
+            raise NotConvolutions("the module gives another value than its last")
+
+    def own(self, name: str, module: nn.Module, methods: Iterable[str]) -> None:
+        """A module has the methods that its class was written with."""
+        for method in methods:
+            is_own = partial(has_own, type(module), method)
+            if method in vars(module) or not is_own():
+                raise NotConvolutions(f"{name} has another {method}")
+            self.conditions.append(is_own)
 
     def call(self, name: str, module: nn.Module) -> None:
         """A module is called with the value."""
@@ -97,18 +142,20 @@ class Steps:
         reason = reason or foreign_reason(*module._parameters.values(), *module._buffers.values())
         if reason is not None:
             raise NotConvolutions(reason)
-        if kind is nn.Conv2d or kind in LINEAR:
-            self._convolve(name, convolution_of(name, module) if kind is nn.Conv2d else _linear(module), kind in LINEAR)
+        if kind is nn.Conv2d:
+            self._convolve(name, convolution_of(name, module), False)
+        elif kind in LINEAR or qualified_name(kind) == _TIMM_LINEAR:
+            self._convolve(name, linear_of(module), True)
         elif child_reason(name, module, _IDLE) is None:
             pass
         elif not self.of_tokens and (kind is nn.BatchNorm2d or qualified_name(kind) == _BATCH_NORM_ACT):
             self._fold_norm(name, module)
             if kind is not nn.BatchNorm2d:
                 self.calls(name, module, ("drop", "act"))
-        elif kind is nn.LayerNorm or qualified_name(kind) in _LAYER_NORMS:
-            self.norm(name, module)
+        elif kind is nn.LayerNorm or qualified_name(kind) in _LAYER_NORMS + _LAYER_NORMS_2D:
+            self.norm(name, module, of_tokens=qualified_name(kind) not in _LAYER_NORMS_2D)
         elif qualified_name(kind) in _LAYER_SCALES[bool(self.of_tokens)]:
-            gamma = _exact(held(module, "gamma"))
+            gamma = exact(held(module, "gamma"))
             self._multiply_add(name, gamma, torch.zeros_like(gamma))
         elif child_reason(name, module, MODULES) is None and activation_name(module) is not None:
             self._activate(name, str(activation_name(module)))
@@ -128,6 +175,8 @@ class Steps:
 
     def call_on_image(self, name: str, module: nn.Module) -> None:
         """A module is called with the image that the tokens are."""
+        if self.is_flat:
+            raise NotConvolutions(f"{name} takes an image")
         before, self.of_tokens = self.of_tokens, False
         self.call(name, module)
         self.of_tokens = before
@@ -167,6 +216,8 @@ class Steps:
 
     def append(self, step: Step) -> int:
         """The next step; returns the value that it makes."""
+        if self.gate is not None and not isinstance(step, ConvLayer):
+            raise NotConvolutions("a gate has no convolution behind it")
         self.steps.append(step)
         self._shared.update(value for value in step.sources if value != len(self.steps) - 1)
         self.value = len(self.steps)
@@ -176,18 +227,20 @@ class Steps:
         """Of a value; None for an input that nothing has read."""
         return self.steps[value - 1].channels if value else self.inputs
 
-    def norm(self, name: str, module: Any, window: int = 0) -> None:
-        """LayerNorm of tokens; ``window`` as of ``Norm``."""
-        reason = child_reason(name, module, _LAYER_NORMS)
+    def norm(self, name: str, module: Any, window: int = 0, of_tokens: bool = True) -> None:
+        """LayerNorm of tokens or of an image's pixels; ``window`` as of ``Norm``."""
+        reason = child_reason(name, module, _LAYER_NORMS if of_tokens else _LAYER_NORMS_2D)
         if reason or len(module.normalized_shape) != 1:
             raise NotConvolutions(reason or f"{name} is no norm of channels")
         (width,), weight, bias = module.normalized_shape, held(module, "weight"), held(module, "bias")
-        self._read(name, width, of_tokens=True)
+        self._read(name, width, of_tokens)
         weight, bias = (None if tensor is None else tensor.detach() for tensor in (weight, bias))
         self.append(Norm((self.value,), weight, bias, module.eps, width, window))
 
     def attention(self, name: str, sources: tuple[int, int, int], **settings: Any) -> int:
         """Attention of three values with the settings of ``Attention``; returns its value."""
+        if self.is_flat:
+            raise NotConvolutions(f"{name} takes tokens")
         step = Attention(sources, **settings)
         widths = step.key_channels, step.key_channels, step.value_channels
         for source, first, head, width in zip(sources, step.firsts, step.steps, widths, strict=True):
@@ -204,6 +257,31 @@ class Steps:
             raise NotConvolutions(f"the shortcut of {name} ends behind another one, or has other channels")
         self._shared.add(value)
         self.steps[-1] = replace(layer, added=value)
+
+    def pool(self, name: str) -> None:
+        """The mean of all pixels of an image is taken."""
+        channels = self.channels(self.value)
+        if channels is None or self.of_tokens:
+            raise NotConvolutions(f"{name} takes the mean of something else than an image")
+        ones = torch.ones(channels, dtype=torch.float64, device="cpu")
+        self.append(Pool((self.value,), ones, torch.zeros_like(ones)))
+
+    def flatten(self, name: str) -> None:
+        """An image of one pixel becomes a vector."""
+        if not self.is_flat and (self.of_tokens or not self._is_pooled(self.value)):
+            raise NotConvolutions(f"{name} takes an image of more than one pixel")
+        self.of_tokens = self.is_flat = True
+
+    def _is_pooled(self, value: int) -> bool:
+        step = self.steps[value - 1] if value else None
+        if isinstance(step, Norm) or (isinstance(step, ConvLayer) and step.is_pointwise):
+            return self._is_pooled(step.sources[0])
+        return isinstance(step, Pool)
+
+    def scale(self, name: str, factor: float) -> None:
+        """What a layer has made is multiplied."""
+        layer = self._last(name)
+        self._multiply_add(name, torch.full_like(layer.scale, factor), torch.zeros_like(layer.shift))
 
     def _read(self, name: str, channels: int, of_tokens: bool) -> None:
         """A layer reads the value."""
@@ -231,7 +309,7 @@ class Steps:
         layer = None if reason else convolution_of(name, module)
         if layer is None or not layer.is_pointwise:
             raise NotConvolutions(reason or f"{name} is not pointwise")
-        return _exact(layer.weight).flatten(1), layer.shift
+        return exact(layer.weight).flatten(1), layer.shift
 
     def _chain(self, name: str, module: nn.Module) -> None:
         chain = chain_of(module)
@@ -290,14 +368,15 @@ class Steps:
         norm = of_module(module)
         if norm is None or norm.training or norm.running_var is None:
             raise NotConvolutions(f"{name} takes statistics of the batch")
-        scale = (_exact(norm.running_var) + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * _exact(norm.weight)
-        shift = -_exact(norm.running_mean) * scale
-        self._multiply_add(name, scale, shift if norm.bias is None else shift + _exact(norm.bias))
+        scale = (exact(norm.running_var) + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * exact(norm.weight)
+        shift = -exact(norm.running_mean) * scale
+        self._multiply_add(name, scale, shift if norm.bias is None else shift + exact(norm.bias))
 
     def _multiply_add(self, name: str, scale: Tensor, shift: Tensor) -> None:
-        layer = self._last(name)
-        if layer.activation != "identity" or layer.added is not None:
+        last = self.steps[-1] if self.steps and self.value == len(self.steps) else None
+        layer = last if isinstance(last, Pool) and self.value not in self._shared else self._last(name)
+        if isinstance(layer, ConvLayer) and (layer.activation != "identity" or layer.added is not None):
             raise NotConvolutions(f"{name} follows an activation or a shortcut")
         self.steps[-1] = replace(layer, scale=layer.scale * scale, shift=layer.shift * scale + shift)
 
@@ -317,46 +396,6 @@ class Steps:
     def _upsample(self, name: str, module: Any) -> None:
         factor, channels = module.scale_factor, self.channels(self.value)
         whole = isinstance(factor, float | int) and factor == int(factor) and module.size is None
-        if (
-            not whole
-            or channels is None
-            or module.mode != "bilinear"
-            or module.align_corners
-            or self.of_tokens
-            or self.gate is not None
-        ):
+        if not whole or channels is None or module.mode != "bilinear" or module.align_corners or self.of_tokens:
             raise NotConvolutions(f"{name} is not bilinear by a whole factor")
         self.append(Upsample((self.value,), channels, int(factor)))
-
-
-def _exact(tensor: Any) -> Tensor:
-    return tensor.detach().double()
-
-
-def _linear(module: Any) -> ConvLayer:
-    weight, bias = held(module, "weight").detach(), held(module, "bias")
-    shift = weight.new_zeros(weight.shape[0], dtype=torch.float64) if bias is None else _exact(bias)
-    return ConvLayer((), weight[:, :, None, None], torch.ones_like(shift), shift, 1, 0, False)
-
-
-def convolution_of(name: str, module: Any) -> ConvLayer:
-    """An ``nn.Conv2d``.
-
-    Raises:
-        NotConvolutions: its settings are others than the compiled code knows.
-    """
-    weight, bias = held(module, "weight"), held(module, "bias")
-    outputs, (side, other_side) = weight.shape[0], weight.shape[2:]
-    depthwise = 1 < module.groups == outputs == module.in_channels and side in _DEPTHWISE_SIDES
-    stride, padding = module.stride, module.padding
-    if not all(isinstance(setting, Collection) for setting in (stride, padding, module.dilation)):
-        raise NotConvolutions(f"{name} was given a number for both directions")
-    stride, stride_x = stride
-    if module.groups != 1 and not (depthwise and stride in (1, 2)):
-        raise NotConvolutions(f"{name} has groups={module.groups}, side {side} and stride {stride}")
-    if side != other_side or stride != stride_x or isinstance(padding, str) or padding[0] != padding[1]:
-        raise NotConvolutions(f"{name} is not the same in both directions")
-    if tuple(module.dilation) != (1, 1) or module.padding_mode != "zeros":
-        raise NotConvolutions(f"{name} has dilation={module.dilation}, padding_mode={module.padding_mode}")
-    shift = weight.new_zeros(outputs, dtype=torch.float64) if bias is None else _exact(bias)
-    return ConvLayer((), weight.detach(), torch.ones_like(shift), shift, stride, padding[0], depthwise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..adapters.chains import Chain, chain_of
+from ..adapters.heads import head_of
 from ..adapters.recipes import idle_options
 from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, unsupported_reason
 from ..common.intact import Intact
-from .layers import Steps, steps_of
+from .layers import Steps, steps_of, whole_of
 from .prepack import Prepacking
 from .steps import Attention, ConvLayer, Norm, NotConvolutions, Size
 from .units import fits
@@ -25,6 +27,7 @@ __all__ = ["FrozenConvnet"]
 
 torch.library.define("ceit::_convnet_prepack", "(Tensor like, Tensor?[] parameters, int[] sizes) -> Tensor")
 torch.library.define("ceit::_convnet_infer", "(Tensor x, Tensor prepacked, int[] sizes, bool planar) -> Tensor")
+torch.library.define("ceit::_convnet_fetch", "(Tensor addresses) -> ()")
 
 
 @dataclass(eq=False)
@@ -38,6 +41,7 @@ class _Prepacked:
         operators: whose backends they follow.
         modules: the modules within.
         state: of all modules.
+        addresses: of what the state is, see ``Intact.addresses``.
     """
 
     tensor: Tensor
@@ -47,10 +51,18 @@ class _Prepacked:
     operators: tuple[str, ...]
     modules: list[nn.Module]
     state: Intact = field(init=False)
+    addresses: Tensor = field(init=False)
     fitting: dict[Size, bool] = field(default_factory=dict)  # whether images of a size are computed
+
+    def remember(self, module: nn.Module, method: str) -> None:
+        """The modules compute it now, and so does the one that they are within, when a method of it is called."""
+        self.state = Intact([module, *self.modules], method)
+        self.state.remember()
+        self.addresses = torch.tensor(self.state.addresses(), dtype=torch.int64, device="cpu")
 
     def is_intact(self) -> bool:
         """Whether nothing was done to the modules since."""
+        torch.ops.ceit._convnet_fetch(self.addresses)
         return self.state.holds() and all(holds() for holds in self.steps.conditions)
 
     def serves(self, x: Tensor) -> bool:
@@ -80,6 +92,10 @@ class _Prepacked:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result, in memory as x is."""
+        out = self._infer(x)
+        return out.flatten(1) if self.steps.is_flat else out
+
+    def _infer(self, x: Tensor) -> Tensor:
         if self.steps.takes_tokens:
             rows = x.shape[1:-1].numel() if x.dim() > 2 else x.shape[0]
             tokens = x.contiguous().view(-1, rows, 1, x.shape[-1])
@@ -93,21 +109,32 @@ class _Prepacked:
 class FrozenConvnet:
     """What is put before the class of a module in a frozen model whose children are convolutions one after another.
 
-    ``_prepacked`` belongs to this processor: copies are of the class from before, and ``freeze`` makes it anew.
+    ``_prepacked`` and ``_features`` belong to this processor: copies are of the class from before, and ``freeze`` makes
+    them anew.
+
+    Attributes:
+        _prepacked: of ``forward``, or of the method that makes features where no more of a whole model is known.
+        _features: of that method.
     """
 
     _prepacked: _Prepacked
+    _features: _Prepacked
 
     def explanation(self) -> tuple[str, str]:
         """What runs a call, and why."""
-        if not self._prepacked.is_intact():
+        prepacked = self._intact()
+        if prepacked is None:
             return "plain", "something was done to a part of it since it was frozen"
-        what = "convolutions and attention" if "attention" in self._prepacked.operators else "convolutions"
+        what = "convolutions and attention" if "attention" in prepacked.operators else "convolutions"
         return "native", f"frozen; {what} one after another, in one call"
 
     def uncalled(self) -> list[nn.Module]:
         """The modules that are not called."""
-        return self._prepacked.modules
+        prepacked = self._intact()
+        return [] if prepacked is None else prepacked.modules
+
+    def _intact(self) -> _Prepacked | None:
+        return next((made for made in (self._prepacked, self._features) if made.is_intact()), None)
 
     @staticmethod
     def freeze(module: nn.Module) -> Collection[str] | None:
@@ -132,41 +159,62 @@ class FrozenConvnet:
         chain = chain_of(module) or Chain(())
         whole = chain.method != "forward"
         called = [name for name in module._modules if not whole or name in chain.children]
-        within = [part for name in called for part in (module._modules[name] or nn.Identity()).modules()]
-        prepacked = module.__dict__["_prepacked"] = _prepack(steps, weights[0], within)
-        prepacked.state = Intact([module, *within], chain.method)
-        prepacked.state.remember()
-        module.__class__ = _frozen_class(type(module), chain)
+        within = _parts(module, called)
+        made = [_prepack(steps, weights[0], within)]
+        head = head_of(module) if whole else None
+        if head is not None:
+            with suppress(NotConvolutions):
+                all_steps = whole_of(steps, module, head)
+                if all(weight.dtype == weights[0].dtype for weight in _weights(all_steps)):
+                    called = [name for name in module._modules if name in chain.children + head.children]
+                    made.append(_prepack(all_steps, weights[0], _parts(module, called)))
+                    made[0].tensor = made[1].tensor[: len(made[0].tensor)]  # which begins with the same weights
+        module.__dict__.update(_features=made[0], _prepacked=made[-1])
+        for prepacked in made:
+            prepacked.remember(module, chain.method)
+        module.__class__ = _frozen_class(type(module), chain, len(made) > 1)
         return called
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         plain: Any = object.__new__(type(self).__bases__[-1])
-        plain.__dict__.update((name, value) for name, value in self.__dict__.items() if name != "_prepacked")
+        plain.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in _MADE)
         make, arguments, *state = plain.__reduce_ex__(protocol)
         return _made, (make, *arguments), *state
+
+
+_MADE = "_prepacked", "_features"
+
+
+def _parts(module: nn.Module, children: Collection[str]) -> list[nn.Module]:
+    """All modules within some children."""
+    return [part for name in children for part in (module._modules[name] or nn.Identity()).modules()]
 
 
 def _made(make: Callable, *arguments: Any) -> nn.Module:
     return make(*arguments)
 
 
-def _frozen_class(found: type[nn.Module], chain: Chain) -> type:
+def _frozen_class(found: type[nn.Module], chain: Chain, whole: bool) -> type:
+    methods = {chain.method: _method(found, chain.method, "_features", chain.then)}
+    if whole:
+        methods["forward"] = _method(found, "forward", "_prepacked")
+    name = f"Frozen{found.__name__.removeprefix('Fused')}"
+    return type(name, (FrozenConvnet, found), {"__module__": found.__module__, **methods})
+
+
+def _method(found: type[nn.Module], method: str, made: str, then: tuple[str, ...] = ()) -> Callable[..., Any]:
     idle = idle_options(found)
 
     def forward(self: Any, x: Any, *arguments: Any, **options: Any) -> Any:
-        prepacked = self._prepacked
+        prepacked = self.__dict__[made]
         if not arguments and options.keys() <= idle and isinstance(x, Tensor) and prepacked.serves(x):
             out = prepacked(x)
-            for name in chain.then:
+            for name in then:
                 out = self._modules[name](out)
             return out
-        return getattr(found, chain.method)(self, x, *arguments, **options)
+        return getattr(found, method)(self, x, *arguments, **options)
 
-    return type(
-        f"Frozen{found.__name__.removeprefix('Fused')}",
-        (FrozenConvnet, found),
-        {"__module__": found.__module__, chain.method: forward},
-    )
+    return forward
 
 
 def _weights(steps: Steps) -> list[Tensor]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..leff.activations import INDICES
-from .steps import Attention, ConvLayer, Norm, Step, Upsample
+from .steps import Attention, ConvLayer, Norm, Pool, Step, Upsample
 from .units import Layers, slots_of, units_of
 
 __all__ = ["Prepacking"]
 
-_KINDS = {Norm: 1, Attention: 2, Upsample: 3}  # 0 is that of convolutions
+_KINDS = {Norm: 1, Attention: 2, Upsample: 3, Pool: 4}  # 0 is that of convolutions
 
 
 class Prepacking:
@@ -41,6 +41,9 @@ class Prepacking:
             self._add_attention(what)
         elif isinstance(what, Upsample):
             self.sizes += [what.factor, INDICES[what.activation]]
+        elif isinstance(what, Pool):
+            self.sizes.append(what.channels)
+            self.parameters += [what.scale, what.shift]
 
     def _add_attention(self, step: Attention) -> None:
         queries, keys = (0, 0) if step.bias is None else step.bias.shape[1:]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Attention", "ConvLayer", "Gate", "Norm", "NotConvolutions", "Size", "Step", "Upsample"]
+__all__ = ["Attention", "ConvLayer", "Gate", "Norm", "NotConvolutions", "Pool", "Size", "Step", "Upsample"]
 
 Size = tuple[int, int]  # height and width of a map
 
@@ -199,3 +199,20 @@ class Upsample(Step):
     def size(self, sources: Sequence[Size]) -> Size | None:
         """As of ``Step``."""
         return sources[0][0] * self.factor, sources[0][1] * self.factor
+
+
+@dataclass(frozen=True)
+class Pool(Step):
+    """``mean of all pixels * scale + shift``, where the latter two are of norms around it, (channels,)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @property
+    def channels(self) -> int:
+        """As of ``Step``."""
+        return len(self.scale)
+
+    def size(self, sources: Sequence[Size]) -> Size | None:
+        """As of ``Step``."""
+        return 1, 1

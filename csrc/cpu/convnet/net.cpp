@@ -8,8 +8,9 @@ auto kind_of(Numbers& numbers, gemm::Packer<T>& packer, int64_t kind) -> decltyp
   if (kind == 0) return Layers<T>(numbers, packer);
   if (kind == 1) return Norm<T>(numbers, packer);
   if (kind == 2) return Attention<T>(numbers, packer);
-  STD_TORCH_CHECK(kind == 3, "sizes: no step of kind ", kind);
-  return Upsample<T>(numbers, packer);
+  if (kind == 3) return Upsample<T>(numbers, packer);
+  STD_TORCH_CHECK(kind == 4, "sizes: no step of kind ", kind);
+  return Pool<T>(numbers, packer);
 }
 
 }  // namespace
@@ -68,11 +69,10 @@ void Net<T>::infer(const Map& in, bool planar, const T* x, T* memory, T* out, co
   std::vector<T*> slots;
   for (const int64_t start : plan.starts) slots.push_back(memory + start);
   maps[0] = in;
-  const T* first = slots[0];
-  if (planar)
-    from_planes(x, in, slots[0], run);
-  else
-    first = x, slots[1] = out;
+  const T* first = planar ? slots[0] : x;
+  const bool to_turn = planar && plan.maps[1].pixels() > 1;
+  if (planar) from_planes(x, in, slots[0], run);
+  if (!to_turn) slots[1] = out;
   for (const Step<T>& step : steps_) {
     const auto at = [&](int64_t slot) -> const T* {
       return slot < 0 ? nullptr : slot == 0 ? first : slots[size_t(slot)];
@@ -87,7 +87,7 @@ void Net<T>::infer(const Map& in, bool planar, const T* x, T* memory, T* out, co
         },
         step.what);
   }
-  if (planar) to_planes<T>(slots[1], maps[1], out, run);
+  if (to_turn) to_planes<T>(slots[1], maps[1], out, run);
 }
 
 #define CEIT_INSTANTIATE(T)                                                                  \

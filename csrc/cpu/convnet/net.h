@@ -81,12 +81,25 @@ struct Upsample {
   void infer(const Maps& in, const Inputs<T>& x, T* memory, T* out, const Run& run) const;
 };
 
+// The mean of all pixels, and what a norm makes of it. Numbers: channels. Parameters: scale and shift.
+template <class T>
+struct Pool {
+  int64_t channels;
+  const acc_t<T>*scale, *shift;
+  Pool(Numbers& numbers, gemm::Packer<T>& packer)
+      : channels(numbers.next()), scale(packer.vector("scale", channels, 1)), shift(packer.vector("shift", channels)) {}
+  Map map(const Maps& in) const { return {1, 1, in[0].channels}; }
+  int64_t memory(const Maps& in) const { return sums_elements<T>(in[0]); }
+  template <class Run>
+  void infer(const Maps& in, const Inputs<T>& x, T* memory, T* out, const Run& run) const;
+};
+
 // Numbers: the kind, the slots of what is written, added and read (-1 for none), and those of the kind.
 template <class T>
 struct Step {
   int64_t to, added;
   std::array<int64_t, 3> from;
-  std::variant<Layers<T>, Norm<T>, Attention<T>, Upsample<T>> what;
+  std::variant<Layers<T>, Norm<T>, Attention<T>, Upsample<T>, Pool<T>> what;
 };
 
 // Numbers: how many slots of memory there are, then the steps. The first slot has the input, the second the result.

@@ -1,7 +1,8 @@
-// What stands between convolutional layers: LayerNorm, attention, upsampling.
+// What stands between convolutional layers: LayerNorm, attention, upsampling, pooling.
 #include "../add_norm/calls.h"
 #include "../attention/calls.h"
 #include "../capability.h"
+#include "../scalar.h"
 #include "net.h"
 
 namespace ceit::add_norm {
@@ -105,14 +106,26 @@ void Upsample<T>::infer(const Maps& in, const Inputs<T>& x, T*, T* out, const Ru
   run(in[0].height * factor, [&](int64_t begin, int64_t end) { chosen(kIndex<T>).upsample(call, begin, end); });
 }
 
+template <class T>
+template <class Run>
+void Pool<T>::infer(const Maps& in, const Inputs<T>& x, T* memory, T* out, const Run& run) const {
+  using Acc = acc_t<T>;
+  STD_TORCH_CHECK(in[0].channels == channels, "sizes: pooling of ", channels, " channels gets ", in[0].channels);
+  const Acc* total = sum_pixels(in[0], x.data[0], memory, run);
+  const Acc pixels = Acc(in[0].pixels());
+  for (int64_t c = 0; c < channels; ++c) out[c] = rounded<T>(total[c] / pixels * scale[c] + shift[c]);
+}
+
 #define CEIT_INSTANTIATE_RUN(T, Run)                                                          \
   template void Norm<T>::infer(const Maps&, const Inputs<T>&, T*, T*, const Run&) const;      \
   template void Attention<T>::infer(const Maps&, const Inputs<T>&, T*, T*, const Run&) const; \
-  template void Upsample<T>::infer(const Maps&, const Inputs<T>&, T*, T*, const Run&) const;
+  template void Upsample<T>::infer(const Maps&, const Inputs<T>&, T*, T*, const Run&) const;  \
+  template void Pool<T>::infer(const Maps&, const Inputs<T>&, T*, T*, const Run&) const;
 #define CEIT_INSTANTIATE(T)            \
   template struct Norm<T>;             \
   template struct Attention<T>;        \
   template struct Upsample<T>;         \
+  template struct Pool<T>;             \
   CEIT_INSTANTIATE_RUN(T, gemm::Alone) \
   CEIT_INSTANTIATE_RUN(T, gemm::Threads)
 CEIT_INSTANTIATE(float)

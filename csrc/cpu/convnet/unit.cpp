@@ -95,6 +95,11 @@ class UnitRun {
         for (int64_t pixel = begin; pixel < end; pixel += step) gated(gates, pixel, std::min(end, pixel + step), tile);
       });
     }
+    if (result_.pixels() == 1 && !unit_.mixing) {  // threads share the columns
+      if (unit_.expanding) linear(*unit_.expanding, x_, memory, run);
+      linear(*unit_.contracting, unit_.expanding ? memory : x_, out_, run, residual_);
+      return activate(0, 1);
+    }
     const bool both = unit_.expanding && unit_.mixing;
     if (both && bytes(hidden_.height) > threads * kHiddenBytes && bytes(kept_rows(step_rows())) <= kMostHiddenBytes)
       return run(result_.height, [&](int64_t begin, int64_t end) { stream(begin, end); });
@@ -113,14 +118,9 @@ class UnitRun {
   template <class Run>
   const acc_t<T>* gates(T* memory, const Run& run) const {
     using Acc = acc_t<T>;
-    const int64_t channels = in_.channels, row = in_.width * channels;
+    const int64_t channels = in_.channels;
     const Gate<T>& gate = *unit_.gate;
-    Acc *sums = reinterpret_cast<Acc*>(memory), *total = sums + in_.height * channels;
-    run(in_.height, [&](int64_t begin, int64_t end) {
-      for (int64_t y = begin; y < end; ++y)
-        chosen(kIndex<T>).sum({channels, x_ + y * row, sums + y * channels}, 0, in_.width);
-    });
-    chosen(kIndex<Acc>).sum({channels, sums, total}, 0, in_.height);
+    Acc* total = sum_pixels(in_, x_, memory, run);
     T *means = reinterpret_cast<T*>(total + channels), *reduced = means + channels, *x = reduced + gate.reducing.out;
     for (int64_t c = 0; c < channels; ++c) means[c] = rounded<T>(total[c] / Acc(in_.pixels()));
     linear(gate.reducing, means, reduced, run);
@@ -130,8 +130,8 @@ class UnitRun {
   }
 
   template <class Run>
-  static void linear(const Layer<T>& layer, const T* x, T* out, const Run& run) {
-    const gemm::Call<T> call = gemm::call_of(layer.gemm, x, out);
+  static void linear(const Layer<T>& layer, const T* x, T* out, const Run& run, const T* residual = nullptr) {
+    const gemm::Call<T> call = gemm::call_of(layer.gemm, x, out, residual);
     run(gemm::panels_of(call.columns), [&](int64_t begin, int64_t end) { multiply(call, {0, 1}, {begin, end}); });
   }
 
@@ -271,6 +271,19 @@ class UnitRun {
 }  // namespace
 
 template <class T, class Run>
+acc_t<T>* sum_pixels(const Map& map, const T* x, T* memory, const Run& run) {
+  using Acc = acc_t<T>;
+  const int64_t channels = map.channels, row = map.width * channels;
+  Acc *sums = reinterpret_cast<Acc*>(memory), *total = sums + map.height * channels;
+  run(map.height, [&](int64_t begin, int64_t end) {
+    for (int64_t y = begin; y < end; ++y)
+      chosen(kIndex<T>).sum({channels, x + y * row, sums + y * channels}, 0, map.width);
+  });
+  chosen(kIndex<Acc>).sum({channels, sums, total}, 0, map.height);
+  return total;
+}
+
+template <class T, class Run>
 void from_planes(const T* planes, const Map& map, T* pixels, const Run& run) {
   if (map.channels < 4)  // a picture's
     return run(map.pixels(), [&](int64_t begin, int64_t end) {
@@ -352,9 +365,10 @@ Unit<T>::Unit(Numbers& numbers, gemm::Packer<T>& packer) {
   if (layers & 8) gate.emplace(numbers, packer);
 }
 
-#define CEIT_INSTANTIATE_RUN(T, Run)                               \
-  template void from_planes(const T*, const Map&, T*, const Run&); \
-  template void to_planes(const T*, const Map&, T*, const Run&);   \
+#define CEIT_INSTANTIATE_RUN(T, Run)                                   \
+  template acc_t<T>* sum_pixels(const Map&, const T*, T*, const Run&); \
+  template void from_planes(const T*, const Map&, T*, const Run&);     \
+  template void to_planes(const T*, const Map&, T*, const Run&);       \
   template void Unit<T>::infer(const Map&, const T*, const T*, T*, T*, const Run&) const;
 #define CEIT_INSTANTIATE(T)            \
   template struct Layer<T>;            \

@@ -16,6 +16,14 @@ struct Map {
   int64_t elements() const { return pixels() * channels; }
 };
 
+// The sum of all pixels (channels,), in memory for `sums_elements` of them.
+template <class T>
+int64_t sums_elements(const Map& map) {
+  return (map.height + 1) * map.channels * int64_t(sizeof(acc_t<T>) / sizeof(T));
+}
+template <class T, class Run>
+acc_t<T>* sum_pixels(const Map& map, const T* x, T* memory, const Run& run);
+
 // Lists of numbers, read one after another.
 class Numbers {
  public:
@@ -85,9 +93,7 @@ struct Unit {
   Map map(const Map& in) const { return contracting ? contracting->map(mixed(in)) : mixed(in); }
   // Elements of an image's memory.
   int64_t memory(const Map& in) const {
-    if (gate)
-      return (in.height + 1) * in.channels * int64_t(sizeof(acc_t<T>) / sizeof(T)) + 2 * in.channels +
-             gate->reducing.out;
+    if (gate) return sums_elements<T>(in) + 2 * in.channels + gate->reducing.out;
     return expanding ? hidden(in).elements() : 0;
   }
   // out = the layers of x (pixels, channels), plus the residual if there is one.

@@ -194,7 +194,7 @@ OTHER = {
     ),
     "upsampling of a gate": (
         lambda: gated(SEModule(8), upsample()),
-        "the module.2 is not bilinear by a whole factor",
+        "a gate has no convolution behind it",
     ),
     # Gates.
     "gate at the end": (lambda: gated(SEModule(8)), "the module ends with a gate"),

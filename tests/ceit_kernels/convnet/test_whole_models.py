@@ -8,9 +8,7 @@ import torch
 import transformers
 from support.accuracy import assert_as_accurate_over_draws
 from support.adapters import grown
-from timm.models.efficientformer_v2 import EfficientFormerV2
-from timm.models.pvt_v2 import PyramidVisionTransformerV2
-from timm.models.tiny_vit import TinyVit
+from support.small_models import efficientformer, pvt_v2, tiny_vit
 from torch import nn
 from transformers import SegformerConfig, SegformerModel
 
@@ -33,21 +31,6 @@ def segformer():
     sizes = {"num_attention_heads": [1, 2], "mlp_ratios": [2, 3], "patch_sizes": [7, 3], "strides": [4, 2]}
     lists = {"hidden_sizes": [8, 12], "depths": [1, 2], "num_encoder_blocks": 2, "sr_ratios": [2, 1]}
     return Maps(SegformerModel(SegformerConfig(**sizes, **lists)))
-
-
-def efficientformer(*size):
-    widths = {"embed_dims": (6, 8, 12, 20), "depths": (1, 1, 2, 2), "mlp_ratios": 2}
-    return EfficientFormerV2(**widths, img_size=size, num_vit=1, num_classes=5)
-
-
-def tiny_vit():
-    sizes = {"embed_dims": (8, 12, 16), "depths": (1, 2, 1), "num_heads": (1, 3, 2), "window_sizes": (7, 3, 3)}
-    return TinyVit(**sizes, num_classes=5)
-
-
-def pvt_v2():
-    sizes = {"embed_dims": (8, 12), "depths": (1, 2), "num_heads": (1, 3), "sr_ratios": (4, 1), "mlp_ratios": (4, 2)}
-    return PyramidVisionTransformerV2(**sizes, num_classes=5)
 
 
 # In transformers 4 they are of other parts, and stay plain.
