@@ -15,6 +15,10 @@ __all__ = ["Prepacking"]
 
 _KINDS = {Norm: 1, Attention: 2, Upsample: 3, Pool: 4}  # 0 is that of convolutions
 
+# Of convolutions that are computed directly, as those of pictures: patches of few channels are mostly copied. Their
+# terms are added one after another, by which longer sums would lose digits.
+_FEW_CHANNELS, _MOST_TERMS = 4, 48
+
 
 class Prepacking:
     """Numbers and parameters of steps, in the order in which csrc/cpu/convnet takes them."""
@@ -66,9 +70,11 @@ class Prepacking:
 
     def _add_layer(self, layer: ConvLayer) -> None:
         where = layer.side, layer.stride, layer.padding, INDICES[layer.activation]
-        self.sizes += [int(layer.is_depthwise), layer.inputs, layer.channels, *where]
-        if layer.is_depthwise:
-            taps = layer.weight.double().flatten(1).t() * layer.scale
+        mixes_few = layer.side > 1 and layer.inputs <= _FEW_CHANNELS and not layer.is_depthwise
+        directly = mixes_few and layer.side**2 * layer.inputs <= _MOST_TERMS
+        self.sizes += [1 if layer.is_depthwise else 2 * directly, layer.inputs, layer.channels, *where]
+        if layer.is_depthwise or directly:
+            taps = layer.weight.double().permute(2, 3, 1, 0) * layer.scale  # one input channel where it is depthwise
             self.parameters += [taps.contiguous(), layer.shift]
         else:
             self.parameters += [layer.weight.permute(0, 2, 3, 1).contiguous(), layer.scale, layer.shift]

@@ -17,6 +17,18 @@ struct DepthwiseCall {
   void* out;  // (end - begin, channels)
 };
 
+// out = activation(rows * weights + shift), of pixels `begin` to `end` of a row of the result, all of whose taps lie
+// within the map.
+struct DirectCall {
+  int side;
+  int64_t line, step;              // elements of a row that a pixel meets, and from one pixel to the next
+  const void* rows[kLargestSide];  // what the first pixel meets of them
+  int64_t columns;
+  const void *weights, *shift;  // (side * line, columns) and (columns,), of the type accumulated in
+  Activation activation;
+  void* out;  // (pixels, columns)
+};
+
 // data = activation(data + added), elements `begin` to `end`.
 struct ActivateCall {
   Activation activation;

@@ -9,6 +9,9 @@ CEIT_DECLARE_TABLE(Kernels, kernels, 3)
 namespace depthwise {
 CEIT_DECLARE_TABLE(Kernel<DepthwiseCall>, kernels, 3)
 }
+namespace direct {
+CEIT_DECLARE_TABLE(Kernel<DirectCall>, kernels, 3)
+}
 
 namespace {
 
@@ -150,7 +153,7 @@ class UnitRun {
 
   // What follows the last layer: the residual where no GEMM has added it, and the activation behind that.
   void activate(int64_t begin, int64_t end) const {
-    const T* added = unit_.contracting || !unit_.mixing->depthwise ? nullptr : residual_;
+    const T* added = unit_.contracting || unit_.mixing->kind == Kind::gemm ? nullptr : residual_;
     if (unit_.after == Activation::identity && !added) return;
     const int64_t channels = result_.channels;
     chosen(kIndex<T>).activate({unit_.after, added, out_}, begin * channels, end * channels);
@@ -189,7 +192,7 @@ class UnitRun {
     const T* a = x_ + begin * in_.channels;
     if (unit_.mixing) {
       T* mixed = unit_.contracting ? tile : to;
-      if (unit_.mixing->depthwise)
+      if (unit_.mixing->depthwise())
         mix(hidden, begin, end, mixed);
       else
         convolve(hidden, begin, end, mixed, unit_.contracting ? tile + count * mixed_.channels : tile);
@@ -217,6 +220,10 @@ class UnitRun {
 
   void convolve(const Rows<const T>& hidden, int64_t begin, int64_t end, T* to, T* patches) const {
     const Layer<T>& layer = *unit_.mixing;
+    if (layer.kind == Kind::direct)
+      return for_rows(begin, end, [&](int64_t y, int64_t left, int64_t right, int64_t done) {
+        convolve_directly(hidden, y, left, right, to + done * layer.out, patches);
+      });
     for_rows(begin, end, [&](int64_t y, int64_t left, int64_t right, int64_t done) {
       copy_patches(layer, hidden, y, left, right, patches + done * layer.depth());
     });
@@ -224,6 +231,32 @@ class UnitRun {
     call.a = patches, call.out = to;
     if (residual_ && !unit_.contracting) call.residual = residual_ + begin * result_.channels;
     gemm::multiply(call, 0, end - begin);
+  }
+
+  // Pixels `left` to `right` of a row: from where they lie, but those of which a tap lies outside of the map.
+  void convolve_directly(const Rows<const T>& hidden, int64_t y, int64_t left, int64_t right, T* to, T* patch) const {
+    const Layer<T>& layer = *unit_.mixing;
+    const int64_t line = layer.side * layer.in, top = y * layer.stride - layer.padding, width = hidden_.width;
+    DirectCall call{layer.side, line,        layer.stride * layer.in, {}, layer.out,
+                    layer.taps, layer.shift, layer.activation,        to};
+    const auto pixel = [&](int64_t x) {
+      copy_patches(layer, hidden, y, x, x + 1, patch);
+      for (int dy = 0; dy < layer.side; ++dy) call.rows[dy] = patch + dy * line;
+      call.out = to + (x - left) * layer.out;
+      direct::chosen(kIndex<T>)(call, 0, 1);
+    };
+    const bool inside = top >= 0 && top + layer.side <= hidden_.height;
+    int64_t first = std::min(right, std::max(left, ceil_div(int64_t(layer.padding), int64_t(layer.stride))));
+    int64_t last = inside ? std::min(right, (width + layer.padding - layer.side) / layer.stride + 1) : first;
+    if (last <= first) first = last = right;
+    for (int64_t x = left; x < first; ++x) pixel(x);
+    if (first < last) {
+      for (int dy = 0; dy < layer.side; ++dy)
+        call.rows[dy] = hidden.of(top + dy) + (first * layer.stride - layer.padding) * layer.in;
+      call.out = to + (first - left) * layer.out;
+      direct::chosen(kIndex<T>)(call, 0, last - first);
+    }
+    for (int64_t x = last; x < right; ++x) pixel(x);
   }
 
   // Calls body(row, left, right, pixels before) for the parts of rows that pixels `begin` to `end` are.
@@ -254,7 +287,7 @@ class UnitRun {
   int64_t tile_channels() const {
     if (!unit_.mixing) return hidden_.channels;
     const Layer<T>& layer = *unit_.mixing;
-    return (unit_.contracting ? mixed_.channels : 0) + (layer.depthwise ? 0 : layer.depth());
+    return (unit_.contracting ? mixed_.channels : 0) + (layer.depthwise() ? 0 : layer.depth());
   }
   int64_t tile_pixels() const {
     const int64_t fit = fitting<T>(unit_.mixing ? kTileBytes : kPairBytes, std::max(tile_channels(), mixed_.channels));
@@ -306,7 +339,7 @@ void to_planes(const T* pixels, const Map& map, T* planes, const Run& run) {
 
 template <class T>
 Layer<T>::Layer(const gemm::Call<T>& call)
-    : depthwise(false),
+    : kind(Kind::gemm),
       in(call.depth),
       out(call.columns),
       side(1),
@@ -317,7 +350,7 @@ Layer<T>::Layer(const gemm::Call<T>& call)
 
 template <class T>
 Layer<T>::Layer(int64_t channels, int side, Activation activation, const acc_t<T>* taps, const acc_t<T>* shift)
-    : depthwise(true),
+    : kind(Kind::depthwise),
       in(channels),
       out(channels),
       side(side),
@@ -336,16 +369,17 @@ void Unit<T>::infer(const Map& in, const T* x, const T* residual, T* memory, T* 
 
 template <class T>
 Layer<T>::Layer(Numbers& numbers, gemm::Packer<T>& packer)
-    : depthwise(numbers.next() != 0),
+    : kind(Kind(numbers.next())),
       in(numbers.next()),
       out(numbers.next()),
       side(int(numbers.next())),
       stride(int(numbers.next())),
       padding(int(numbers.next())),
       activation(gemm::activation_of(numbers.next())) {
-  STD_TORCH_CHECK(!depthwise || (in == out && side <= kLargestSide), "sizes: no depthwise convolution of ", side);
-  if (depthwise) {
-    taps = packer.vector("taps", side * side * in);
+  STD_TORCH_CHECK(kind == Kind::gemm || (side <= kLargestSide && (in == out || kind == Kind::direct)),
+                  "sizes: no convolution of kind ", int(kind), " and side ", side);
+  if (kind != Kind::gemm) {
+    taps = packer.vector("taps", side * side * in * (depthwise() ? 1 : out));
     shift = packer.vector("shift", out);
     return;
   }

@@ -39,12 +39,15 @@ class Numbers {
   size_t at_ = 0;
 };
 
-// A convolution, its norm and its activation. Numbers: whether it is depthwise, input channels, output channels, side,
-// stride, padding, activation. Parameters: weight (outputs, side * side * inputs) and scale, or taps (side * side,
-// channels) with the scale in them; and shift.
+// A convolution, its norm and its activation. Numbers: its kind, input channels, output channels, side, stride,
+// padding, activation. Parameters: weight (outputs, side * side * inputs) and scale for a GEMM, else taps with the
+// scale in them, (side * side, channels) of a depthwise convolution or (side * side * inputs, outputs) of a direct one;
+// and shift.
+enum class Kind { gemm, depthwise, direct };
+
 template <class T>
 struct Layer {
-  bool depthwise;
+  Kind kind;
   int64_t in, out;
   int side, stride, padding;
   Activation activation;
@@ -55,6 +58,7 @@ struct Layer {
   explicit Layer(const gemm::Call<T>& call);
   // A depthwise one that keeps the size.
   Layer(int64_t channels, int side, Activation activation, const acc_t<T>* taps, const acc_t<T>* shift);
+  bool depthwise() const { return kind == Kind::depthwise; }
   int64_t depth() const { return side * side * in; }
   Map map(const Map& of) const { return {size(of.height), size(of.width), out}; }
 

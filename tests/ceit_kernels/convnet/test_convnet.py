@@ -121,6 +121,31 @@ def test_is_as_accurate_as_the_modules(name, dtype):
     assert_as_accurate_over_draws([name], map(results, range(8)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("side", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 3), (5, 3, 1), (7, 4, 3)])
+@pytest.mark.parametrize(("channels", "outputs"), [(3, 32), (3, 16), (1, 5), (4, 41)])
+def test_a_convolution_of_few_channels_is_as_accurate(channels, outputs, side, stride, padding, dtype):
+    def results(draw):
+        torch.manual_seed(draw)
+        layers = nn.Conv2d(channels, outputs, side, stride, padding), nn.BatchNorm2d(outputs), nn.ReLU6()
+        model = grown(nn.Sequential(*layers), draw).eval().to(dtype)
+        x = images(2, channels, 17, 70, draw=draw).to(dtype)
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad():
+            return [run(freeze(model), x)], [model(x)], [exact(x.double())]
+
+    if dtype == torch.float64:
+        found, expected, _ = results(0)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    else:
+        assert_as_accurate_over_draws(["image"], map(results, range(4)))
+
+
+def test_a_shortcut_around_a_convolution_of_few_channels_is_added():
+    block, x = grown(ConvBnAct(3, 3, 3, skip=True)).eval(), images(2, 3, 9, 30)
+    torch.testing.assert_close(run(freeze(block), x), block(x), rtol=1e-10, atol=1e-10)
+
+
 @st.composite
 def sequences(draw):
     """Modules one after another, and their input channels."""
