@@ -1,4 +1,4 @@
-"""Frozen models with attention: up to their pooling they are one compiled call."""
+"""Frozen models with attention: they are one compiled call."""
 
 import copy
 import pickle
