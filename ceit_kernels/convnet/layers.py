@@ -88,8 +88,7 @@ class Steps:
         steps: step i makes value i + 1; value 0 is the input.
         value: what the next call reads.
         inputs: channels of the input.
-        of_tokens: whether channels are the last dimension of the value, not the second of images; None where that is
-            not known.
+        of_tokens: whether channels are the last dimension of the value, not the second of images; None: not known.
         takes_tokens: whether they were that of the input.
         is_flat: whether the value is a vector for each image, which was a map of one pixel.
         gate: what multiplies the value.
@@ -280,8 +279,7 @@ class Steps:
 
     def scale(self, name: str, factor: float) -> None:
         """What a layer has made is multiplied."""
-        layer = self._last(name)
-        self._multiply_add(name, torch.full_like(layer.scale, factor), torch.zeros_like(layer.shift))
+        self._multiply_add(name, torch.full_like(scale := self._last(name).scale, factor), torch.zeros_like(scale))
 
     def _read(self, name: str, channels: int, of_tokens: bool) -> None:
         """A layer reads the value."""
