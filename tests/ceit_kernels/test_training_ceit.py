@@ -44,11 +44,12 @@ def test_ten_steps_with_the_triton_kernels_have_the_losses_of_plain_pytorch():
     compare("leff=triton,lca=triton,add_norm=triton", 32, 2, steps=10, embed_dim=8, depth=2, num_heads=1)
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("pixel", [float("nan"), float("inf")], ids=str)
-def test_a_pixel_that_is_no_number_reaches_the_gradients_that_it_does_in_plain_pytorch(pixel):
-    """Of the keys' bias in LCA too, which is 0 otherwise: a loss scaler is to see it."""
+def test_a_pixel_that_is_no_number_reaches_the_gradients_that_it_does_in_plain_pytorch(pixel, training):
+    """Of biases ahead of batch statistics too, which are 0 otherwise: a loss scaler is to see it."""
     torch.manual_seed(0)
-    plain = ceit.CeiT(img_size=32, embed_dim=16, depth=2, num_heads=2, num_classes=5).eval()
+    plain = ceit.CeiT(img_size=32, embed_dim=16, depth=2, num_heads=2, num_classes=5).train(training)
     fused, images = fuse(copy.deepcopy(plain)), torch.randn(2, 3, 32, 32)
     images[0, 0, 5, 5] = pixel
     for model in (plain, fused):

@@ -72,10 +72,10 @@ void gradient_array_of(const Tensor& sums, const OptionalTensor& norm, const Opt
   if (vectors) {
     Acc* at = elements<Acc>("vectors", vectors, 3 * channels);
     for (int64_t c = 0; c < channels; ++c) {
-      // A norm of batch statistics takes the bias ahead of it away.
-      at[c] = !mean ? of_g[c] : count ? Acc(0) : scale[c] * of_g[c];
       at[channels + c] = mean ? centred[c] * rstd[c] : centred[c];
       at[2 * channels + c] = of_g[c];
+      // A norm of batch statistics takes the bias ahead of it away: 0, and NaN where the batch has one.
+      at[c] = !mean ? of_g[c] : count ? Acc(0) * (at[channels + c] + of_g[c]) : scale[c] * of_g[c];
     }
   }
   if (gradient) {
