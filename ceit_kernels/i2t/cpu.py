@@ -61,9 +61,11 @@ def stem_arguments(stem: Stem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
 def _merged(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of rows (B, H, 2, O) of so many pixels each, from their means and centred sums of squares."""
     means, squares = moments.flatten(0, 1).unbind(1)
-    # About the mean of the first row, so that a mean far from zero costs no digits.
-    mean = means[0] + (means - means[0]).mean(0)
-    return mean, squares.mean(0) / width + (means - mean).square_().mean(0)
+    # In float64, as plain PyTorch takes them: where the mean is near zero, sums of float32 lose its digits.
+    means, squares = means.double(), squares.double()
+    mean = means.mean(0)
+    variance = squares.mean(0) / width + (means - mean).square_().mean(0)
+    return mean.to(moments.dtype), variance.to(moments.dtype)
 
 
 def _merged_over_processes(mean: Tensor, variance: Tensor, pixels: int, group: str) -> tuple[Tensor, Tensor]:

@@ -8,20 +8,21 @@ namespace CEIT_CAPABILITY {
 namespace {
 
 // Mean and centred sum of squares of each channel of a row. The mean is taken about the first pixel, so that one far
-// from zero costs no digits.
+// from zero costs no digits, and what is left about it is added, so that one near zero has them.
 template <class Acc>
 void write_moments(const Acc* row, int64_t stride, const Sizes& s, Acc* moments) {
   const int64_t width = s.conv_width;
   for_vectors<Acc>(s.out_channels, [&](int64_t c, auto n) {
     const auto first = load(row + c);
-    auto sum = splat(Acc(0)), squares = splat(Acc(0));
+    auto sum = splat(Acc(0)), squares = splat(Acc(0)), left = splat(Acc(0));
     for (int64_t x = 1; x < width; ++x) sum += load(row + x * stride + c) - first;
     const auto mean = first + sum / Acc(width);
     for (int64_t x = 0; x < width; ++x) {
       const auto centred = load(row + x * stride + c) - mean;
       squares += centred * centred;
+      left += centred;
     }
-    store(moments + c, mean, n);
+    store(moments + c, mean + left / Acc(width), n);
     store(moments + s.out_channels + c, squares, n);
   });
 }

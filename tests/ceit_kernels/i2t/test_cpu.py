@@ -11,7 +11,8 @@ from support.accuracy import assert_as_accurate, assert_as_accurate_over_draws
 from support.processors import LESSER, run_with
 from support.stems import GAMMAS, NAMES, STATISTICS, compare_stem, make_stem, pooled_like, run_stem
 
-from ceit_kernels import use_backend
+from ceit_kernels import fuse, use_backend
+from ceit_kernels.i2t.module import Image2Tokens
 
 SIZES = [(7, 7), (3, 2), (33, 17), (61, 97)]
 DRAWS = 12
@@ -216,3 +217,18 @@ found, _ = run_stem(stem, x, grad_out, "native")
 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 """
     run_with(kind, code, tmp_path / "expected")
+
+
+@pytest.mark.parametrize(("out_chans", "size"), [(1, (39, 46)), (32, (33, 130))], ids=str)
+def test_a_mean_near_zero_keeps_its_digits_in_the_running_statistics(out_chans, size):
+    def statistics(draw):
+        torch.manual_seed(draw)
+        stem, x = Image2Tokens(1, out_chans), torch.randn(1, 1, *size)
+        stem.bn.momentum = 1.0
+        for dtype, backend in ((torch.float32, "native"), (torch.float32, "reference"), (torch.float64, "reference")):
+            module = fuse(copy.deepcopy(stem)).to(dtype)
+            with use_backend(f"i2t={backend}"), torch.no_grad():
+                module(x.to(dtype))
+            yield [module.bn.running_mean, module.bn.running_var]
+
+    assert_as_accurate_over_draws(("running mean", "running variance"), (tuple(statistics(draw)) for draw in range(24)))
