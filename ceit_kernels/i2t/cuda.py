@@ -105,7 +105,7 @@ def i2t_backward_cuda(
     channels, fan_in = stem.weight.shape[0], stem.weight.shape[1] * 49
     tiles = x.shape[0] * -(-conv_size(x.shape[2]) // _TILE[0]) * -(-conv_size(x.shape[3]) // _TILE[1])
     blocks = min(tiles, max(1, _multiprocessors(x) * _CHANNELS_PER_BLOCK // channels))
-    of_patches = fan_in * (channels // 16)
+    of_patches = fan_in * (channels // 16)  # at most: a block of float32 has as few channels
     sums = torch.empty(blocks * (2 * fan_in * channels + of_patches + channels), dtype=parameter, device=x.device)
     prepacked = torch.empty(channels * _PACKED_PER_CHANNEL, dtype=dtype, device=x.device)
     image = _image_for(x, dtype)
