@@ -38,7 +38,7 @@ struct BackwardArguments {
 };
 
 // The pooled gradients that a thread scatters: those of the four windows that reach the four outputs under one pooled
-// place of a tile (14 rows, 16 columns, 32 channels) from row y0 and column x0 (both even) of the convolution.
+// place of a tile (14 rows, 16 columns, a block's channels) from row y0 and column x0 (both even) of the convolution.
 template <class Mma>
 struct PooledGradients {
   static constexpr int kParts = kBackwardChannels<Mma> / kOwnGradient, kAcross = kTilePixels / 2;
@@ -128,8 +128,7 @@ struct Tiles {
   }
 };
 
-// What normalises raw values of a block's channels, once for all its tiles: (2, channels) means and
-// factors.
+// What normalises raw values of a block's channels, once for all its tiles: (2, channels) means and factors.
 template <class Mma, class Acc>
 DEVICE void load_norms(Acc* norms, const Norm<Acc>& norm, int channel0) {
   if (threadIdx.x >= kBackwardChannels<Mma>) return;
