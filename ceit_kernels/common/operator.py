@@ -13,7 +13,7 @@ from torch.utils import flop_counter
 from .. import backends
 from .calls import are_eager, is_eager, needs_gradient
 
-__all__ = ["Operator", "contiguous", "gradients_like", "tell_autograd"]
+__all__ = ["Operator", "contiguous", "gradients_like"]
 
 Results = Any  # a tensor, or a tuple with None for tensors that a call does not have
 
@@ -199,12 +199,6 @@ def gradients_like(
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors, copied where they are not contiguous."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def tell_autograd(buffers: Sequence[Tensor | None]) -> None:
-    """Count that a kernel has written buffers."""
-    written = [b for b in buffers if b is not None and not b.is_inference()]
-    torch.autograd.graph.increment_version(written)
 
 
 def _define(

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .running import uncounted
+
 __all__ = ["BATCH_NORMS", "SyncBatchNorm2d", "gather_moments", "process_group_of_norm", "sum_over_processes"]
 
 
@@ -53,7 +55,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         batches = cast("Tensor", self.num_batches_tracked).add_(1)
         share = 1.0 / float(batches) if self.momentum is None else self.momentum
         for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-            cast("Tensor", running).lerp_(new.to(cast("Tensor", running).dtype), share)
+            kept = uncounted(cast("Tensor", running))
+            kept.lerp_(new.to(kept.dtype), share)
 
 
 # What the kernels take for a BatchNorm.

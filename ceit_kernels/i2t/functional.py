@@ -10,7 +10,7 @@ from ..common.autocast import autocast_dtype
 from ..common.calls import is_eager, needs_gradient
 from ..common.checks import norm_dtype_reason
 from ..common.launch import is_recording
-from ..common.operator import tell_autograd
+from ..common.running import tell_counters, uncounted
 from ..common.sync_norm import process_group_of_norm, sum_over_processes
 from .arguments import Running
 from .op import group_unsupported_reason, i2t_operator, on_cpu, size_unsupported_reason
@@ -58,7 +58,7 @@ def image_to_tokens(x: Tensor, weight: Tensor, bn: BatchNorm) -> Tensor | None:
     running = _for_one_launch(bn, x, values_per_channel) if tracked else None
     if running is not None and is_eager(x):
         out, *_ = i2t_operator.eager(*tensors, *statistics, *settings, running)
-        tell_autograd(running[:3])
+        tell_counters((running.batches,))
         return out
     out, _, mean, variance, _ = i2t_operator(*tensors, *statistics, *settings)
     # Recorded is what an eager call launches.
@@ -92,7 +92,8 @@ def _update_running_statistics(bn: BatchNorm, mean: Tensor, variance: Tensor, n:
     assert bn.running_var is not None
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
-    for running, new in ((bn.running_mean, mean), (bn.running_var, variance * (n / (n - 1)))):
+    for kept, new in ((bn.running_mean, mean), (bn.running_var, variance * (n / (n - 1)))):
+        running = uncounted(kept)
         if isinstance(momentum, Tensor):
             running.copy_(running * (1 - momentum) + new * momentum)
         else:

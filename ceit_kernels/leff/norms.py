@@ -15,7 +15,7 @@ from .. import backends
 from ..common.calls import is_eager
 from ..common.children import held
 from ..common.launch import is_recording
-from ..common.operator import tell_autograd
+from ..common.running import tell_counters, uncounted
 from ..common.sync_norm import process_group_of_norm
 from .activations import ACTIVATIONS
 
@@ -147,7 +147,7 @@ def update_running_statistics(
             from .triton.launch_running import update_running_statistics_triton
 
             update_running_statistics_triton(count, *statistics, *buffers, *momenta_of(norms))
-            tell_autograd(buffers)
+            tell_counters(buffers[2::3])
             return
     tracked = [(n, s) for n, s in zip(norms, statistics, strict=True) if n is not None and n.training]
     counters = [n.num_batches_tracked for n, _ in tracked if n.num_batches_tracked is not None]
@@ -162,7 +162,7 @@ def update_running_statistics(
     variances = torch._foreach_mul([s[1] for _, s in tracked], factor)
     updates: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for (norm, rows), variance in zip(tracked, variances, strict=True):
-        pairs = ((norm.running_mean, rows[0]), (norm.running_var, variance))
+        pairs = [(uncounted(kept), new) for kept, new in ((norm.running_mean, rows[0]), (norm.running_var, variance))]
         if norm.momentum is None:
             if norm.num_batches_tracked is not None:
                 # On the device: reading the counter would wait for it.

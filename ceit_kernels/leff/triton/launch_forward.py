@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...common.launch import cdiv, one_publishes_for_all
-from ...common.operator import tell_autograd
 from ...common.plan import compute, planned
+from ...common.running import tell_counters
 from ...common.sync_norm import gather_moments
 from ...common.tuning import Tiles
 from ..arguments import PARAMETER_NAMES, SHAPED, Settings
@@ -53,7 +53,7 @@ def leff_forward_triton(
         running, momenta = (running, momenta) if found is None else (found, momenta_of(norms))
     results = _run(x, *parameters, residual, *running, settings, out_dtype, momenta)
     if momenta:
-        tell_autograd(running)
+        tell_counters(running[2::3])
     elif norms is not None:
         tokens = x.shape[0] * settings.height * settings.width
         update_running_statistics(norms, results[4:7], results[7], tokens, "triton")

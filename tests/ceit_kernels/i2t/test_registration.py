@@ -127,12 +127,12 @@ def test_an_eager_call_averages_running_statistics_that_the_kernel_can_write(mon
     change(stem.bn)
     average = functional._update_running_statistics
     monkeypatch.setattr(functional, "_update_running_statistics", lambda *call: (found.append(call), average(*call)))
-    versions = [buffer._version for buffer in stem.bn.buffers()]
+    versions = [buffer._version for buffer in stem.bn.buffers()]  # of the counter alone changes, as in plain PyTorch
     stem(x)
     with use_backend("i2t=reference"):
         plain(x.double())
     assert bool(found) is not in_the_call
-    assert all(after._version > before for after, before in zip(stem.bn.buffers(), versions, strict=True))
+    assert [b._version - version for b, version in zip(stem.bn.buffers(), versions, strict=True)] == [0, 0, 1]
     for ours, exact in zip(stem.bn.buffers(), plain.bn.buffers(), strict=True):
         torch.testing.assert_close(ours.double(), exact.double(), rtol=0.02, atol=0.02)
     # Of the same moments, PyTorch averages to rounding the same.
