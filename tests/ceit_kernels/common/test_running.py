@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.fused_modules import make_pair
+from support.fused_modules import make_pair, native
 from torch import nn
 
 import ceit
@@ -27,7 +27,8 @@ def test_a_batch_in_training_changes_the_versions_of_buffers_as_in_plain_pytorch
     *modules, x = make()
     for module in modules:
         before = [buffer._version for buffer in module.buffers()]
-        module.train()(x)
+        with native():
+            module.train()(x)
         changes.append([b._version - version for b, version in zip(module.buffers(), before, strict=True)])
     assert changes[1] == changes[0]
 
@@ -40,7 +41,8 @@ def test_a_pass_in_evaluation_goes_backward_behind_one_in_training(make):
         for norm in module.double().modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.momentum = 0.0  # PyTorch's first pass would take what the second makes of the running statistics
-        loss = module.eval()(x.double()).square().mean()
-        (loss + module.train()(x.double()).square().mean()).backward()
+        with native():
+            loss = module.eval()(x.double()).square().mean()
+            (loss + module.train()(x.double()).square().mean()).backward()
         gradients.append([p.grad for p in module.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0])
