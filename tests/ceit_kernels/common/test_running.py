@@ -13,7 +13,7 @@ from ceit_kernels import fuse
 
 def make_model():
     torch.manual_seed(0)
-    model = ceit.create_model("ceit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+    model = ceit.create_model("ceit_tiny_patch16_224", img_size=32, depth=2, num_classes=5, fused=False)
     return model, fuse(copy.deepcopy(model)), torch.randn(2, 3, 32, 32)
 
 
