@@ -40,6 +40,7 @@ def decide_and_plan_again():
     backends._chosen.clear()
     plan._plans.clear()
     counters._kept.clear()
+    counters._left.clear()
 
 
 @pytest.fixture

@@ -115,8 +115,8 @@ KERNELS = {
     "leff_depthwise_inference_kernel": Kernel(
         narrow(device), lambda a: [a["H"]], lambda a: a["B"] * _tiles(a, ("W", "TILE_W"), ("E", "TILE_E"))
     ),
-    "leff_expand_moments_kernel": Kernel(by_unit(l2, shared_by(24)), _zeroing),
-    "leff_moments_kernel": Kernel(device, lambda a: [*_zeroing(a), _tiles(a, ("ROWS", "TILE_M"))]),
+    "leff_expand_moments_kernel": Kernel(by_unit(l2, shared_by(24))),
+    "leff_moments_kernel": Kernel(device, _steps("ROWS", "TILE_M")),
     "leff_depthwise_kernel": Kernel(device, _columns),
     "leff_contract_operand_kernel": Kernel(by_unit(wide(device), l2), _steps("E", "TILE_E")),
     "leff_norm_kernel": Kernel(device),

@@ -113,6 +113,10 @@ def _running(i: int | str) -> str:
     return f"running_mean{i} running_var{i} batches{i}"
 
 
+# Of kernels whose last program instances finish a norm's statistics, beside the moments.
+_READ = f" partial count tickets norm_weight norm_bias {_running('')}"
+_WRITTEN = f" partial count tickets norm total {_running('')}"
+
 KERNELS: dict[str, KernelCost] = {
     "leff_expand_kernel": _cost(
         _leff_layer(1) + _leff_layer(2), "h rows2", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
@@ -131,25 +135,25 @@ KERNELS: dict[str, KernelCost] = {
         z1=image_rows,
         x=prefix_tokens,
     ),
-    "leff_moments_kernel": _cost("", "partial count tickets", z=image_rows),
+    "leff_moments_kernel": _cost(_READ, _WRITTEN, z=image_rows),
     "leff_slope_kernel": _cost(
         "z2 norm2 partial tickets total",
         "g2 h2 partial tickets gradient dbias dnorm_weight dnorm_bias",
         dh2=image_rows,
     ),
     "leff_expand_moments_kernel": _cost(
-        "weight bias", "z1 partial count tickets", lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
+        "weight bias" + _READ, "z1" + _WRITTEN, lambda a: 2 * a["M"] * a["C"] * a["E"], x=image_tokens
     ),
     # Column tiles of an image are neighbours in launch order and share their margins.
     "leff_depthwise_kernel": _cost(
-        f"norm1 weight2 bias partial count tickets norm_weight norm_bias {_running('')}",
-        f"z2 partial count tickets norm total {_running('')}",
+        "norm1 weight2 bias" + _READ,
+        "z2" + _WRITTEN,
         lambda a: 2 * a["B"] * a["H"] * a["W"] * a["E"] * a["KERNEL"] ** 2,
         z1=image_rows,
     ),
     "leff_contract_operand_kernel": _cost(
-        f"a z rows weight bias residual partial count tickets norm_weight norm_bias {_running('')}",
-        f"out partial count operand tickets norm total {_running('')}",
+        "a z rows weight bias residual" + _READ,
+        "out operand" + _WRITTEN,
         lambda a: 2 * a["M"] * a["E"] * a["O"],
         prefix=prefix_tokens,
     ),

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...common.activations import activate_with_slope
 from ...common.kernel import kernel
-from ...common.partials import store_rows, zero_tickets
+from ...common.partials import store_rows
 from .kernels_common import (
     ONE,
     PLAIN,
@@ -32,15 +32,15 @@ __all__ = [
 
 @kernel
 def leff_expand_moments_kernel(
-    p_x, p_weight, p_bias, p_z1, p_partial, p_count, p_tickets, M, HW, COUNTERS,
-    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr,
+    p_x, p_weight, p_bias, p_z1, p_partial, p_count, p_tickets, p_norm, p_total, p_norm_weight, p_norm_bias,
+    p_running_mean, p_running_var, p_batches, momentum: tl.float64, M, HW, GROUP,
+    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, TILE_T: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z1 (M, E) = x W_1^T + b_1 from x (B, P + HW, C) and weight (E, C); its partial moments. Tickets (COUNTERS,) of
-    later kernels start at 0.
+    """z1 (M, E) = x W_1^T + b_1 from x (B, P + HW, C) and weight (E, C); its partial moments, and with tickets
+    ``norm_by_last``.
     """
-    if p_tickets is not None:
-        zero_tickets(p_tickets, COUNTERS, tl.program_id(0))
     i_m, i_e = tl.program_id(0) // tl.cdiv(E, TILE_E), tl.program_id(0) % tl.cdiv(E, TILE_E)
     o_r = tl.arange(0, TILE_M)
     o_m = i_m * TILE_M + o_r
@@ -63,6 +63,13 @@ def leff_expand_moments_kernel(
     tl.store(p_tile + o_r[:, None] * E + o_e[None, :], b_out, mask=m_m[:, None] & m_e[None, :])
     if p_partial is not None:
         store_moments(p_partial, p_count, i_m, b_out.to(ACC), M - i_m * TILE_M, o_e, m_e, i_e == 0, E, ACC)
+    if p_tickets is not None:
+        norm_by_last(
+            p_partial, p_count, p_tickets, p_norm, p_total,
+            (p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_batches, momentum),
+            tl.minimum(M - i_m * TILE_M, TILE_M).to(ACC), i_m, i_e, tl.cdiv(M, TILE_M), GROUP,
+            EPS, E, ONE, TILE_T, TILE_E, ACC,
+        )  # fmt: skip
 
 
 @kernel

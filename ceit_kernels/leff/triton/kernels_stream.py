@@ -4,24 +4,21 @@ import triton.language as tl
 
 from ...common.activations import activate_with_slope
 from ...common.kernel import kernel
-from ...common.partials import store_rows, zero_tickets
-from .kernels_common import norm_rows, normalize, token_rows
-from .kernels_reduce import gradient_by_last
+from ...common.partials import store_rows
+from .kernels_common import ONE, norm_rows, normalize, token_rows
+from .kernels_reduce import gradient_by_last, norm_by_last
 
 __all__ = ["leff_moments_kernel", "leff_slope_kernel"]
 
 
 @kernel
 def leff_moments_kernel(
-    p_z, p_partial, p_count, p_tickets, M, HW, ROWS, COUNTERS, P: tl.constexpr, E: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_E: tl.constexpr, ACC: tl.constexpr,
+    p_z, p_partial, p_count, p_tickets, p_norm, p_total, p_norm_weight, p_norm_bias, p_running_mean, p_running_var,
+    p_batches, momentum: tl.float64, M, HW, ROWS, GROUP,
+    P: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Partial moments of z (B, P + HW, E) without the prefix, over ROWS tokens each. Tickets (COUNTERS,) of later
-    kernels start at 0.
-    """
+    """Partial moments of z (B, P + HW, E) without the prefix, over ROWS tokens each; with tickets ``norm_by_last``."""
     i_t = tl.program_id(0)
-    if p_tickets is not None:
-        zero_tickets(p_tickets, COUNTERS, i_t + tl.program_id(1))
     o_e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
     m_e = o_e < E
     o_r = tl.arange(0, TILE_M)
@@ -44,7 +41,14 @@ def leff_moments_kernel(
     b_centred = b_means - b_mean[None, :]
     b_squares += b_n[:, None] * b_centred * b_centred
     store_rows(p_partial, i_t, b_mean, tl.sum(b_squares, axis=0), o_e, m_e, E)
-    if tl.program_id(1) == 0:
+    if p_tickets is not None:
+        # By 16 parts at a time four program instances would fill an SM's registers, by 8 six do as without.
+        norm_by_last(
+            p_partial, p_count, p_tickets, p_norm, p_total,
+            (p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_batches, momentum),
+            n, i_t, tl.program_id(1), tl.cdiv(M, ROWS), GROUP, EPS, E, ONE, TILE_M // 2, TILE_E, ACC,
+        )  # fmt: skip
+    elif tl.program_id(1) == 0:
         tl.store(p_count + i_t, n)
 
 

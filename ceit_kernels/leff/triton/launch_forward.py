@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.counters import counters
 from ...common.launch import cdiv, one_publishes_for_all
 from ...common.plan import compute, planned
 from ...common.running import tell_counters
@@ -45,13 +46,13 @@ def leff_forward_triton(
         x, residual: tokens, B at least 1.
         parameters, settings: of the call.
         out_dtype: of the first result.
-        norms: of the layers, whose running statistics the call averages; none are if None.
+        norms: of the layers, whose running statistics an eager call averages; none are if None.
     """
     running, momenta = _NO_BUFFERS, ()
     if norms is not None and settings.group is None:
         found = buffers_for_one_launch(norms, x.device)
         running, momenta = (running, momenta) if found is None else (found, momenta_of(norms))
-    results = _run(x, *parameters, residual, *running, settings, out_dtype, momenta)
+    results = _run(x, *parameters, residual, *running, settings, out_dtype, momenta, norms is not None)
     if momenta:
         tell_counters(running[2::3])
     elif norms is not None:
@@ -63,9 +64,9 @@ def leff_forward_triton(
 @planned(tensors=2 + len(PARAMETER_NAMES) + len(_NO_BUFFERS), shaped=SHAPED)
 def _run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *parameters, residual = rest[: len(PARAMETER_NAMES) + 1]
-    *running, settings, out_dtype, momenta = rest[len(PARAMETER_NAMES) + 1 :]
+    *running, settings, out_dtype, momenta, eager = rest[len(PARAMETER_NAMES) + 1 :]
     call = Call(x, parameters, settings)
-    norms = _Norms(call, running, momenta)
+    norms = _Norms(call, running, momenta, eager)
     expand = _expand_by_library if settings.backend == "library" else _expand
     z1, norm1 = expand(call, norms)
     z2, norm2 = _depthwise(call, z1, norm1, norms)
@@ -85,11 +86,11 @@ def _run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _expand_by_library(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:
     """As ``_expand``, by PyTorch's GEMM: of all tokens, since leaving out the prefix would copy the others."""
     z1 = compute(_linear_of_rows, call.x, call.layers[0].weight, call.layers[0].bias, call.dtype)
-    moments = norms.moments(0, cdiv(call.M, ROWS), call.E)
+    tiles = stream_tiles(call.E)
+    grid = cdiv(call.M, ROWS), cdiv(call.E, tiles.sizes["TILE_E"])
+    moments = norms.moments(0, grid[0], call.E, grid[1])
     if moments:
-        tiles = stream_tiles(call.E)
-        grid = cdiv(call.M, ROWS), cdiv(call.E, tiles.sizes["TILE_E"])
-        call.launch(leff_moments_kernel, grid, tiles, **moments, **norms.make_tickets(), p_z=z1, ROWS=ROWS)
+        call.launch(leff_moments_kernel, grid, tiles, **moments, p_z=z1, ROWS=ROWS)
     return z1, norms.take(0, moments)
 
 
@@ -98,18 +99,18 @@ def _linear_of_rows(*arguments: Any) -> Tensor:
 
 
 def _expand(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:
-    arguments = {"p_x": call.x, "p_weight": call.weight(0), "p_bias": call.layers[0].bias, **norms.make_tickets()}
+    arguments = {"p_x": call.x, "p_weight": call.weight(0), "p_bias": call.layers[0].bias}
 
-    def run(tiles: Tiles) -> tuple[Tensor, dict[str, Any]]:
-        rows = cdiv(call.M, tiles.sizes["TILE_M"])
-        z1, moments = call.empty(call.M, call.E, dtype=call.dtype), norms.moments(0, rows, call.E)
-        grid = (rows * cdiv(call.E, tiles.sizes["TILE_E"]),)
-        call.launch(leff_expand_moments_kernel, grid, tiles, **arguments, **moments, p_z1=z1)
+    def run(tiles: Tiles, averages: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        rows, columns = cdiv(call.M, tiles.sizes["TILE_M"]), cdiv(call.E, tiles.sizes["TILE_E"])
+        z1, moments = call.empty(call.M, call.E, dtype=call.dtype), norms.moments(0, rows, call.E, columns, averages)
+        call.launch(leff_expand_moments_kernel, (rows * columns,), tiles, **arguments, **moments, p_z1=z1)
         return z1, moments
 
     table = expand_tiles(call.C, call.E, call.dtype, call.chip)
     shape = {"C": call.C, "E": call.E, "norm": call.settings.norms[0]}
-    z1, moments = call.tuned(leff_expand_moments_kernel, table, shape, run)
+    tiles = call.tiles(leff_expand_moments_kernel, table, shape, partial(run, averages=False))
+    z1, moments = run(tiles)
     return z1, norms.take(0, moments)
 
 
@@ -175,11 +176,13 @@ def contract_grid(call: Call, tiles: Tiles, channels: int, has_prefix: bool = Tr
     return (tokens * cdiv(channels, tiles.sizes["TILE_O"] * tiles.sizes["NUM_O"]),)
 
 
-def _contract_tickets(call: Call) -> int:
-    """As ``depthwise_tickets``, with the fewest tokens a tile that are tried."""
-    tiles = contract_tiles(call.O, call.dtype, call.chip).sizes
-    columns = cdiv(call.O, tiles["TILE_O"] * tiles["NUM_O"])
-    return columns * (1 + groups_of(cdiv(call.M, 16))[1])
+def _tickets(call: Call) -> int:
+    """As ``depthwise_tickets``, of all kernels, with the fewest tokens a tile of a GEMM that are tried."""
+    expand = expand_tiles(call.C, call.E, call.dtype, call.chip).sizes
+    contract = contract_tiles(call.O, call.dtype, call.chip).sizes
+    columns = max(cdiv(call.E, expand["TILE_E"]), cdiv(call.O, contract["TILE_O"] * contract["NUM_O"]))
+    rows = max(16, min(expand["TILE_M"], contract["TILE_M"]) // 2)
+    return max(depthwise_tickets(call), columns * (1 + groups_of(cdiv(call.M, rows))[1]))
 
 
 class _Norms:
@@ -188,30 +191,24 @@ class _Norms:
     Args:
         running: of each layer the running mean, running variance and counter that the call averages; none if empty.
         momenta: of each layer.
+        eager: whether the call is.
 
     Attributes:
         arrays: what was taken so far.
         count: receives the tokens that batch statistics were taken of.
+        tickets: of the layers' kernels, one after another, if their last program instances can go on to the arrays.
     """
 
-    def __init__(self, call: Call, running: Sequence[Tensor | None], momenta: Sequence[float]) -> None:
+    def __init__(self, call: Call, running: Sequence[Tensor | None], momenta: Sequence[float], eager: bool) -> None:
         self.call, self.running, self.momenta = call, running, momenta
         self.batch = [i for i, mode in enumerate(call.settings.norms) if mode == "batch"]
         self.arrays: list[Tensor | None] = [None] * 3
         self.count = call.empty(1 if self.batch else 0)
         self.tickets: Tensor | None = None
+        if self.batch and call.settings.group is None and one_publishes_for_all():
+            self.tickets = compute(counters, _tickets(call), call.x.device, eager)
 
-    def make_tickets(self) -> dict[str, Any]:
-        """What has the first layer's kernel make tickets for those of the others, one after another, if their last
-        program instances can go on to the norms' arrays.
-        """
-        call = self.call
-        if "batch" in call.settings.norms[1:] and call.settings.group is None and one_publishes_for_all():
-            count = max(depthwise_tickets(call), _contract_tickets(call))
-            self.tickets = call.empty(count, dtype=torch.int32)
-        return {"p_tickets": self.tickets, "COUNTERS": 0 if self.tickets is None else self.tickets.numel()}
-
-    def moments(self, layer: int, parts: int, channels: int, columns: int = 0, averages: bool = True) -> dict[str, Any]:
+    def moments(self, layer: int, parts: int, channels: int, columns: int, averages: bool = True) -> dict[str, Any]:
         """Where a kernel leaves partial moments of a layer's output, if its norm takes batch statistics; where there
         are tickets for so many columns of program instances, also what the last ones make of them; ``averages`` if
         running statistics are among it.
@@ -219,9 +216,10 @@ class _Norms:
         call = self.call
         if call.settings.norms[layer] != "batch":
             return {}
-        if self.tickets is None or not columns:
-            return {"p_partial": call.empty(parts, 2, channels), "p_count": call.empty(parts)}
         group, groups = groups_of(parts)
+        # Tuned tiles may be of a file that another table wrote.
+        if self.tickets is None or columns * (1 + groups) > self.tickets.numel():
+            return {"p_partial": call.empty(parts, 2, channels), "p_count": call.empty(parts)}
         known = {"p_partial": call.empty(parts + groups, 2, channels), "p_count": call.empty(columns, parts + groups)}
         return {**known, "p_tickets": self.tickets, "GROUP": group, **self._array(layer, channels, averages)}
 

@@ -60,13 +60,17 @@ def inference_contract_tiles(out_features: int, dtype: torch.dtype, chip: int, h
 
 
 def expand_tiles(in_features: int, hidden_features: int, dtype: torch.dtype, chip: int) -> Tiles:
-    """x W_1^T: tokens, hidden channels and the depth of the GEMM."""
+    """x W_1^T: tokens, hidden channels and the depth of the GEMM, and how many partial results the last program
+    instance takes at a time.
+    """
     if dtype.itemsize > 2:
-        return Tiles({"TILE_M": 64, "TILE_E": _fit(64, hidden_features), "TILE_C": _fit(32, in_features)}, 8, 2)
+        sizes = {"TILE_M": 64, "TILE_E": _fit(64, hidden_features), "TILE_C": _fit(32, in_features), "TILE_T": 16}
+        return Tiles(sizes, 8, 2)
     # On cc 90 four warps hold the tile, so that two program instances share an SM and hide each other's waits.
     # On cc 120 eight spill with a depth of 32 and 320 channels.
     depth, warps = {90: (64, 4), 120: (64, 8)}.get(chip, (32, 8))
-    return Tiles({"TILE_M": 128, "TILE_E": _fit(128, hidden_features), "TILE_C": _fit(depth, in_features)}, warps, 3)
+    sizes = {"TILE_M": 128, "TILE_E": _fit(128, hidden_features), "TILE_C": _fit(depth, in_features), "TILE_T": 16}
+    return Tiles(sizes, warps, 3)
 
 
 def hidden_gradient_tiles(out_features: int, hidden_features: int, dtype: torch.dtype, chip: int) -> Tiles:

@@ -70,13 +70,33 @@ def test_what_many_program_instances_leave_behind_is_merged(poisoned_memory, mon
 
 
 @pytest.mark.kernels
-def test_whichever_program_instance_is_the_last_makes_the_same_bits(poisoned_memory, monkeypatch):
+def test_whichever_program_instance_is_the_last_makes_the_same_bits_and_leaves_counters_at_zero(
+    poisoned_memory, monkeypatch
+):
     monkeypatch.setattr(launch_backward, "_is_factored", lambda dtype: True)
-    call = make_call((5, 1, 2, 1, 4, 40, 4, 3), torch.float64)
+    for name in ("expand_tiles", "contract_tiles"):  # of the tokens several tiles
+        monkeypatch.setattr(launch_forward, name, fewest_rows(getattr(launch_forward, name)))
+    tickets = torch.zeros(99, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(launch_forward, "counters", lambda count, device, eager: tickets[:count])
+    call = make_call((5, 1, 9, 1, 4, 40, 4, 3), torch.float64)
     expected = train_step("triton", copy.deepcopy(call[0]), *call[1:])
     instances.shuffle(monkeypatch, 0)
     found = train_step("triton", copy.deepcopy(call[0]), *call[1:])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not tickets.any()
+
+
+def fewest_rows(tiles_of):
+    def tiles(*arguments):
+        tiles = tiles_of(*arguments)
+        return tiles._replace(sizes=tiles.sizes | {"TILE_M": 16})
+
+    return tiles
+
+
+def test_tiles_of_another_table_that_have_more_program_instances_than_tickets_launch_twice(monkeypatch):
+    monkeypatch.setattr(launch_forward, "_tickets", lambda call: 3)
+    check_to_rounding(*make_call((5, 1, 2, 1, 4, 40, 4, 3), torch.float64))
 
 
 @pytest.mark.parametrize("backend", ["triton", "library"])
