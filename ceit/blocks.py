@@ -20,6 +20,7 @@ from ceit_kernels.block import (
 from ceit_kernels.common.children import declare_methods, has_own_methods, is_patched
 from ceit_kernels.common.module import is_made
 from ceit_kernels.common.sync_norm import BATCH_NORMS
+from ceit_kernels.leff import update_statistics
 
 from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
 from .shortcuts import is_eager, is_exactly, is_left_alone, is_symbolic
@@ -167,7 +168,10 @@ class Block(nn.Module):
         else:
             x, normalised = self.add_norm(x, self.drop_path(self.attn(y)), self.norm2)
             x, class_normalised = x[:, :1], normalised[:, :1]
-        if any(isinstance(module, _BatchNorm) and module.training for module in self.leff.modules()):
+        takes = any(isinstance(module, _BatchNorm) and module.training for module in self.leff.modules())
+        if takes and is_eager(normalised) and is_exactly(self.leff, FusedLeFF):
+            takes = not update_statistics(self.leff, normalised, grid_size)
+        if takes:
             with torch.no_grad():
                 self.leff(normalised, grid_size)
         return x + self.drop_path(_with_gradients_of_zero(class_normalised, self.leff.parameters())), class_token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ def model_rows(size: str, phase: str, found: Sequence[Row]) -> Iterator[Row]:
     low, high = (layers * sum(row[i] for row in found) for i in (1, 2))
     yield f"{layers} LeFF", low, high, "the kernels above"
     forward = [kernel for kernel in call.forward if kernel.name.startswith("leff")]
-    more = forward[layers * len(forward) // (layers + 1) :] if phase == "training" else []
+    each = ceil(len(forward) / (layers + 1))  # but for the last block's, which lacks the pass for its result
+    more = forward[layers * each :] if phase == "training" else []
     others = [kernel for kernel in call.kernels if not kernel.name.startswith("leff")]
     for name, kernels in (("LeFF of the last block", more), ("all else", others)):
         if kernels:

@@ -13,6 +13,7 @@ from ..common.calls import is_eager, needs_gradient
 from ..common.choice import Run, fastest
 from ..common.constant import constant_result
 from ..common.launch import compute_capability
+from ..common.operator import Operator
 from .activations import ACTIVATIONS
 from .arguments import Settings, out_dtype, parameters_per_layer
 from .norms import BatchNorm, plain_norm, update_running_statistics
@@ -116,8 +117,11 @@ def call_operator(
     settings: Settings,
     training: bool,
     norms: Sequence[BatchNorm | None] | None = None,
+    trained: Operator = leff_operator,
 ) -> tuple[Tensor, ...]:
-    """The results of the operator of inference, or of training, which averages the running statistics of the norms."""
+    """The results of the operator of inference, or of that of training, which averages the running statistics of the
+    norms.
+    """
     if not training:
         where = settings.height, settings.width, settings.num_prefix_tokens, settings.activations
         inputs = x, *parameters, residual, settings.eps, *where, settings.compute_dtype
@@ -128,11 +132,11 @@ def call_operator(
         if mode == "batch":
             inputs[first + 4 : first + 6] = (None, None)
     if is_eager(x):
-        return leff_operator.eager(x, *inputs, residual, settings, norms)
-    results = leff_operator.registered(x, *inputs, residual, *settings)
+        return trained.eager(x, *inputs, residual, settings, norms)
+    results = trained.registered(x, *inputs, residual, *settings)
     if norms is not None:
         tokens = x.shape[0] * settings.height * settings.width
-        update_running_statistics(norms, results[4:7], results[7], tokens, settings.backend)
+        update_running_statistics(norms, results[-4:-1], results[-1], tokens, settings.backend)
     return results
 
 

@@ -26,6 +26,7 @@ from .arguments import (
 from .choice import call_operator, choose
 from .grid import from_tokens, residual_to_tokens, to_tokens
 from .norms import BatchNorm, norm_mode, plain_norm, process_group_of
+from .op import leff_statistics_operator
 from .reference import leff_reference
 
 __all__ = ["leff_block", "leff_fused", "pack"]
@@ -112,12 +113,14 @@ def leff_fused(
     residual: Tensor | None,
     layout: str,
     names: Sequence[str],
+    only_statistics: bool = False,
 ) -> Tensor | None:
     """``leff_block`` by a registered operator; None for a call that the reference serves.
 
     Args:
         weights: of shapes that ``check_weights`` lets pass.
         names: of the parameters in messages, in the order of ``arguments.PARAMETER_NAMES``.
+        only_statistics: nobody looks at the result, which may be x then, nor takes a gradient.
     """
     parameters = pack(weights, biases, norms)
     eps = tuple([0.0 if norm is None else norm.eps for norm in norms])
@@ -156,6 +159,9 @@ def leff_fused(
     if backend == "reference":
         return None
     call = tokens, parameters, residual, Settings(*settings[:-1], backend)
+    if only_statistics and modes[2] == "batch" and backend != "native":
+        call_operator(*call, training, norms, leff_statistics_operator)
+        return x
     return from_tokens(call_operator(*call, training, norms)[0], layout, grid_size, x)
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ..common.arguments import check_at_least, names_its_arguments
 from ..common.module import attributes_of
+from .functional import leff_fused
 from .fusion import BlockFusion, BlockParts, FrozenBlock
 from .grid import LAYOUTS, check_grid_size, token_grid
 from .norms import folded, of_module
 
-__all__ = ["FrozenLeFF", "FusedLeFF", "LocallyEnhancedFeedForward"]
+__all__ = ["FrozenLeFF", "FusedLeFF", "LocallyEnhancedFeedForward", "update_statistics"]
 
 # A call of it is a node in graphs of torch.fx, which cannot compare sizes.
 torch.fx.wrap("token_grid")
@@ -173,6 +174,17 @@ class FusedLeFF(LeFFFusion, LocallyEnhancedFeedForward):
     ReLU6, Hardswish and Identity, and the norms BatchNorm2d and SyncBatchNorm; another runs by plain PyTorch. An image
     in layout "NCHW" costs no copy where it is channels-last in memory.
     """
+
+
+@torch.no_grad()
+def update_statistics(leff: FusedLeFF, x: Tensor, grid_size: tuple[int, int] | None) -> bool:
+    """What a call without gradients, of a block that has no hook, does beside its result, on a GPU without the pass for
+    that; whether it was done, or is left to the call.
+    """
+    if leff.plain_reason() is not None:
+        return False
+    where = leff._activations(), grid_size, leff.num_prefix_tokens, None, leff.layout
+    return leff_fused(x, *leff._tensors(), *where, leff.parts.tensor_names, only_statistics=True) is not None
 
 
 class FrozenLeFF(FrozenBlock, FusedLeFF):

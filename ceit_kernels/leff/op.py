@@ -1,9 +1,11 @@
-"""``ceit::leff`` with its gradient, and ``ceit::leff_inference``, without: norms there are scales and shifts."""
+"""``ceit::leff`` with its gradient; ``ceit::leff_statistics``, what its norms take of a batch; and
+``ceit::leff_inference``: norms there are scales and shifts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from .norms import update_running_statistics
 from .pipelines import code
 from .triton import NORM_ROWS
 
-__all__ = ["leff_inference_operator", "leff_operator"]
+__all__ = ["leff_inference_operator", "leff_operator", "leff_statistics_operator"]
 
 _SETTINGS_SCHEMA = (
     "float[] eps, str[] norms, SymInt height, SymInt width, int num_prefix_tokens, str[] activations, str? group, "
@@ -94,6 +96,7 @@ class _LeFF(Operator):
         f"{_SETTINGS_SCHEMA}, bool need_x, bool[] needs) -> ({', '.join(['Tensor'] * (1 + len(_DIFFERENTIABLE)))})"
     )
     public_name = "ceit_kernels.leff_block"
+    has_result: ClassVar[bool] = True  # or the first is not wanted
 
     def check(self, x, *inputs):
         parameters, residual, settings = self._unpack(inputs)
@@ -117,7 +120,7 @@ class _LeFF(Operator):
         elif settings.backend == "native":
             results = code("forward", "native")(x.contiguous(), parameters, residual, settings, dtype)
         else:
-            run = code("forward", settings.backend)
+            run, dtype = code("forward", settings.backend), dtype if self.has_result else None
             return run(x.contiguous(), parameters, residual, settings, dtype, norms)  # it averages them by the way
         if norms is not None:
             tokens = x.shape[0] * settings.height * settings.width
@@ -198,6 +201,23 @@ class _LeFF(Operator):
         return gradients_like((x, *(parameters[i] for i in _DIFFERENTIABLE)), (need_x, *needs), make)
 
 
+class _LeFFStatistics(_LeFF):
+    """By ``ceit::leff`` without its result, which on a GPU takes a pass over the tokens less."""
+
+    name, operator, has_result = "leff_statistics", "leff", False
+    schema = (
+        f"(Tensor x, {PARAMETER_SCHEMA}, Tensor? residual, {_SETTINGS_SCHEMA}) "
+        f"-> ({', '.join(f'Tensor {name}' for name in SAVED_NAMES[3:])})"
+    )
+    backward_schema = ""
+
+    def forward(self, x, *inputs):
+        return super().forward(x, *inputs)[4:]
+
+    def fake(self, x, *inputs):
+        return super().fake(x, *inputs)[4:]
+
+
 def _settings(first: Any, *others: Any) -> Settings:
     """The settings, which eager calls pass as they are, and the registered operator one by one."""
     return first if isinstance(first, Settings) else settings_of(first, *others)
@@ -228,4 +248,4 @@ def _results(make, x, parameters, residual, settings) -> tuple[Tensor, ...]:
     )
 
 
-leff_inference_operator, leff_operator = _LeFFInference(), _LeFF()
+leff_inference_operator, leff_operator, leff_statistics_operator = _LeFFInference(), _LeFF(), _LeFFStatistics()

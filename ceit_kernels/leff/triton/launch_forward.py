@@ -37,7 +37,7 @@ def leff_forward_triton(
     parameters: Sequence[Tensor | None],
     residual: Tensor | None,
     settings: Settings,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
     norms: Sequence[BatchNorm | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """The results of ``ceit::leff``, by at most four passes over the tokens.
@@ -45,7 +45,7 @@ def leff_forward_triton(
     Args:
         x, residual: tokens, B at least 1.
         parameters, settings: of the call.
-        out_dtype: of the first result.
+        out_dtype: of the first result; None if that is not wanted, and has no element.
         norms: of the layers, whose running statistics an eager call averages; none are if None.
     """
     running, momenta = _NO_BUFFERS, ()
@@ -75,12 +75,21 @@ def _run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         out, _ = _contract(call, z2, norm2, norms, residual, (*x.shape[:2], call.O), out_dtype)
     else:
         z3, norm3 = _contract(call, z2, norm2, norms, None, (call.M, call.O), call.dtype)
-        out, tiles = call.empty(*x.shape[:2], call.O, dtype=out_dtype), row_tiles(call.O)
-        rows = tiles.sizes["TILE_M"]
-        grid = (cdiv(call.M, rows) + call.prefix_tiles(rows), cdiv(call.O, tiles.sizes["TILE_O"]))
-        call.launch(leff_norm_kernel, grid, tiles, p_z3=z3, p_norm3=norm3, p_x=x, p_residual=residual, p_out=out)
+        out = _last_norm(call, z3, norm3, residual, out_dtype)
     arrays = (call.empty(0) if norm is None else norm for norm in norms.arrays)
     return out, z1, z2, z3, *arrays, norms.count
+
+
+def _last_norm(
+    call: Call, z3: Tensor, norm3: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    if out_dtype is None:
+        return call.empty(0)
+    tiles = row_tiles(call.O)
+    rows, out = tiles.sizes["TILE_M"], call.empty(*call.x.shape[:2], call.O, dtype=out_dtype)
+    grid = cdiv(call.M, rows) + call.prefix_tiles(rows), cdiv(call.O, tiles.sizes["TILE_O"])
+    call.launch(leff_norm_kernel, grid, tiles, p_z3=z3, p_norm3=norm3, p_x=call.x, p_residual=residual, p_out=out)
+    return out
 
 
 def _expand_by_library(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:

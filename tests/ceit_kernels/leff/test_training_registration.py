@@ -47,6 +47,8 @@ def test_opcheck(backend):
     parameters = [None if p is None else p.detach() for p in parameters]
     arguments = (torch.ones_like(out), x.detach(), *parameters, *saved, *settings, True, needs)
     torch.library.opcheck(torch.ops.ceit.leff_backward.default, arguments)
+    arguments = x.detach(), *parameters, None, *settings
+    torch.library.opcheck(torch.ops.ceit.leff_statistics.default, arguments)
 
 
 @pytest.mark.parametrize("norms", ["training", "eval", "none"])
