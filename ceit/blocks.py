@@ -1,6 +1,6 @@
 """CeiT's two transformer blocks: the encoder block, and the block over class tokens (LCA)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -8,7 +8,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ceit_kernels import FusedAddNorm, FusedAttention, FusedLeFF, FusedLinear
+from ceit_kernels import FusedAddNorm, FusedAttention, FusedLCAAttention, FusedLeFF, FusedLinear
 from ceit_kernels.adapters.timm_mlp import Mlp as FusedMlp
 from ceit_kernels.block import (
     EncoderParts,
@@ -17,10 +17,12 @@ from ceit_kernels.block import (
     encoder_training,
     layers_inference,
 )
-from ceit_kernels.common.children import declare_methods, has_own_methods, is_patched
+from ceit_kernels.common.children import declare_methods, has_own_methods, held, is_patched
+from ceit_kernels.common.given import linear_given
 from ceit_kernels.common.module import is_made
 from ceit_kernels.common.sync_norm import BATCH_NORMS
 from ceit_kernels.leff import update_statistics
+from ceit_kernels.tokens import join_layers
 
 from .layers import AddNorm, Attention, LCAAttention, LocallyEnhancedFeedForward
 from .shortcuts import is_eager, is_exactly, is_left_alone, is_symbolic
@@ -98,15 +100,21 @@ class Block(nn.Module):
         self, x: Tensor, grid_size: tuple[int, int] | None, class_token_only: bool
     ) -> tuple[Tensor, Tensor]:
         """The result of `forward`, and the class token (B, 1, dim) of `x`; see `passes_class_token`."""
-        return self._class_token(x, grid_size) if class_token_only else self._every_token(x, grid_size)
+        if not class_token_only:
+            return self._every_token(x, grid_size)
+        x, branch, class_token = self.class_token_halves(x, grid_size)
+        return x + branch, class_token
 
     def passes_class_token(self) -> bool:
         """Whether the block should return the class token of its input, so that the caller need not slice it.
 
         The fused norm adds the gradient of that token in its own pass; the gradient of a slice takes four passes.
         """
-        wants_gradient = torch.is_grad_enabled() and not torch.jit.is_tracing()
-        return wants_gradient and is_exactly(self.add_norm, FusedAddNorm)
+        return torch.is_grad_enabled() and not torch.jit.is_tracing() and self.is_fused()
+
+    def is_fused(self) -> bool:
+        """Whether the residual connections are added by fused norms."""
+        return is_exactly(self.add_norm, FusedAddNorm)
 
     def class_token_suffices(self) -> bool:
         """Whether the block may compute the class token alone if no other token is used.
@@ -152,11 +160,12 @@ class Block(nn.Module):
             x, _parts_beside(self, True), grid_size, lambda: drop_path(x.new_ones(x.shape[0], 1, 1))
         )
 
-    def _class_token(self, x: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    def class_token_halves(self, x: Tensor, grid_size: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's class token (B, 1, dim) as two that are to be added, and the class token of `x`."""
         x, y, class_token = self.add_norm(x, None, self.norm1, 1)
         if not any(module.training for module in self.modules()):
             out, y = self.add_norm(class_token, self.attn(y, num_queries=1), self.norm2)
-            return out + y, class_token
+            return out, y, class_token
         if _attends_first(self.attn, y):
             every, first = self.attn.forward_first(y, 1)
             if not isinstance(self.drop_path, nn.Identity):
@@ -174,11 +183,18 @@ class Block(nn.Module):
         if takes:
             with torch.no_grad():
                 self.leff(normalised, grid_size)
-        return x + self.drop_path(_with_gradients_of_zero(class_normalised, self.leff.parameters())), class_token
+        return x, self.drop_path(_with_gradients_of_zero(class_normalised, self.leff.parameters())), class_token
 
 
 declare_methods(
-    Block, "_forward", "_fused", "forward_with_class_token", "_every_token", "_by_operators", "_class_token", "_trained"
+    Block,
+    "_forward",
+    "_fused",
+    "forward_with_class_token",
+    "_every_token",
+    "_by_operators",
+    "class_token_halves",
+    "_trained",
 )
 
 # The classes of a block's parts that do not mind missing some of the tokens.
@@ -296,20 +312,48 @@ class LCABlock(nn.Module):
             return self._unfused(x)
         out = self._fused(x)
         if out is None:
-            x, branch = self._halves(x)
+            x, branch = self._halves(x, {})
             out = x + branch
         return out
 
-    def normalised(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """What `norm` makes of the result of `forward`, with the sum that ends the block in the norm's pass."""
-        out = self._fused(x)
-        return self._added(*self._halves(x), norm)[1] if out is None else norm(out)
+    def normalised(self, tokens: list[Tensor], added: Tensor | None, positions: Tensor, norm: nn.Module) -> Tensor:
+        """What `norm` makes of the result of `forward`, with the sum that ends the block in the norm's pass.
 
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The asking token behind attention, and the feed-forward half, which is to be added."""
+        Args:
+            tokens: the class tokens in parts (B, ..., dim).
+            added: to the last part, or None.
+            positions: (1, L, dim), to be added to them.
+            norm: of the result.
+        """
+        fused = is_exactly(self.add_norm, FusedAddNorm)
+        joined = join_layers(tokens, added, positions, self._linears) if fused else None
+        x, given = (in_a_row(tokens, added) + positions, {}) if joined is None else joined
+        out = self._fused(x)
+        return self._added(*self._halves(x, given), norm)[1] if out is None else norm(out)
+
+    def _linears(self) -> list[nn.Module]:
+        """The linear layers, where calling them one by one is calling the modules that they are of."""
+        attn, mlp = self.attn, self.feedforward
+        if not is_exactly(attn, FusedLCAAttention) or not _is_mlp(mlp) or not _computes_as_written(self):
+            return []
+        layers = attn.proj, mlp.fc1, mlp.fc2
+        return [layer for layer in layers if is_exactly(layer, nn.Linear) or is_exactly(layer, FusedLinear)]
+
+    def _halves(self, x: Tensor, given: Mapping[nn.Module, Tensor]) -> tuple[Tensor, Tensor]:
+        """The asking token behind attention, and the feed-forward half, which is to be added.
+
+        Of the linear layers in `given` the biases' gradients are taken where the layers' tokens are put together.
+        """
+        attn: Any = self.attn
+        mlp = self.feedforward
         _, y, last = self.add_norm(x, None, self.norm1, -1)
-        x, y = self._added(last, self.attn(y), self.norm2)
-        return x, self.feedforward(y)
+        attended = attn.attend(y) if given else None
+        y = attn(y) if attended is None else attn.proj_drop(_call(attn.proj, attended, given))
+        x, y = self._added(last, y, self.norm2)
+        if given:
+            y = mlp.norm(mlp.drop1(mlp.act(_call(mlp.fc1, y, given))))
+            return x, mlp.drop2(_call(mlp.fc2, y, given))
+        return x, mlp(y)
 
     def _added(self, x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, ...]:
         """The sum and its norm. Someone else's module may give a branch for each of several tokens."""
@@ -323,7 +367,20 @@ class LCABlock(nn.Module):
         return None if parts is None else layers_inference(x, parts)
 
 
-declare_methods(LCABlock, "_forward", "_fused", "normalised", "_halves", "_added")
+declare_methods(LCABlock, "_forward", "_fused", "normalised", "_linears", "_halves", "_added")
+
+
+def in_a_row(tokens: list[Tensor], added: Tensor | None) -> Tensor:
+    """The parts of tokens (B, ..., dim) one behind another, with something added to the last."""
+    tokens = tokens if added is None else tokens[:-1] + [tokens[-1] + added]  # noqa: RUF005 - TorchScript unpacks no list
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+
+
+def _call(layer: nn.Module, x: Tensor, given: Mapping[nn.Module, Tensor]) -> Tensor:
+    """A linear layer, whose bias's gradient is taken elsewhere if it is in `given`."""
+    if layer not in given:
+        return layer(x)
+    return linear_given(x, held(layer, "weight"), held(layer, "bias"), given[layer])
 
 
 def _computes_as_written(block: nn.Module) -> bool:

@@ -22,7 +22,7 @@ def encode(
     *,
     class_token_only: bool = False,
     recomputes: bool = False,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Any, list[Tensor], list[Tensor]]:
     """Run blocks.
 
     Args:
@@ -34,22 +34,23 @@ def encode(
         recomputes: whether backward recomputes the blocks instead of keeping their activations.
 
     Returns:
-        The last block's tokens (B, 1 + H * W, C), or (B, 1, C); every block's class token (B, len(blocks), C); the
-        tokens of the blocks `taken`.
+        The last block's tokens (B, 1 + H * W, C), with `class_token_only` what is still to be added to its class token
+        (B, 1, C) or None; every block's class token (B, 1, C), or all in one tensor (B, len(blocks), C); the tokens of
+        the blocks `taken`.
     """
     blocks = list(blocks)
     if not taken and (found := _encode_fused(x, blocks, grid_size, class_token_only)) is not None:
-        return *found, []
-    class_tokens, outputs = [], []
+        return None if class_token_only else found[0], [found[1]], []
+    class_tokens, outputs, added = [], [], None
     for index, block in enumerate(blocks):
         short = class_token_only and index == len(blocks) - 1
-        x, class_token = _call_block(block, x, grid_size, short, recomputes)
+        x, class_token, added = _call_block(block, x, grid_size, short, recomputes)
         class_tokens += [class_token] if index > 0 else []
         if index in taken:
             outputs.append(x)
-    # Concatenated and not stacked: the gradients are then views, and a tensor that is whole needs no slice.
+    # To be concatenated and not stacked: the gradients are then views, and a tensor that is whole needs no slice.
     class_tokens.append(x if not is_symbolic(x) and x.shape[1] == 1 else x[:, :1])
-    return x, torch.cat(class_tokens, dim=1), outputs
+    return added if class_token_only else x, class_tokens, outputs
 
 
 def _encode_fused(
@@ -75,24 +76,28 @@ def _encode_fused(
 
 def _call_block(
     block: nn.Module, x: Tensor, grid_size: tuple[int, int], class_token_only: bool, recomputes: bool
-) -> tuple[Tensor, Tensor]:
-    """A block's output, all tokens (B, 1 + N, C) or the class token alone, and a class token (B, 1, C).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A block's output, all tokens (B, 1 + N, C) or the class token alone, a class token (B, 1, C), and what to add.
 
-    The class token is that of `x`. A block that is wrapped, hooked or of another class is only called.
+    The class token is that of `x`. To the output, if that is the class token alone, something may have to be added.
+    A block that is wrapped, hooked or of another class is only called.
     """
     if is_symbolic(x):
-        return _record_block(block, x, grid_size, class_token_only), x[:, :1]
+        return _record_block(block, x, grid_size, class_token_only), x[:, :1], None
     function: Callable[..., Any] = block
     short = passes = False
     if is_exactly(block, Block):
         short = class_token_only and block.class_token_suffices()
         passes = block.passes_class_token()
+        if short and passes:
+            x, added, class_token = block.class_token_halves(x, grid_size)
+            return x, class_token, added
         function = block.forward_with_class_token if passes else block
     arguments = (x, grid_size, short) if passes or short else (x, grid_size)
     if recomputes and not short:
         function = partial(checkpoint_module, block, function=function)
     out = function(*arguments)
-    return (out[0], out[1]) if passes else (out, x[:, :1])
+    return (*out, None) if passes else (out, x[:, :1], None)
 
 
 def _record_block(block: nn.Module, x: Any, grid_size: tuple[int, int], class_token_only: bool) -> Any:

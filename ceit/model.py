@@ -12,8 +12,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ceit_kernels.common.arguments import check_at_least, check_probability, names_its_arguments
+from ceit_kernels.tokens import embed_tokens
 
-from .blocks import Block, LCABlock, NormLayer
+from .blocks import Block, LCABlock, NormLayer, in_a_row
 from .embed import I2TEmbed
 from .encode import encode
 from .shortcuts import is_exactly, is_symbolic
@@ -245,7 +246,8 @@ class CeiT(nn.Module):
                 x, self.blocks, grid_size, class_token_only=only_class_token, recomputes=self.grad_checkpointing
             )
         if only_class_token:
-            return self.forward_head(self._class_feature(tokens, class_tokens))
+            added = None if torch.jit.is_scripting() else tokens
+            return self.forward_head(self._class_feature(class_tokens, added))
         return self.forward_head(self._features(tokens, class_tokens))
 
     def forward_intermediates(
@@ -329,9 +331,19 @@ class CeiT(nn.Module):
         grid_size = (x.shape[2], x.shape[3])
         if not torch.jit.is_scripting():
             grid_size = self._recorded(x, grid_size)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
+        x = x.flatten(2).transpose(1, 2)
         positions = self._positions(grid_size) if self.dynamic_img_size else self.pos_embed
-        return self.pos_drop(x + positions), grid_size
+        if not torch.jit.is_scripting():
+            joined = self._joined(x, positions)
+            if joined is not None:
+                return self.pos_drop(joined), grid_size
+        return self.pos_drop(torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + positions), grid_size
+
+    def _joined(self, x: Tensor, positions: Tensor) -> Tensor | None:
+        """The tokens with their positions in one pass, where those of the first block's norms are taken so."""
+        block = next(iter(self.blocks), None)
+        fused = is_exactly(block, Block) and block.is_fused() and not is_symbolic(x)
+        return embed_tokens(self.cls_token, x, positions) if fused else None
 
     def _embed_fused(self, x: Tensor) -> tuple[Tensor, tuple[int, int]] | None:
         """The tokens and their grid in one compiled call; None if the parts have to be called one by one."""
@@ -344,28 +356,29 @@ class CeiT(nn.Module):
         constant = not self.dynamic_img_size and (torch.jit.is_tracing() or is_symbolic(x))
         return self.grid_size if constant else grid_size
 
-    def _encode_unfused(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """As `encode`, for TorchScript: tokens (B, 1 + N, C) and class tokens (B, L, C)."""
+    def _encode_unfused(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, list[Tensor]]:
+        """As `encode`, for TorchScript: tokens (B, 1 + N, C) and class tokens (B, 1, C)."""
         class_tokens: list[Tensor] = []
         for block in self.blocks:
             x = block(x, grid_size)
-            class_tokens.append(x[:, 0])
-        return x, torch.stack(class_tokens, dim=1)
+            class_tokens.append(x[:, :1])
+        return x, class_tokens
 
-    def _class_feature(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:
+    def _class_feature(self, class_tokens: list[Tensor], added: Tensor | None) -> Tensor:
         """The normalised output of LCA (B, 1, C), or of the last block if LCA was pruned."""
         if self.lca is None or self.pos_layer_embed is None:
-            return self.norm(tokens[:, :1])
-        layers = class_tokens + self.pos_layer_embed[:, : class_tokens.shape[1]]
+            return self.norm(in_a_row(class_tokens[-1:], added)[:, -1:])
+        count = class_tokens[0].shape[1] if len(class_tokens) == 1 else len(class_tokens)
+        positions = self.pos_layer_embed[:, :count]
         if not torch.jit.is_scripting():
             lca = self.lca
-            if is_exactly(lca, LCABlock) and not is_symbolic(layers):
-                return lca.normalised(layers, self.norm)
-        return self.norm(self.lca(layers))
+            if is_exactly(lca, LCABlock) and not is_symbolic(class_tokens[0]):
+                return lca.normalised(class_tokens, added, positions, self.norm)
+        return self.norm(self.lca(in_a_row(class_tokens, added) + positions))
 
-    def _features(self, tokens: Tensor, class_tokens: Tensor) -> Tensor:
+    def _features(self, tokens: Tensor, class_tokens: list[Tensor]) -> Tensor:
         """Normalised tokens (B, 1 + N, C), the output of LCA first."""
-        return torch.cat((self._class_feature(tokens, class_tokens), self.norm(tokens[:, 1:])), dim=1)
+        return torch.cat((self._class_feature(class_tokens, None), self.norm(tokens[:, 1:])), dim=1)
 
 
 def _taken(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:

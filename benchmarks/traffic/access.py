@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ceit_kernels.common.launch import Launch
+from ceit_kernels.tokens.triton import MAX_TENSORS
 
 L2_BYTES = 50 * 2**20  # of an H100
 
@@ -208,6 +209,8 @@ KERNELS: dict[str, KernelCost] = {
         tokens=image_tokens,
         prefix=prefix_tokens,
     ),
+    "join_tokens_kernel": _cost(" ".join(map(str, range(MAX_TENSORS))) + " added positions", "out"),
+    "column_sums_kernel": _cost("rows0 rows1 rows2 rows3", "sum0 sum1 sum2 sum3 first rest"),
     "qkv_gradient_kernel": _cost("dq dk dv dout partial tickets", "dqkv dbias dout_bias partial tickets"),
     "add_norm_forward_kernel": _cost("x branch weight bias", "total out prefix mean rstd tickets"),
     "add_norm_backward_kernel": _cost(

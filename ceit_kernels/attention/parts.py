@@ -12,6 +12,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from ..common.calls import unsupported_reason
 from ..common.checks import check_device, check_dtype, check_floating, check_shape
+from ..common.given import linear_given
 from ..common.operator import Operator
 
 __all__ = ["attend_by_parts"]
@@ -106,21 +107,7 @@ class _Parts(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(found, wanted, strict=True)), None, None
 
 
-class _Projected(torch.autograd.Function):
-    """A result as it is, whose gradient goes to `given` of ``_Parts`` too."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, given: Tensor) -> Tensor:
-        ctx.mark_dirty(out)  # a view could not be written to in place, as a result can
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads * 2
-
-
 _parts: Callable[..., Any] = _Parts.apply
-_projected: Callable[..., Any] = _Projected.apply
 
 
 def _put_together(
@@ -166,6 +153,4 @@ def attend_by_parts(
     out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
     if weight is None or out_bias is None:
         return out
-    # In two dimensions, in which what a linear layer returns is no view.
-    rows = F.linear(out.flatten(0, 1), weight, out_bias.detach())
-    return _projected(rows, *given).unflatten(0, out.shape[:2])
+    return linear_given(out, weight, out_bias, *given)

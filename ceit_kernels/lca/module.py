@@ -68,6 +68,16 @@ class LCAAttentionFusion(Fusion, attributes_of(LCAAttention)):
 
     @torch.jit.unused
     def _fused_forward(self, x: Tensor) -> Tensor:
+        attention = self.attend(x)
+        return super().forward(x) if attention is None else self.proj_drop(self.proj(attention))
+
+    @torch.jit.unused
+    def attend(self, x: Tensor) -> Tensor | None:
+        """What ``forward`` projects at its end, (B, 1, C); None where the plain ``forward`` is to be called.
+
+        Raises:
+            ValueError, TypeError, BackendError: as ``forward``.
+        """
         reason = unsupported_reason(x) or self.plain_reason()
         if reason is None:
             weight, bias = self.qkv.weight, self.qkv.bias
@@ -75,8 +85,8 @@ class LCAAttentionFusion(Fusion, attributes_of(LCAAttention)):
         if reason is not None:
             backends.leave_to_reference("lca", reason)
         if reason is not None or backends.current_backend("lca") == "reference":
-            return super().forward(x)
-        attention = lca_attention(
+            return None
+        return lca_attention(
             x,
             weight,
             bias,
@@ -84,7 +94,6 @@ class LCAAttentionFusion(Fusion, attributes_of(LCAAttention)):
             scale=self.scale,
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(attention))
 
     def plain_reason(self) -> str | None:
         """As of ``Fusion``."""

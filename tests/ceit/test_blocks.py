@@ -40,16 +40,22 @@ def model(request, images):
 @pytest.fixture
 def last_tokens(model, monkeypatch):
     """A list that grows by the number of tokens that the last block makes."""
-    made, method = [], Block.forward_with_class_token
+    made = []
 
-    def wrapper(self, *args):
-        out = method(self, *args)
-        if self is model.blocks[-1]:
-            made.append(out[0].shape[1])
-        return out
+    def watch(name):
+        method = getattr(Block, name)
 
-    monkeypatch.setattr(Block, "forward_with_class_token", wrapper)
-    monkeypatch.setitem(children._own, (Block, "forward_with_class_token"), wrapper)  # no stranger
+        def wrapper(self, *args):
+            out = method(self, *args)
+            if self is model.blocks[-1]:
+                made.append(out[0].shape[1])
+            return out
+
+        monkeypatch.setattr(Block, name, wrapper)
+        monkeypatch.setitem(children._own, (Block, name), wrapper)  # no stranger
+
+    watch("_every_token")
+    watch("class_token_halves")
     return made
 
 

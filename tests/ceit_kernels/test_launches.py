@@ -22,6 +22,7 @@ from ceit_kernels.leff.triton.launch_forward import leff_forward_triton
 from ceit_kernels.leff.triton.launch_inference import leff_inference_triton
 from ceit_kernels.leff.triton.launch_library import leff_inference_library
 from ceit_kernels.leff.triton.tiles import inference_contract_tiles
+from ceit_kernels.tokens.triton.launch import column_sums_triton, join_tokens_triton
 
 FILE = Path(__file__).with_name("launches.txt")
 # Of a launch's arguments those that say how the work is shared out.
@@ -71,6 +72,16 @@ def attention(channels, dtype):
     qkv_gradient_triton(grad, grad, grad, grad_out, True, dtype, dtype)
 
 
+def tokens(channels, dtype):
+    x = torch.empty(256, 197, channels, dtype=dtype, device="cuda")
+    none, layer = [None] * 14, x[:, :1]
+    join_tokens_triton(x[:1], None, x[:1, :1], x[:, 1:], *none, True, dtype)
+    column_sums_triton(x, None, None, None, dtype, None, None, None, dtype, dtype)
+    join_tokens_triton(x[:1, :12], layer, *[layer] * 12, *none[:4], False, dtype)
+    rows = x.new_empty(256, channels), x.new_empty(256, 4 * channels), x.new_empty(256, channels)
+    column_sums_triton(x[:, :12], *rows, *[dtype] * 4, None, None)
+
+
 def lines():
     calls = [
         (run, (shape, torch.bfloat16, "triton"), chip)
@@ -86,7 +97,7 @@ def lines():
     calls += [(run, ("small", torch.float32, "triton"), 90) for run in (leff_inference, leff_training)]
     calls += [(run, ("base", torch.bfloat16, "library"), 90) for run in (leff_inference, leff_training)]
     calls += [(leff_training, ("tiny", torch.bfloat16, "library", kernel_size), 90) for kernel_size in (5, 7)]
-    calls += [(run, (channels, dtype), 90) for run in (lca, add_norm, attention) for channels, dtype in WIDTHS]
+    calls += [(run, (channels, dtype), 90) for run in (lca, add_norm, attention, tokens) for channels, dtype in WIDTHS]
     for channels, chip in itertools.product((8, 40, 96, 128, 256, 512), (80, 100)):
         tiles = inference_contract_tiles(channels, torch.bfloat16, chip, has_residual=False).sizes
         words = [f"{name}={size}" for name, size in tiles.items()]
