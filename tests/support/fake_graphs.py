@@ -67,7 +67,7 @@ class FakeGraphs:
         monkeypatch.setattr(torch.cuda, "device", _Device)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         for name in ("Stream", "current_stream", "graph_pool_handle"):
-            monkeypatch.setattr(torch.cuda, name, lambda: mock.Mock())
+            monkeypatch.setattr(torch.cuda, name, lambda *device: mock.Mock(cuda_stream=0))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: mock.Mock(spec=()))
         monkeypatch.setattr(torch.cuda, "graph", self._capture)
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
