@@ -9,6 +9,7 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from ceit_kernels.common.children import has_own_methods, is_patched
+from ceit_kernels.common.launch import records_eager
 
 from .layers import has_hooks
 
@@ -38,9 +39,9 @@ def is_eager(x: Tensor) -> bool:
     """Whether a call computes now, so that one compiled call may take the place of many operators.
 
     False under a compiler, a tracer, a function transform or forward-mode differentiation, on the meta device and for
-    subclasses of Tensor.
+    subclasses of Tensor, unless what such calls launch is recorded.
     """
-    return (
+    return records_eager() or (
         not compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
         and not x.is_meta

@@ -84,7 +84,7 @@ def launches_of(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, trai
             module.__dict__[name].clear()
     autocast = next((kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)), None)
     cast = torch.autocast("cpu", torch.get_autocast_dtype(autocast)) if autocast else nullcontext()
-    with mode, record_launches(chip) as launches, _Launching(), torch.set_grad_enabled(training), cast:
+    with mode, record_launches(chip, eager=True) as launches, _Launching(), torch.set_grad_enabled(training), cast:
         results = twin(torch.empty(tuple(shape), dtype=dtype))
         sums = [x.float().sum() for x in tree_leaves(results) if isinstance(x, Tensor) and x.requires_grad]
         if sums:

@@ -15,7 +15,7 @@ from torch.utils._device import DeviceContext
 
 from .children import library_of
 from .constant import constant_result
-from .launch import is_recording
+from .launch import is_recording, records_eager
 
 __all__ = [
     "are_eager",
@@ -54,7 +54,7 @@ def is_eager(x: Tensor) -> bool:
 def are_eager(tensors: Iterable[Tensor | None]) -> bool:
     """``is_eager`` of all of the tensors that are there."""
     if _is_seen_by_others():
-        return False
+        return records_eager()
     for tensor in tensors:
         if tensor is None:
             continue

@@ -26,6 +26,7 @@ __all__ = [
     "nvidia_options",
     "one_publishes_for_all",
     "record_launches",
+    "records_eager",
     "target_chip",
     "target_device",
     "this_thread",
@@ -67,29 +68,36 @@ class _ThisThread(threading.local):
 this_thread = _ThisThread()
 _recorder: list[Launch] | None = None
 _recorded_chip = 90
+_records_eager = False
 
 
 @contextmanager
-def record_launches(chip: int = 90) -> Iterator[list[Launch]]:
+def record_launches(chip: int = 90, eager: bool = False) -> Iterator[list[Launch]]:
     """Collect the launches made inside the block in a list; none of them is performed.
 
     Under ``torch._subclasses.FakeTensorMode`` this needs neither a GPU nor memory.
 
     Args:
         chip: compute capability, times ten, of the GPU that they would be made for.
+        eager: record what calls launch in eager mode, whatever mode the tensors need.
     """
-    global _recorder, _recorded_chip
-    outer = _recorder, _recorded_chip
-    _recorder, _recorded_chip = [], chip
+    global _recorder, _recorded_chip, _records_eager
+    outer = _recorder, _recorded_chip, _records_eager
+    _recorder, _recorded_chip, _records_eager = [], chip, eager
     try:
         yield _recorder
     finally:
-        _recorder, _recorded_chip = outer
+        _recorder, _recorded_chip, _records_eager = outer
 
 
 def is_recording() -> bool:
     """Whether launches are recorded instead of performed, for a GPU that need not be there."""
     return _recorder is not None
+
+
+def records_eager() -> bool:
+    """Whether launches are recorded as eager calls make them."""
+    return _records_eager
 
 
 def target_device(x: Tensor) -> tuple[str, int | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ceit import CeiT
-from ceit_kernels import add_norm, fuse, use_backend, warm_up
+from ceit_kernels import add_norm, backends, fuse, use_backend, warm_up
 from ceit_kernels.backends import current_backend
 from ceit_kernels.common import compile_ahead
 from ceit_kernels.common.compile_ahead import compile_launches
@@ -39,6 +39,13 @@ def chip(monkeypatch, tmp_path):
 
 def keys(launches, monkeypatch):
     """What Triton would compile for launches: for each key it compiles once."""
+    found = collect_keys(monkeypatch)
+    compile_launches(launches, 1, lambda done, total: None)
+    return found
+
+
+def collect_keys(monkeypatch):
+    """Receives the keys of what Triton would compile from now on."""
     found = set()
 
     def hook(*, key, fn, **others):
@@ -46,7 +53,6 @@ def keys(launches, monkeypatch):
         return True  # which compiles nothing
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
-    compile_launches(launches, 1, lambda done, total: None)
     return found
 
 
@@ -59,6 +65,22 @@ def test_kernels_do_not_depend_on_the_number_of_images(chip, monkeypatch, traini
     )
     assert len(first) > (12 if training else 2)
     assert others == [first] * 5
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pipeline", ["triton", "library"])
+def test_the_first_step_finds_all_of_its_kernels_and_no_other_was_compiled(chip, monkeypatch, pipeline, training):
+    model = fuse(CeiT(**{**SIZES, "depth": 3})).train(training)
+    monkeypatch.setattr(backends, "_INTERPRETING", True)  # or Triton would not take tensors on the CPU
+    others = "add_norm=triton,attention=triton,lca=triton,i2t=reference,linear=reference"
+    with use_backend(f"leff={pipeline},{others}"), torch.set_grad_enabled(training):
+        compiled = keys(launches_of(model, (2, 3, 48, 48), torch.float32, training, 90), monkeypatch)
+        used = collect_keys(monkeypatch)
+        out = model(torch.randn(2, 3, 48, 48))
+        if training:
+            out.sum().backward()
+    assert len(used) > (20 if training else 5)
+    assert used == compiled
 
 
 def test_kernels_are_compiled_once_and_it_is_told_how_far_it_is(chip, tmp_path):
