@@ -176,7 +176,7 @@ KERNELS: dict[str, KernelCost] = {
     "leff_weight_gradient_kernel": _cost(
         "a z rows",
         "partial gram sums",
-        lambda a: 2 * a["M"] * _where(a, "p_partial", a["E"] * a["C"]) + 2 * a["M"] * _where(a, "p_gram", a["CX"] ** 2),
+        lambda a: a["M"] * (_where(a, "p_partial", 2 * a["E"] * a["C"]) + _where(a, "p_gram", a["CX"] * (a["CX"] + 1))),
         tokens=image_tokens,
         x=gram_tokens,
     ),

@@ -40,7 +40,7 @@ def leff_factored_product_kernel(
     if p_partial is not None:
         if i >= 0:
             partial_product(
-                i, p_a, None, None, p_tokens, p_partial, None, M, HW, 0, P, ROWS, E, C, C, ONE,
+                i, p_a, None, None, p_tokens, p_partial, None, M, HW, 0, P, ROWS, E, C, C, ONE, 0,
                 PLAIN, TILE_M, TILE_E, TILE_C, NUM_C, COMPUTE, ACC, PRECISION, EXACT,
             )  # fmt: skip
 

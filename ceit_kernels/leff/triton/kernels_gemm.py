@@ -231,19 +231,19 @@ def leff_hidden_gradient_kernel(
 def leff_weight_gradient_kernel(
     p_a, p_z, p_rows, p_tokens, p_partial, p_x, p_gram, p_sums, M, HW, ROWS,
     P: tl.constexpr, PX: tl.constexpr, E: tl.constexpr, C: tl.constexpr, CX: tl.constexpr,
-    STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr,
+    STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr, UPPER: tl.constexpr,
     OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, NUM_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """``partial_product`` of an operand (M, E) and tokens (B, P + HW, C), and of x (B, PX + HW, CX) by itself with its
-    sums; where wanted.
+    """``partial_product`` of an operand (M, E) and tokens (B, P + HW, C), and of x (B, PX + HW, CX) by itself, in UPPER
+    tiles, with its sums; where wanted.
     """
     i = tl.program_id(0)
     if p_partial is not None:
         programs = tl.cdiv(E, TILE_E) * tl.cdiv(C, NUM_C * TILE_C) * tl.cdiv(M, ROWS)
         if i < programs:
             partial_product(
-                i, p_a, p_z, p_rows, p_tokens, p_partial, None, M, HW, 0, P, ROWS, E, C, STRIDE_E, STRIDE_C,
+                i, p_a, p_z, p_rows, p_tokens, p_partial, None, M, HW, 0, P, ROWS, E, C, STRIDE_E, STRIDE_C, 0,
                 OPERAND, TILE_M, TILE_E, TILE_C, NUM_C, COMPUTE, ACC, PRECISION, EXACT,
             )  # fmt: skip
         i -= programs
@@ -251,7 +251,7 @@ def leff_weight_gradient_kernel(
         # One tile of channels, since the sums take registers too.
         if i >= 0:
             partial_product(
-                i, p_x, None, None, p_x, p_gram, p_sums, M, HW, PX, PX, ROWS, CX, CX, CX, ONE,
+                i, p_x, None, None, p_x, p_gram, p_sums, M, HW, PX, PX, ROWS, CX, CX, CX, ONE, UPPER,
                 PLAIN, TILE_M, TILE_E, TILE_C, ONE, COMPUTE, ACC, PRECISION, EXACT,
             )  # fmt: skip
 
@@ -259,22 +259,31 @@ def leff_weight_gradient_kernel(
 @triton.jit
 def partial_product(
     i, p_a, p_z, p_rows, p_tokens, p_partial, p_sums, M, HW, PA, P, ROWS,
-    E: tl.constexpr, C: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr,
+    E: tl.constexpr, C: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_C: tl.constexpr, UPPER: tl.constexpr,
     OPERAND: tl.constexpr, TILE_M: tl.constexpr, TILE_E: tl.constexpr, TILE_C: tl.constexpr, NUM_C: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over ROWS tokens each of operand^T tokens, (S, E, C) or transposed by the strides, with an operand
     (B, PA + HW, E) as of ``load_operand`` and tokens (B, P + HW, C); where wanted, of the operand itself, (S, E).
-    Program instance i takes NUM_C tiles of TILE_C channels of the tokens.
+    Program instance i takes NUM_C tiles of TILE_C channels of the tokens. Of a symmetric product UPPER tiles are
+    computed, one a program instance, and stored for the others too; where UPPER is 0, all are.
 
     The GEMM is computed as tokens^T operand: the operand is then what tensor cores read from shared memory, once it is
     computed, for all tiles.
     """
     NE: tl.constexpr = (E + TILE_E - 1) // TILE_E
     NC: tl.constexpr = (C + NUM_C * TILE_C - 1) // (NUM_C * TILE_C)
-    i_c = i // NE % NC
-    i_s = i // (NE * NC)
-    o_e = i % NE * TILE_E + tl.arange(0, TILE_E)
+    if UPPER:
+        i_s, i_c, i_e = i // UPPER, i % UPPER, 0
+        for r in tl.static_range(NE - 1):
+            goes_on = ((i_e == r) & (i_c >= NC - r * TILE_E // TILE_C)).to(tl.int32)
+            i_c -= goes_on * (NC - r * TILE_E // TILE_C)
+            i_e += goes_on
+        first = i_e * TILE_E // TILE_C
+        i_c += first
+    else:
+        i_s, i_c, i_e, first = i // (NE * NC), i // NE % NC, i % NE, 0
+    o_e = i_e * TILE_E + tl.arange(0, TILE_E)
     o_c = i_c * (NUM_C * TILE_C) + tl.arange(0, TILE_C)
     m_e = o_e < E
     b_sums = zeros(TILE_C, TILE_E, NUM_C, ACC)
@@ -300,5 +309,10 @@ def partial_product(
     p_tile = p_partial + i_s * (E * C) + o_c[:, None] * STRIDE_C + o_e[None, :] * STRIDE_E
     for j in tl.static_range(NUM_C):
         tl.store(p_tile + j * TILE_C * STRIDE_C, b_sums[j], mask=(o_c + j * TILE_C < C)[:, None] & m_e[None, :])
+    if UPPER:
+        # Where no program instance has the tile.
+        lower = (o_e // TILE_C)[None, :] < (o_c // TILE_E * TILE_E // TILE_C)[:, None]
+        p_tile = p_partial + i_s * (E * C) + o_c[:, None] * STRIDE_E + o_e[None, :] * STRIDE_C
+        tl.store(p_tile, b_sums[0], mask=lower & (o_c < C)[:, None] & m_e[None, :])
     if p_sums is not None:
-        tl.store(p_sums + i_s * E + o_e, tl.sum(b_total, axis=0), mask=m_e & (i_c == 0))
+        tl.store(p_sums + i_s * E + o_e, tl.sum(b_total, axis=0), mask=m_e & (i_c == first))

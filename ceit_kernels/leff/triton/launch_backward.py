@@ -21,7 +21,7 @@ from .kernels_gemm import leff_contract_operand_kernel, leff_hidden_gradient_ker
 from .kernels_norm import leff_norm_gradient_kernel, leff_norm_sums_kernel
 from .kernels_reduce import leff_reduce_kernel
 from .kernels_stream import leff_slope_kernel
-from .launch_common import ROWS, Call, groups_of, linear_input_gradient, linear_weight_gradient
+from .launch_common import ROWS, SMS, Call, even_parts, groups_of, linear_input_gradient, linear_weight_gradient
 from .launch_forward import contract_grid, depthwise_grid, depthwise_tickets
 from .tiles import (
     PARTS,
@@ -159,18 +159,19 @@ class _Backward:
         wanted = wanted and self.norms[2] is not None
         if not (wanted or any(self.needs[2][1:])):
             return self.dout, prefix
-        tiles, parts = row_tiles(call.O), cdiv(call.M, ROWS)
+        tiles = row_tiles(call.O)
+        rows, parts = even_parts(call.M, SMS, tiles.sizes["TILE_M"])
         columns, partial = cdiv(call.O, tiles.sizes["TILE_O"]), call.empty(parts, 2, call.O)
-        arguments = {"p_partial": partial, "p_tickets": self._tickets(parts), "ROWS": ROWS}
+        arguments = {"p_partial": partial, "p_tickets": self._tickets(cdiv(call.M, ROWS)), "ROWS": rows}
         counters = 0 if self.tickets is None else self.tickets.numel()
         call.launch(leff_norm_sums_kernel, (parts, columns), tiles, **arguments, COUNTERS=counters)
         if not wanted:
             self._coefficients(2, partial, False)
             return self.dout, prefix
         partial, known = self._over_processes(2, partial, self._vectors(2))
-        dz3, grid = call.like(self.z3), (cdiv(call.M, ROWS // 2), columns)
-        arguments = {"p_partial": partial, "T": partial.shape[0], "p_dz3": dz3, "ROWS": ROWS // 2}
-        call.launch(leff_norm_gradient_kernel, grid, tiles, **arguments, **known)
+        dz3 = call.like(self.z3)
+        arguments = {"p_partial": partial, "T": partial.shape[0], "p_dz3": dz3, "ROWS": rows}
+        call.launch(leff_norm_gradient_kernel, (parts, columns), tiles, **arguments, **known)
         return dz3, 0
 
     def _tickets(self, parts: int) -> Tensor | None:
@@ -203,7 +204,7 @@ class _Backward:
         """As ``_g2``, by PyTorch's GEMM, whose result becomes that of the norm's output where it lies; and the gradient
         of the last weight by another, of h2.
         """
-        call, tiles = self.call, stream_tiles(self.call.E, 8)  # with registers for four program instances an SM
+        call, tiles = self.call, stream_tiles(self.call.E)
         dh2 = compute(linear_input_gradient, dz3, call.layers[2].weight, call.dtype)
         g2, h2 = call.like(self.z2) if prefix else dh2, call.like(self.z2) if need_h2 else None
         parts = cdiv(call.M, ROWS)
@@ -340,8 +341,8 @@ class _Backward:
             tile_m, tile_e, tile_c = (tiles.sizes[name] for name in ("TILE_M", "TILE_E", "TILE_C"))
             count = tiles.sizes["NUM_C"]
             programs = product * cdiv(call.E, tile_e) * cdiv(channels, tile_c * count)
-            # Which take one tile each, and about half as long.
-            of_moments = moments * cdiv(call.C, tile_e) * cdiv(call.C, tile_c)
+            # Of a symmetric matrix; they take one tile each, and about half as long.
+            of_moments = moments * sum(cdiv(call.C, tile_c) - row // tile_c for row in range(0, call.C, tile_e))
             folds = 0
             if "p_folded" in arguments:
                 columns = cdiv(call.C, tiles.sizes["FOLD_C"])
@@ -350,7 +351,7 @@ class _Backward:
             partial = call.empty(splits, call.E * channels) if product else None
             gram, sums = (call.empty(splits, call.C**n) if moments else None for n in (2, 1))
             programs = (programs + of_moments) * splits + folds
-            results = {"p_partial": partial, "p_gram": gram, "p_sums": sums, "ROWS": rows}
+            results = {"p_partial": partial, "p_gram": gram, "p_sums": sums, "ROWS": rows, "UPPER": of_moments}
             if programs:
                 call.launch(kernel, (programs,), tiles, **{**arguments, **results})
             return partial, gram, sums
@@ -394,6 +395,6 @@ def _split(tokens: int, programs: int, step: int, others: int) -> tuple[int, int
     """Tokens of a partial GEMM, and how many of these: enough for every SM of an H100 but for those that others keep
     busy, each of several steps.
     """
-    wanted = max(1, min((132 - others) // programs, cdiv(tokens, 8 * step)))
+    wanted = max(1, min((SMS - others) // programs, cdiv(tokens, 8 * step)))
     rows = cdiv(cdiv(tokens, wanted), step) * step
     return rows, cdiv(tokens, rows)

@@ -18,8 +18,10 @@ from ..arguments import Settings, parameters_per_layer
 
 __all__ = [
     "ROWS",
+    "SMS",
     "Call",
     "Layer",
+    "even_parts",
     "groups_of",
     "linear",
     "linear_input_gradient",
@@ -28,6 +30,13 @@ __all__ = [
 
 Result = TypeVar("Result")
 ROWS = 512  # tokens of which a program instance of a kernel that streams takes sums
+SMS = 132  # of an H100
+
+
+def even_parts(tokens: int, most: int, step: int) -> tuple[int, int]:
+    """The tokens of a part, a multiple of ``step``, and the number of parts, which is at most ``most``."""
+    rows = cdiv(cdiv(tokens, most), step) * step
+    return rows, cdiv(tokens, rows)
 
 
 def groups_of(parts: int) -> tuple[int, int]:

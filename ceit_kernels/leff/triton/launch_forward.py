@@ -23,8 +23,8 @@ from .kernels_gemm import leff_contract_operand_kernel, leff_expand_moments_kern
 from .kernels_norm import leff_norm_kernel
 from .kernels_reduce import leff_statistics_kernel
 from .kernels_stream import leff_moments_kernel
-from .launch_common import ROWS, Call, groups_of, linear
-from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, row_tiles, stream_tiles
+from .launch_common import SMS, Call, even_parts, groups_of, linear
+from .tiles import PARTS, contract_tiles, depthwise_tiles, expand_tiles, moments_tiles, row_tiles
 
 __all__ = ["contract_grid", "depthwise_grid", "depthwise_tickets", "leff_forward_triton"]
 
@@ -85,7 +85,7 @@ def _last_norm(
 ) -> Tensor:
     if out_dtype is None:
         return call.empty(0)
-    tiles = row_tiles(call.O)
+    tiles = row_tiles(call.O, 32)
     rows, out = tiles.sizes["TILE_M"], call.empty(*call.x.shape[:2], call.O, dtype=out_dtype)
     grid = cdiv(call.M, rows) + call.prefix_tiles(rows), cdiv(call.O, tiles.sizes["TILE_O"])
     call.launch(leff_norm_kernel, grid, tiles, p_z3=z3, p_norm3=norm3, p_x=call.x, p_residual=residual, p_out=out)
@@ -95,11 +95,12 @@ def _last_norm(
 def _expand_by_library(call: Call, norms: _Norms) -> tuple[Tensor, Tensor | None]:
     """As ``_expand``, by PyTorch's GEMM: of all tokens, since leaving out the prefix would copy the others."""
     z1 = compute(_linear_of_rows, call.x, call.layers[0].weight, call.layers[0].bias, call.dtype)
-    tiles = stream_tiles(call.E)
-    grid = cdiv(call.M, ROWS), cdiv(call.E, tiles.sizes["TILE_E"])
-    moments = norms.moments(0, grid[0], call.E, grid[1])
+    tiles = moments_tiles(call.E)
+    columns = cdiv(call.E, tiles.sizes["TILE_E"])
+    rows, parts = even_parts(call.M, max(1, 4 * SMS // columns), tiles.sizes["TILE_M"])
+    moments = norms.moments(0, parts, call.E, columns)
     if moments:
-        call.launch(leff_moments_kernel, grid, tiles, **moments, p_z=z1, ROWS=ROWS)
+        call.launch(leff_moments_kernel, (parts, columns), tiles, **moments, p_z=z1, ROWS=rows)
     return z1, norms.take(0, moments)
 
 

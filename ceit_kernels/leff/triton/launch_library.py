@@ -54,7 +54,7 @@ def _infer(x: Tensor, *rest: Any) -> Tensor:
     norm3 = call.empty(NORM_ROWS, call.O) if has_norm else None
     h2 = _depthwise(call, z1, norm3=norm3)
     z3 = compute(linear, h2, layer3.weight, layer3.bias, call.dtype)
-    out, tiles = call.empty(*x.shape[:2], call.O, dtype=out_dtype), row_tiles(call.O)
+    out, tiles = call.empty(*x.shape[:2], call.O, dtype=out_dtype), row_tiles(call.O, 32)
     rows = tiles.sizes["TILE_M"]
     grid = cdiv(call.M, rows) + call.prefix_tiles(rows), cdiv(call.O, tiles.sizes["TILE_O"])
     call.launch(leff_norm_kernel, grid, tiles, p_z3=z3, p_norm3=norm3, p_residual=residual, p_out=out, p_x=x)

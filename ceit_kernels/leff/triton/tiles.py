@@ -16,6 +16,7 @@ __all__ = [
     "hidden_gradient_tiles",
     "inference_contract_tiles",
     "inference_expand_tiles",
+    "moments_tiles",
     "row_tiles",
     "stream_tiles",
     "weight_gradient_tiles",
@@ -131,11 +132,16 @@ def depthwise_tiles(width: int, hidden_features: int, kernel_size: int, dtype: t
     return Tiles({"TILE_W": cdiv(width, tiles), "TILE_E": channels, "TILE_T": 16}, 1)
 
 
-def row_tiles(channels: int) -> Tiles:
+def row_tiles(channels: int, tokens: int = 16) -> Tiles:
     """Kernels that take tokens as they come; TILE_T where they merge partial sums first."""
-    return Tiles({"TILE_M": 16, "TILE_O": _fit(128, channels), "TILE_T": 16}, 4)
+    return Tiles({"TILE_M": tokens, "TILE_O": _fit(128, channels), "TILE_T": 16}, 4)
 
 
-def stream_tiles(channels: int, tokens: int = 16) -> Tiles:
-    """Kernels that take hidden channels as they come: loads of 16 bytes a thread."""
-    return Tiles({"TILE_M": tokens, "TILE_E": _fit(128, channels)}, 4)
+def stream_tiles(channels: int) -> Tiles:
+    """The pass for g2, which takes hidden channels as they come; with registers for four program instances an SM."""
+    return Tiles({"TILE_M": 8, "TILE_E": _fit(128, channels)}, 4)
+
+
+def moments_tiles(channels: int) -> Tiles:
+    """The pass for the moments of z1, likewise; by four loads of 16 bytes a thread at a time."""
+    return Tiles({"TILE_M": 16, "TILE_E": _fit(256, channels)}, 4)

@@ -11,7 +11,8 @@ from support.leff import TRAINING_CASES, make_call, make_tokens, pass_through_wi
 from support.where import DTYPES, UNDER_TTSEM, autocast
 from torch import nn
 
-from ceit_kernels.leff.triton import launch_backward, launch_forward
+from ceit_kernels.common.tuning import Tiles
+from ceit_kernels.leff.triton import launch_backward
 
 pytestmark = pytest.mark.kernels(ttsem=False)
 
@@ -38,14 +39,23 @@ def test_a_prefix_behind_a_last_layer_without_a_norm():
 
 
 def test_what_many_program_instances_leave_behind_is_merged(poisoned_memory, monkeypatch):
-    for module in (launch_forward, launch_backward):
-        monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(launch_backward, "ROWS", 16)
     call = make_call((3, 3, 5, 1, 8, 20, 8, 3), torch.float64)
     check_to_rounding(*call)
     expected = train_step("library", copy.deepcopy(call[0]), *call[1:])
     instances.shuffle(monkeypatch, 0)
     found = train_step("library", copy.deepcopy(call[0]), *call[1:])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("pipeline", ["triton", "library"])
+@pytest.mark.parametrize("sizes", [(16, 16), (32, 16), (16, 32)], ids=str)
+def test_tiles_of_second_moments_that_are_not_computed_are_filled(poisoned_memory, monkeypatch, pipeline, sizes):
+    """A product of x by itself is symmetric; 40 channels are several tiles of it, the last ones not whole."""
+    tiles = Tiles({"TILE_M": 16, "TILE_E": sizes[0], "TILE_C": sizes[1], "NUM_C": 1}, 4, 2)
+    monkeypatch.setattr(launch_backward, "weight_gradient_tiles", lambda *arguments: tiles)
+    monkeypatch.setattr(launch_backward, "_is_factored", lambda dtype: True)
+    support.leff.check_to_rounding(pipeline, *make_call((3, 4, 4, 1, 40, 24, 40, 3), torch.float64))
 
 
 def test_a_residual_other_activations_and_missing_biases():
