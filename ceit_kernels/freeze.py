@@ -121,12 +121,12 @@ class Frozen(nn.Module):
             return self.model(*arguments, **options)
 
     def train(self, mode: bool = True) -> Frozen:
-        """Refuse training mode."""
-        return _refuse("trained") if mode else self
+        """Refuse training mode; parts that were put into it, and new ones, are put into evaluation mode."""
+        return _refuse("trained") if mode else super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Frozen:
-        """Refuse gradients."""
-        return _refuse("trained") if requires_grad else self
+        """Refuse gradients; new parts have none from then on."""
+        return _refuse("trained") if requires_grad else super().requires_grad_(False)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> NoReturn:
         """Refuse other weights."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..common.calls import unsupported_reason
-from ..common.children import ANY, children_reason, convolution_reason, held
+from ..common.children import ANY, children_reason, convolution_reason, held, library_of
 from ..common.module import Fusion, attributes_of
 from ..linear.functional import linear_layer
 from .attention import InferenceAttention
@@ -85,12 +85,13 @@ class SegformerDecodeHead(Fusion, attributes_of(nn.Module)):
 def attends_to_all(module: Any) -> bool:
     """Whether transformers 5 gives a module's attention its own function, of all queries to all keys."""
     name = module.config._attn_implementation
-    # Users register functions of their own under any name.
-    function = sys.modules["transformers.models.segformer.modeling_segformer"].ALL_ATTENTION_FUNCTIONS.get(name)
+    library = sys.modules["transformers.models.segformer.modeling_segformer"]
+    # Users register functions of their own under any name; wrappers copy the name of their module.
+    function = library.ALL_ATTENTION_FUNCTIONS.get(name)
     if name == "eager":
-        return function is None
+        return function is None and library_of(library.eager_attention_forward) == "transformers"
     own = getattr(function, "__module__", None) == "transformers.integrations.sdpa_attention"
-    return name == "sdpa" and own and not module.is_causal
+    return name == "sdpa" and own and library_of(function) == "transformers" and not module.is_causal
 
 
 class SegformerAttention(InferenceAttention):

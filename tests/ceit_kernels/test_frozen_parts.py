@@ -49,3 +49,21 @@ def test_weights_are_not_loaded_into_a_part_of_a_snapshot():
     for part in (frozen.model, frozen.model[0].conv1, copy.deepcopy(frozen).model, through_a_file(frozen).model[1]):
         with pytest.raises(RuntimeError, match="a frozen model cannot be loaded into"):
             part.load_state_dict(part.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["a new norm", "parts in training"])
+def test_evaluation_mode_reaches_the_parts(change):
+    """As of any module: what is new in a snapshot is in training mode until then."""
+    model = make_model()
+    frozen, changed = freeze(model), copy.deepcopy(model)
+    for each in (frozen.model, changed):
+        if change == "a new norm":
+            each[0].bn2 = nn.BatchNorm2d(64)
+        else:
+            each.train()
+    frozen.eval()
+    changed.eval()
+    assert not any(module.training for module in frozen.modules())
+    torch.testing.assert_close(frozen(X), changed(X), rtol=1e-4, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in frozen.requires_grad_(False).parameters())

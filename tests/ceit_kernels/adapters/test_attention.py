@@ -1,6 +1,7 @@
 """Attention of other libraries' models: at inference by the kernel, otherwise as it was."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ def make(name, draw=0, dtype=torch.float64):
 
 def fused(module):
     return fuse(copy.deepcopy(module))
+
+
+def of_queries(module, q, k, v, mask, **options):
+    """An attention function of a user's."""
+    return (2 * q).transpose(1, 2), None
 
 
 @torch.no_grad()
@@ -117,21 +123,27 @@ def test_what_a_call_has_cached_may_be_frozen():
 
 @torch.no_grad()
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="whose attention is plain")
-@pytest.mark.parametrize("change", ["is_causal", "a function of the user's"])
+@pytest.mark.parametrize("change", ["is_causal", "a function of the user's", "a wrapped function", "eager"])
 def test_another_attention_of_segformer_is_called(change, monkeypatch):
     from transformers.models.segformer import modeling_segformer as library
 
-    config = SegformerConfig(attn_implementation="sdpa")
+    implementation = "eager" if change == "eager" else "sdpa"
+    config = SegformerConfig(attn_implementation=implementation)
     module = grown(library.SegformerAttention(config, 24, 3, 1)).eval()
     x = torch.randn(2, 20, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if change == "is_causal":
         module.is_causal = True
+    elif change == "eager":
+        monkeypatch.setattr(library, "eager_attention_forward", of_queries)
     else:
-        monkeypatch.setitem(library.ALL_ATTENTION_FUNCTIONS, "sdpa", lambda module, q, k, v, mask, **_: (2 * q, None))
+        own = library.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        function = functools.wraps(own)(of_queries) if change == "a wrapped function" else of_queries
+        monkeypatch.setitem(library.ALL_ATTENTION_FUNCTIONS, "sdpa", function)
     assert torch.equal(fused(module)(x, 4, 5)[0], module(x, 4, 5)[0])
     torch.testing.assert_close(freeze(module)(x, 4, 5)[0], module(x, 4, 5)[0], rtol=1e-10, atol=1e-10)
     if change != "is_causal":  # which keys of a smaller image do not go with
-        config = SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 2, 3, 4])
+        sizes = {"depths": [1] * 4, "hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 3, 4]}
+        config = SegformerConfig(**sizes, attn_implementation=implementation)
         model, images = grown(SegformerModel(config)).eval(), torch.ones(1, 3, 64, 64, dtype=torch.float64)
         expected = model(images).last_hidden_state
         torch.testing.assert_close(freeze(model)(images).last_hidden_state, expected, rtol=1e-9, atol=1e-9)
