@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from ceit.runtime.errors import UsageError
 from ceit_kernels.common.extension import cpu_code
@@ -26,6 +27,8 @@ def limit_instructions(name: str) -> None:
     for library, found in chosen.items():
         if found not in (name, _VALUES[name][0]):
             raise UsageError(f"--instructions: expected {library} to run {name}, it runs {found}")
+    # What a compiler prepacked for other instructions, oneDNN aborts at.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache_dir()}_{name}"
 
 
 def instructions() -> str:

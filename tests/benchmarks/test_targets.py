@@ -114,6 +114,7 @@ def test_targets_are_those_of_the_instructions_that_run(code, inference, trainin
 
 def test_everyone_can_be_held_to_fewer_instructions():
     code = """
+import os
 import torch
 from benchmarks.harness.implementations import absence
 from benchmarks.harness.instructions import instructions, limit_instructions
@@ -121,10 +122,13 @@ from benchmarks.workloads import Workload
 limit_instructions("baseline")
 why = absence("onnxruntime", Workload("leff", "tiny", "inference", "float32", 1), torch.device("cpu"))
 print(instructions(), torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx2_supported(), why)
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("baseline DEFAULT"), done.stdout + done.stderr
     assert "True it runs" in done.stdout or "False" in done.stdout
+    # Not that of runs without a limit, whose compiled models may not be run under it, nor the other way round.
+    assert done.stdout.endswith("_baseline\n")
 
 
 def test_instructions_cannot_be_taken_back_from_what_has_computed(monkeypatch):
