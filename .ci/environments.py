@@ -58,7 +58,10 @@ QUICK = (
 
 # The oldest Triton that the project promises to work with. A bare copy of it compiles for GPUs beside any PyTorch.
 TRITON = "3.6.0"
-MACHINE_CODE = tuple(f"tests/ceit_kernels/{operator}/test_machine_code.py" for operator in ("leff", "lca", "add_norm"))
+MACHINE_CODE = (
+    *(f"tests/ceit_kernels/{operator}/test_machine_code.py" for operator in ("leff", "lca", "add_norm")),
+    "tests/ceit_kernels/leff/test_training_machine_code.py",
+)
 
 
 def find_python(version: str) -> str | None:

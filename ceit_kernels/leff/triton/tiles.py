@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from ...common.launch import cdiv
 from ...common.tuning import Tiles
@@ -22,6 +23,8 @@ __all__ = [
     "weight_gradient_tiles",
 ]
 
+
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # Tensor cores of these chips read operands from shared memory, which leaves registers for larger tiles.
 _OPERANDS_FROM_SHARED_MEMORY = (90, 100)
@@ -92,6 +95,8 @@ def contract_tiles(out_features: int, dtype: torch.dtype, chip: int) -> Tiles:
     tokens = 128 if chip == 90 or (chip == 100 and out_features <= 384) else 64
     # One program instance fills an SM there: nothing but loads far ahead hides its waits.
     stages = 4 if chip in _OPERANDS_FROM_SHARED_MEMORY else 2
+    if chip == 100 and _TRITON < (3, 8):  # 3.6 stops at an assertion where it pipelines these loops
+        stages = 1
     sizes = {"TILE_M": tokens, "TILE_E": 32, "TILE_O": _fit(size, out_features), "NUM_O": count, "TILE_T": 16}
     return Tiles(sizes, 8, stages)
 

@@ -54,6 +54,13 @@ def check(launch, chip):
         assert_unspilled(launch, chip)
 
 
+def test_what_older_compilers_stop_at_compiles_on_cc_100():
+    """Products of several tiles in a loop, which Triton 3.6 cannot pipeline there."""
+    for launch in record("small", torch.bfloat16, 100, backend="library"):
+        if launch.kernel.__name__ in ("leff_contract_operand_kernel", "leff_factored_gradient_kernel"):
+            assert_unspilled(launch, 100)
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize("shape", MODELS)
 def test_cc_86_runs_what_cc_89_does(shape):
