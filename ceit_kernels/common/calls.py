@@ -32,13 +32,12 @@ _KNOWN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 # What the modules call that the kernels stand for.
-_functions = itemgetter(
+_NAMES = (
     *("linear", "conv2d", "pad", "batch_norm", "layer_norm", "max_pool2d", "interpolate", "dropout", "softmax"),
     "adaptive_avg_pool2d",
     *("gelu", "silu", "relu", "hardtanh", "relu6", "hardswish", "hardsigmoid", "scaled_dot_product_attention"),
 )
-
-
+_functions = itemgetter(*_NAMES)
 _IN_USE = vars(F)
 _OWN = tuple(function if library_of(function) in ("", "torch") else None for function in _functions(_IN_USE))
 
@@ -128,6 +127,8 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
     if functions is not None:
         return functions
     if torch.compiler.is_compiling():
+        for name in _NAMES:  # to be looked at ahead of each call
+            _ = getattr(F, name) is None
         if torch.onnx.is_in_onnx_export():
             return "a model is exported to ONNX, which does not know the kernels"
     elif torch._C._functorch.peek_interpreter_stack() is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -128,7 +129,16 @@ def methods_of(kind: type) -> tuple[str, ...]:
 def has_own_methods(module: nn.Module) -> bool:
     """Whether a module has none of the declared methods of its class by itself."""
     names, state = _methods.get(type(module)), module.__dict__
+    if torch.compiler.is_compiling():
+        _watch_methods(module)
     return names is None or all(name not in state for name in names)
+
+
+def _watch_methods(module: nn.Module) -> None:
+    """Have a compiler look for other methods ahead of each call, as it does for attributes, not for keys of a dict."""
+    plain = getattr(type(module), "plain_class", type(module))
+    for name in methods_of(plain):
+        _ = getattr(module, name), getattr(plain, name) is None
 
 
 @constant_result
