@@ -98,8 +98,11 @@ class LCAAttentionFusion(Fusion, attributes_of(LCAAttention)):
     def plain_reason(self) -> str | None:
         """As of ``Fusion``."""
         reason = children_reason(self, _CHILDREN)
-        if reason is None and self.attn_drop.p and self.training != self.attn_drop.training:
-            return "attn_drop is in another mode than the module"
+        if reason is None and self.attn_drop.p:
+            if self.training != self.attn_drop.training:
+                return "attn_drop is in another mode than the module"
+            if self.training and self.attn_drop.p == 1:
+                return "attn_drop drops everything"
         return reason
 
 

@@ -225,9 +225,10 @@ def test_what_a_module_has_beside_the_operator_is_not_lost():
         FusedAttention.from_plain(Gated())
 
 
-def test_dropout_of_attention_is_that_of_the_plain_module():
-    plain, _, x = make_pair("attention")
-    plain.attn_drop.p = 0.5
+@pytest.mark.parametrize(("name", "p"), [("attention", 0.5), ("attention", 1.0), ("lca", 1.0)])
+def test_dropout_of_attention_is_that_of_the_plain_module(name, p):
+    plain, _, x = make_pair(name)
+    plain.attn_drop.p = p
     fused = fuse(copy.deepcopy(plain))
     results = []
     for module in (plain, fused):
