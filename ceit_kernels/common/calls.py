@@ -131,13 +131,18 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
             _ = getattr(F, name) is None
         if torch.onnx.is_in_onnx_export():
             return "a model is exported to ONNX, which does not know the kernels"
-    elif torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func is active, which the kernels do not have"
-    elif forward_ad._current_level >= 0:
-        return "derivatives are taken in forward mode, which the kernels do not have"
     elif torch._C._get_tracing_state() is not None:
         return "torch.jit traces the call, whose result other programs are to run"
-    return foreign_reason(*tensors)
+    return _transform_reason() or foreign_reason(*tensors)
+
+
+@constant_result  # what compilers trace, and they look at it ahead of each call
+def _transform_reason() -> str | None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active, which the kernels do not have"
+    if forward_ad._current_level >= 0:
+        return "derivatives are taken in forward mode, which the kernels do not have"
+    return None
 
 
 def foreign_reason(*tensors: Tensor | None) -> str | None:

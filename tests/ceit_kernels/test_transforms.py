@@ -177,6 +177,19 @@ def test_a_hook_that_is_added_to_a_compiled_module_is_called():
     assert calls
 
 
+@pytest.mark.parametrize("name", ["attention", "linear", "lca"])  # of convolutions PyTorch 2.14 compiles no second one
+def test_transforms_that_are_compiled_give_what_those_of_the_plain_module_do(name):
+    plain, fused, x = make_pair(name, training=False)
+    tangent, batches = torch.randn_like(x), torch.stack((x, 2 * x))
+
+    def transformed(module):
+        return lambda x: (*jvp(module, (x,), (tangent,)), vmap(module)(batches))
+
+    torch._dynamo.reset()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_same(torch.compile(transformed(fused), backend="aot_eager")(x), transformed(plain)(x))
+
+
 def test_functions_leave_transforms_to_plain_pytorch_or_say_why_not():
     x, qkv = torch.randn(2, 4, 8), torch.randn(2, 4, 24)
     weights = [torch.randn(8, 8, 1, 1), torch.randn(8, 1, 3, 3), torch.randn(8, 8, 1, 1)]
