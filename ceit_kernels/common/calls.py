@@ -112,7 +112,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:  # a loop takes half the time of any()
             if tensor is not None and tensor.requires_grad:
-                return True
+                # Which compilers cannot trace.
+                return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
     return False
 
 

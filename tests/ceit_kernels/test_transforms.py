@@ -190,6 +190,15 @@ def test_transforms_that_are_compiled_give_what_those_of_the_plain_module_do(nam
         assert_same(torch.compile(transformed(fused), backend="aot_eager")(x), transformed(plain)(x))
 
 
+@every_module
+def test_inference_mode_records_no_gradients_where_they_are_enabled(name):
+    plain, fused, x = make_pair(name)
+    with torch.inference_mode(), torch.enable_grad():
+        out = fused(x)
+        assert_same([out], [plain(x)])
+    assert not out.requires_grad
+
+
 def test_functions_leave_transforms_to_plain_pytorch_or_say_why_not():
     x, qkv = torch.randn(2, 4, 8), torch.randn(2, 4, 24)
     weights = [torch.randn(8, 8, 1, 1), torch.randn(8, 1, 3, 3), torch.randn(8, 8, 1, 1)]
