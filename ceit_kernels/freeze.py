@@ -120,6 +120,27 @@ class Frozen(nn.Module):
                 return self._graphs(arguments, options, graph_settings())
             return self.model(*arguments, **options)
 
+    @property
+    def config(self) -> Any:
+        """The configuration of a model of transformers."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the snapshot's tensors are."""
+        return self._tensor().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the snapshot's weights, of the first of them where they differ."""
+        return self._tensor().dtype
+
+    def _tensor(self) -> Tensor:
+        found = next((tensor for tensor in self.model.buffers() if tensor.is_floating_point()), None)
+        if found is None:
+            raise AttributeError(f"this frozen {type(self.model).__name__} has no weights")
+        return found
+
     def train(self, mode: bool = True) -> Frozen:
         """Refuse training mode; parts that were put into it, and new ones, are put into evaluation mode."""
         return _refuse("trained") if mode else super().train(False)
