@@ -252,8 +252,9 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
     with usage_errors("--resume: the checkpoint is damaged"):
         load_full_state(state["model"], run.model)
         for saved in state["optimizer"].get("param_groups", ()):
-            if "capturable" in saved:  # which belongs to --cuda-graphs, and they may change
-                saved["capturable"] = run.optimizer.defaults["capturable"]
+            # What belongs to --cuda-graphs and the device, which may change.
+            for name in {"capturable", "fused"} & saved.keys() & run.optimizer.defaults.keys():
+                saved[name] = run.optimizer.defaults[name]
         load_full_state(state["optimizer"], run.model, run.optimizer)
         if run.ema is not None:
             load_full_state(state["model_ema"], run.ema.module)

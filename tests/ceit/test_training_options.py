@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from ceit.data import create_train_loader, open_split, resolve_data_options
 from ceit.evaluate import evaluate_checkpoint
-from ceit.runtime.checkpoints import check_same_options, load_checkpoint_state
+from ceit.runtime.checkpoints import check_same_options, load_checkpoint_state, save_checkpoint
 from ceit.runtime.distributed import Place
 from ceit.runtime.errors import UsageError
 from ceit.runtime.fields import check
@@ -63,6 +64,32 @@ def test_the_optimizer_gets_its_arguments_and_a_rate_for_each_layer(options):
     assert decays[id(run.model.head.weight)] == decays[id(run.model.blocks[0].attn.qkv.weight)] == 0.3
     spared = (run.model.head.bias, run.model.norm.weight, run.model.pos_embed, run.model.cls_token)
     assert [decays[id(parameter)] for parameter in spared] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "fused"),
+    [
+        ({}, True),
+        ({"opt": "adam"}, True),
+        ({"opt_kwargs": {"foreach": True}}, None),
+        ({"opt_kwargs": {"fused": False}}, False),
+        ({"opt": "sgd"}, None),
+    ],
+)
+def test_adam_updates_all_tensors_in_one_call_on_a_cpu_unless_told_otherwise(options, changes, fused):
+    assert {group.get("fused") for group in run_of(options(**changes)).optimizer.param_groups} == {fused}
+
+
+def test_a_run_goes_on_by_one_call_from_a_checkpoint_that_was_written_without_it(options):
+    settings = options(epochs=1, sched="none")
+    train(settings)
+    path = Path(settings.output) / "last.pt"
+    state = load_checkpoint_state(path)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    save_checkpoint(path, state)
+    train(options(epochs=2, sched="none", resume="auto"))
+    assert all(group["fused"] for group in load_checkpoint_state(path)["optimizer"]["param_groups"])
 
 
 @pytest.mark.parametrize(
