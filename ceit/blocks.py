@@ -10,13 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ceit_kernels import FusedAddNorm, FusedAttention, FusedLCAAttention, FusedLeFF, FusedLinear
 from ceit_kernels.adapters.timm_mlp import Mlp as FusedMlp
-from ceit_kernels.block import (
-    EncoderParts,
-    LayersParts,
-    encoder_inference,
-    encoder_training,
-    layers_inference,
-)
+from ceit_kernels.block import EncoderParts, LayersParts, encoder_inference, encoder_training, layers_inference
 from ceit_kernels.common.children import declare_methods, has_own_methods, held, is_patched
 from ceit_kernels.common.given import linear_given
 from ceit_kernels.common.module import is_made

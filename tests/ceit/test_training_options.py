@@ -80,6 +80,12 @@ def test_adam_updates_all_tensors_in_one_call_on_a_cpu_unless_told_otherwise(opt
     assert {group.get("fused") for group in run_of(options(**changes)).optimizer.param_groups} == {fused}
 
 
+def test_one_call_for_all_tensors_changes_no_more_than_roundings(options, tmp_path):
+    changes = ({}, {"opt_kwargs": {"fused": False}, "output": str(tmp_path / "one by one")})
+    losses = [train(options(layer_decay=0.5, weight_decay=0.3, **change)).step_losses for change in changes]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_run_goes_on_by_one_call_from_a_checkpoint_that_was_written_without_it(options):
     settings = options(epochs=1, sched="none")
     train(settings)

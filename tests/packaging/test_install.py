@@ -141,18 +141,8 @@ def test_with_a_compiler_alone_a_wheel_for_the_cpu_is_built_that_serves_every_py
         "attention/test_registration.py",
     )
     files = [f"tests/ceit_kernels/{name}" for name in names]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "not prove",
-        "-p",
-        "no:cacheprovider",
-        "--import-mode=importlib",
-        *files,
-    ]
+    options = ("-q", "-m", "not prove", "-p", "no:cacheprovider", "--import-mode=importlib")
+    command = [sys.executable, "-m", "pytest", *options, *files]
     env["PYTHONPATH"] = f"{site}{os.pathsep}{bare / 'tests'}"
     done = subprocess.run(command, cwd=bare, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
